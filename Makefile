@@ -1,0 +1,56 @@
+# `make demo` and `make test` set up what they need by themselves, in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup
+OUT ?= demo-run
+
+.PHONY: help setup demo test test-slow lint format protos bench clean
+
+help:
+	@echo "make demo       import real data, train, export, serve, predict: the whole product in minutes"
+	@echo "make test       set up and run every check and test"
+	@echo "make test-slow  the tests that take minutes each"
+	@echo "make bench      the benchmarks, as JSON"
+	@echo "make format     rewrite the code in the house's style"
+	@echo "make protos     regenerate the protobuf code"
+	@echo "make clean      remove what was set up and made here"
+
+setup: $(SETUP)
+
+# torch comes first and by its exact version: left to a dependency, pip may fetch another build of it.
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "equipot needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(SETUP)
+	$(BIN)/python examples/demo.py --out $(OUT)
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	PYTHON=$(BIN)/python scripts/gen_protos.sh --check
+
+test: lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(SETUP)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(SETUP)
+	@for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(SETUP)
+	PYTHON=$(BIN)/python scripts/gen_protos.sh
+
+clean:
+	rm -rf $(VENV) .venv-protos demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis

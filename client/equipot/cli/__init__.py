@@ -1,0 +1,1 @@
+"""The command line: one `equipot`, whose verbs load only what they need."""

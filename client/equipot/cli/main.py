@@ -1,0 +1,92 @@
+"""Dispatches `equipot VERB …` to the part that owns the verb. Knows no part's options, imports none before it is called."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One verb of the command line: what it does, where its typer app lies, which extra it needs."""
+
+    summary: str
+    module: str
+    app: str
+    extra: str
+
+
+VERBS: dict[str, Verb] = {
+    "data": Verb("import, inspect and split labelled structures", "equipot.train.cli_data", "app", "train"),
+    "train": Verb("train a potential from a recipe", "equipot.train.cli_train", "app", "train"),
+    "export": Verb("turn a checkpoint into a bundle", "equipot.train.cli_export", "app", "train"),
+    "serve": Verb("serve bundles over gRPC", "equipot.serve.cli", "app", "serve"),
+    "models": Verb("list the models of a server", "equipot.client.cli", "models_app", ""),
+    "predict": Verb("predict every frame of a file", "equipot.client.cli", "predict_app", "ase"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0 done, 1 partly done, 2 a mistake that the message explains."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    errors = Console(stderr=True)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        Console().print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version", "version"):
+        Console().print(f"equipot {importlib.metadata.version('equipot')}")
+        return 0
+    name, *rest = arguments
+    verb = VERBS.get(name)
+    if verb is None:
+        errors.print(f"[red]error:[/] no such command: {escape(name)}; one of {', '.join(VERBS)}")
+        return 2
+    try:
+        app = getattr(importlib.import_module(verb.module), verb.app)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(verb.module):
+            raise
+        wanted = f"equipot\\[{verb.extra}]" if verb.extra else "equipot"
+        errors.print(
+            f"[red]error:[/] `equipot {name}` needs the package {escape(error.name)}: pip install '{wanted}'"
+        )
+        return 2
+    return _run(app, name, rest, errors)
+
+
+def _run(app: object, name: str, arguments: list[str], errors: Console) -> int:
+    assert callable(app)
+    try:
+        app(args=arguments, prog_name=f"equipot {name}")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return 130
+    except BrokenPipeError:
+        return 141
+    except Exception as error:
+        # Every part's errors for its users carry their exit code; anything else is our own defect and shows itself.
+        code = getattr(error, "exit_code", None)
+        if not isinstance(code, int):
+            raise
+        errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return code
+    return 0
+
+
+def _overview() -> Table:
+    table = Table(title="equipot VERB --help tells more", title_justify="left", box=None, pad_edge=False)
+    for column in ("verb", "what it does", "install"):
+        table.add_column(column)
+    for name, verb in VERBS.items():
+        wanted = f"equipot\\[{verb.extra}]" if verb.extra else "equipot"
+        table.add_row(f"[bold]{name}[/]", verb.summary, f"pip install '{wanted}'")
+    return table
