@@ -1,4 +1,4 @@
-"""Dispatches `equipot VERB …` to the part that owns the verb. Knows no part's options, imports none before it is called."""
+"""Dispatches `equipot VERB …` to the part that owns the verb, which is imported only then."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VERBS: dict[str, Verb] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0 done, 1 partly done, 2 a mistake that the message explains."""
+    """Runs one verb; the exit code is 0 done, 1 partly done, 2 a mistake that the message explains."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     errors = Console(stderr=True)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -73,7 +73,7 @@ def _run(app: object, name: str, arguments: list[str], errors: Console) -> int:
     except BrokenPipeError:
         return 141
     except Exception as error:
-        # Every part's errors for its users carry their exit code; anything else is our own defect and shows itself.
+        # Errors meant for users carry their exit code; anything else is our own defect and shows itself.
         code = getattr(error, "exit_code", None)
         if not isinstance(code, int):
             raise
