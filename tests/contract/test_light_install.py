@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,25 +18,6 @@ HEAVY = {
     "scipy",
     "prometheus-client",
 }
-
-
-@pytest.fixture(scope="module")
-def client_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    home = tmp_path_factory.mktemp("client-only")
-    subprocess.run([sys.executable, "-m", "venv", home / "venv"], check=True)
-    python = home / "venv" / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    installed = subprocess.run(
-        [*command, "-c", ROOT / "constraints.txt", ROOT],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        cwd=home,
-    )
-    if installed.returncode and "No matching distribution" in installed.stderr + installed.stdout:
-        pytest.skip("no package index can be reached from here")
-    assert installed.returncode == 0, installed.stderr
-    yield python
 
 
 def test_the_client_pulls_nothing_heavy(client_python: Path) -> None:

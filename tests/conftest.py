@@ -1,0 +1,28 @@
+"""What tests of several parts share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("client-only")
+    subprocess.run([sys.executable, "-m", "venv", home / "venv"], check=True)
+    python = home / "venv" / "bin" / "python"
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    installed = subprocess.run(
+        [*command, "-c", ROOT / "constraints.txt", ROOT],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=home,
+    )
+    if installed.returncode and "No matching distribution" in installed.stderr + installed.stdout:
+        pytest.skip("no package index can be reached from here")
+    assert installed.returncode == 0, installed.stderr
+    return python
