@@ -1,7 +1,6 @@
 """A client installs in seconds and without torch: proved by installing it into an environment of its own."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest

@@ -58,8 +58,8 @@ def run_equipot() -> Callable[..., subprocess.CompletedProcess[str]]:
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
     home = tmp_path_factory.mktemp("main-job")
     job = MainJob(home / "store", home / "run", home / "bundle", home / "test.extxyz")
-    succeed("data", "import", DATA, "--out", job.store, "--level-of-theory", "PBE/def2-SVP", "--licence", "MIT",
-            "--group-by", "block:10", cwd=home)  # fmt: skip
+    level = ("--level-of-theory", "PBE/def2-SVP", "--licence", "MIT", "--group-by", "block:10")
+    succeed("data", "import", DATA, "--out", job.store, *level, cwd=home)
     recipe = home / "recipe.toml"
     recipe.write_text(RECIPE.format(store=job.store))
     succeed("train", recipe, "--ranks", 2, "--out", job.run, cwd=home)
@@ -72,8 +72,8 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
 @pytest.fixture(scope="session")
 def address(main_job: MainJob, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "stderr.log"
-    command = [sys.executable, "-m", "equipot.cli", "serve", str(main_job.bundle), "--port", "0", "--metrics-port", "0",
-               "--dtype", "float64"]  # fmt: skip
+    words = ["serve", str(main_job.bundle), "--port", "0", "--metrics-port", "0", "--dtype", "float64"]
+    command = [sys.executable, "-m", "equipot.cli", *words]
     with log.open("w") as stderr:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert server.stdout is not None
