@@ -1,0 +1,1 @@
+"""Serves bundles over gRPC: structures in, energies, forces and stress out."""

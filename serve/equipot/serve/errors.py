@@ -1,0 +1,101 @@
+"""What can go wrong in serving, as types. Which status code each becomes is `status.py`'s business."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from equipot.wire.v1.codec import FailureReason
+
+
+class ServeError(RuntimeError):
+    """The server cannot start as asked; the message is for the operator."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why one structure of a request cannot be answered, while the others are.
+
+    Attributes:
+        reason: the kind of fault, as on the wire.
+        field: the field at fault as the .proto names it, empty if none is.
+        message: what is wrong, with the value and the limit.
+        remedy: what the caller can do about it.
+    """
+
+    reason: FailureReason
+    field: str
+    message: str
+    remedy: str
+
+
+class CallError(Exception):
+    """A whole call that cannot be answered.
+
+    Attributes:
+        reason: a constant in UPPER_SNAKE_CASE for programs to branch on.
+        field: the request's field at fault, empty if none is.
+        retry_after: seconds after which the same call may succeed; None if it never will.
+        facts: values and limits by name, for programs.
+    """
+
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        retry_after: float | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after = retry_after
+        self.facts = dict(facts or {})
+
+
+class InvalidRequest(CallError):
+    """The request's fields do not fit together, or one is out of range."""
+
+    reason = "INVALID_REQUEST"
+
+
+class NotServed(CallError):
+    """The named model or level of theory is not served here."""
+
+    reason = "NOT_SERVED"
+
+
+class OverLimit(CallError):
+    """The request is larger than this server takes, now and later."""
+
+    reason = "OVER_LIMIT"
+
+
+class QueueFull(CallError):
+    """Too much work waits already; later there will be room."""
+
+    reason = "QUEUE_FULL"
+
+
+class DeadlineUnreachable(CallError):
+    """The work ahead takes longer than the caller would wait, so the call is refused at the door."""
+
+    reason = "DEADLINE_UNREACHABLE"
+
+
+class DeadlinePassed(CallError):
+    """The deadline passed while the request waited."""
+
+    reason = "DEADLINE_PASSED"
+
+
+class NotReady(CallError):
+    """The server is starting or draining; another one, or this one later, will answer."""
+
+    reason = "NOT_READY"

@@ -1,0 +1,112 @@
+"""What the server counts, for Prometheus, in a registry of its own. Knows nothing of gRPC or torch."""
+
+from __future__ import annotations
+
+import errno
+from types import TracebackType
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from equipot.serve.batcher import Depth
+from equipot.serve.errors import ServeError
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+STRUCTURES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+EDGES = tuple(4**power for power in range(3, 12))
+
+OK = "ok"
+"""The outcome of what was answered; anything else is the reason why it was not."""
+
+NO_MODEL = ""
+"""The model label of requests that name none we serve: what callers invent must not become labels."""
+
+
+class Metrics:
+    """Counters, gauges and histograms of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        by_outcome = ["model", "outcome"]
+        self.requests = self._counter("requests", "Calls of Predict, by how they ended", by_outcome)
+        self.structures = self._counter("structures", "Structures, by how they ended", by_outcome)
+        self.atoms = self._counter("atoms", "Atoms of answered structures", ["model"])
+        self.edges = self._counter("edges", "Edges of answered structures", ["model"])
+        self.batches = self._counter("batches", "Batches computed", ["model"])
+        self.failed_batches = self._counter(
+            "failed_batches", "Batches that failed and were halved", ["model"]
+        )
+        self.in_flight = self._gauge("in_flight_requests", "Calls of Predict not answered yet")
+        self.queue_requests = self._gauge("queue_requests", "Requests that wait for the engine")
+        self.queue_atoms = self._gauge("queue_atoms", "Atoms that wait for the engine")
+        self.queue_edges = self._gauge("queue_edges", "Edges that wait for the engine")
+        self.wait_seconds = self._histogram("wait_seconds", "A structure's wait for the engine", SECONDS)
+        self.prepare_seconds = self._histogram("prepare_seconds", "Checks and neighbour lists", SECONDS)
+        self.compute_seconds = self._histogram("compute_seconds", "A batch in the engine", SECONDS)
+        self.request_seconds = self._histogram("request_seconds", "An answered call in the server", SECONDS)
+        self.batch_structures = self._histogram("batch_structures", "Structures in a batch", STRUCTURES)
+        self.batch_edges = self._histogram("batch_edges", "Edges in a batch", EDGES)
+        self._info = Gauge(
+            "equipot_model_info",
+            "1 for each served model",
+            ["model", "digest", "dtype", "force_mode"],
+            registry=self.registry,
+        )
+
+    def describe_model(self, *, name: str, digest: str, dtype: str, force_mode: str) -> None:
+        """Announces a served model."""
+        self._info.labels(model=name, digest=digest, dtype=dtype, force_mode=force_mode).set(1)
+
+    def queue(self, depth: Depth) -> None:
+        """Notes what waits."""
+        self.queue_requests.set(depth.requests)
+        self.queue_atoms.set(depth.atoms)
+        self.queue_edges.set(depth.edges)
+
+    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
+        return Counter(f"equipot_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"equipot_{name}", text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"equipot_{name}", text, ["model"], registry=self.registry, buckets=buckets)
+
+
+class MetricsEndpoint:
+    """Serves `/metrics` over HTTP for the length of a `with` block.
+
+    Attributes:
+        port: the one it listens on.
+
+    Raises:
+        ServeError: the port is in use or may not be used.
+    """
+
+    def __init__(self, metrics: Metrics, *, host: str, port: int) -> None:
+        try:
+            server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ServeError(
+                    f"metrics port {port} is in use: choose another --metrics-port (0 takes a free one)"
+                    " or --no-metrics"
+                ) from error
+            raise ServeError(
+                f"cannot serve metrics on {host} port {port}: {error.strerror or error}"
+            ) from error
+        self._server: WSGIServer = server
+        self.port: int = server.server_port
+
+    def __enter__(self) -> MetricsEndpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,101 @@
+"""Turns errors into gRPC statuses with google.rpc details, in one place for all methods."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from equipot.serve.errors import (
+    CallError,
+    DeadlinePassed,
+    DeadlineUnreachable,
+    InvalidRequest,
+    NotReady,
+    NotServed,
+    OverLimit,
+    QueueFull,
+)
+
+DOMAIN = "equipot"
+"""ErrorInfo's domain: whose reasons these are."""
+
+LONGEST_MESSAGE = 2_000
+"""Characters of a status message that travel: it goes in a header, and headers are limited to 8 kB."""
+
+CODES: Mapping[type[CallError], grpc.StatusCode] = MappingProxyType(
+    {
+        InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+        NotServed: grpc.StatusCode.NOT_FOUND,
+        OverLimit: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        DeadlineUnreachable: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+        NotReady: grpc.StatusCode.UNAVAILABLE,
+        CallError: grpc.StatusCode.INTERNAL,
+    }
+)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+RequestT = TypeVar("RequestT", bound=Message)
+
+logger = logging.getLogger(__name__)
+
+
+def to_status(error: CallError) -> status_pb2.Status:
+    """The rich status of an error: ErrorInfo, BadRequest if a field is at fault, RetryInfo if it helps."""
+    message = error.message[:LONGEST_MESSAGE]
+    status = status_pb2.Status(code=CODES[type(error)].value[0], message=message)
+    _attach(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.facts))
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
+        _attach(status, error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after * 1000))
+        _attach(status, retry)
+    return status
+
+
+def _attach(status: status_pb2.Status, detail: Message) -> None:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    status.details.append(packed)
+
+
+def guarded(
+    method: Callable[[RequestT, Context], Awaitable[Message]], request_type: type[RequestT]
+) -> grpc.RpcMethodHandler[bytes, Message]:
+    """The gRPC handler of one unary method that may raise `CallError`; parses the request itself.
+
+    gRPC's own answer to bytes that are no message is UNKNOWN, and a traceback in the log.
+    """
+
+    async def answer(raw: bytes, context: Context) -> Message:
+        try:
+            return await method(_parse(request_type, raw), context)
+        except CallError as error:
+            failure = error
+        except Exception:
+            logger.exception("%s failed", request_type.__name__)
+            failure = CallError("the server failed on this request; its log has the reason")
+        status = rpc_status.to_status(to_status(failure))
+        await context.abort(status.code, status.details, status.trailing_metadata)
+
+    return grpc.unary_unary_rpc_method_handler(
+        answer, request_deserializer=None, response_serializer=lambda message: message.SerializeToString()
+    )
+
+
+def _parse(request_type: type[RequestT], raw: bytes) -> RequestT:
+    try:
+        return request_type.FromString(raw)
+    except DecodeError as error:
+        raise InvalidRequest(f"the request is not a {request_type.DESCRIPTOR.full_name}: {error}") from error

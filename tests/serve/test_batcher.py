@@ -1,0 +1,311 @@
+"""The batcher against simulated time: what it promises holds for any sequence of arrivals."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from equipot.serve.batcher import Batch, Batcher, Budget
+from equipot.serve.errors import DeadlineUnreachable, QueueFull
+
+BUDGET = Budget(batch_edges=100, batch_atoms=40, queue_edges=10_000)
+
+
+def queue(batcher: Batcher, edges: list[int], *, key: str = "m", atoms: int = 1, now: float = 0.0) -> int:
+    """A request whose structures are all prepared at once."""
+    ticket = batcher.open(key, now=now, expected_edges=0)
+    batcher.add(ticket, [(i, atoms, e) for i, e in enumerate(edges)], now=now, expected_edges=0)
+    return ticket
+
+
+def take(batcher: Batcher, seconds: float = 1.0) -> Batch:
+    batch = batcher.next_batch()
+    assert batch is not None
+    batcher.finished(batch, seconds)
+    return batch
+
+
+def indices(batch: Batch, ticket: int) -> list[int]:
+    return [item.index for item in batch.items if item.ticket == ticket]
+
+
+class TestBatching:
+    def test_a_lone_structure_goes_at_once(self) -> None:
+        batcher = Batcher(BUDGET)
+        assert batcher.next_batch() is None
+        ticket = queue(batcher, [7])
+        assert indices(take(batcher), ticket) == [0]
+        assert batcher.next_batch() is None
+
+    def test_what_came_while_the_engine_was_busy_goes_together(self) -> None:
+        batcher = Batcher(BUDGET)
+        tickets = [queue(batcher, [10]) for _ in range(5)]
+        assert [item.ticket for item in take(batcher).items] == tickets
+
+    def test_filled_to_the_edge_budget_and_no_further(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [30] * 7)
+        assert [len(take(batcher).items) for _ in range(3)] == [3, 3, 1]
+
+    def test_atoms_bound_a_batch_of_structures_without_edges(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [0] * 5, atoms=20)
+        assert [len(take(batcher).items) for _ in range(3)] == [2, 2, 1]
+
+    def test_a_structure_over_the_budget_goes_alone(self) -> None:
+        batcher = Batcher(BUDGET)
+        big = queue(batcher, [5_000])
+        small = queue(batcher, [1])
+        assert [item.ticket for item in take(batcher).items] == [big]
+        assert [item.ticket for item in take(batcher).items] == [small]
+
+    def test_different_keys_never_mix_and_take_turns(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [10] * 50, key="a")
+        queue(batcher, [10] * 50, key="b")
+        keys = [take(batcher).key for _ in range(10)]
+        assert Counter(keys) == {"a": 5, "b": 5}
+        assert keys[:2] == ["a", "b"]
+
+
+class TestFairness:
+    def test_one_structure_is_not_stuck_behind_ten_thousand(self) -> None:
+        batcher = Batcher(Budget(batch_edges=100, batch_atoms=100, queue_edges=10**9))
+        queue(batcher, [10] * 10_000)
+        for _ in range(20):
+            take(batcher)
+        small = queue(batcher, [10])
+        assert indices(take(batcher), small) == [0]
+
+    def test_two_large_requests_share_the_engine_evenly(self) -> None:
+        batcher = Batcher(BUDGET)
+        first = queue(batcher, [10] * 400)
+        for _ in range(10):
+            take(batcher)
+        second = queue(batcher, [10] * 400)
+        shares = Counter[int]()
+        for _ in range(20):
+            shares.update(item.ticket for item in take(batcher).items)
+        assert abs(shares[first] - shares[second]) <= 10
+
+    def test_a_request_saves_up_no_turns_while_it_has_nothing_to_compute(self) -> None:
+        batcher = Batcher(BUDGET)
+        slow = batcher.open("m", now=0.0, expected_edges=10)
+        busy = queue(batcher, [10] * 800)
+        for _ in range(40):
+            take(batcher)
+        batcher.add(slow, [(i, 1, 10) for i in range(200)], now=1.0, expected_edges=0)
+        shares = Counter[int]()
+        for _ in range(20):
+            shares.update(item.ticket for item in take(batcher).items)
+        assert abs(shares[slow] - shares[busy]) <= 10
+
+    def test_a_large_cell_is_served_although_small_ones_keep_coming(self) -> None:
+        batcher = Batcher(BUDGET)
+        for _ in range(10):
+            queue(batcher, [10])
+        large = queue(batcher, [100], atoms=40)
+        n_batches = 0
+        served = False
+        while not served:
+            for _ in range(12):
+                queue(batcher, [10])
+            served = bool(indices(take(batcher), large))
+            n_batches += 1
+        assert n_batches <= 2
+
+    def test_a_large_request_moves_on_although_small_ones_fill_every_batch(self) -> None:
+        batcher = Batcher(Budget(batch_edges=100, batch_atoms=100, queue_edges=10**9))
+        large = queue(batcher, [10] * 1_000)
+        served = 0
+        for _ in range(200):
+            for _ in range(10):
+                queue(batcher, [10])
+            served += len(indices(take(batcher), large))
+        assert served >= 50
+
+
+class TestDoor:
+    def test_a_full_queue_refuses_and_says_when_to_come_back(self) -> None:
+        batcher = Batcher(Budget(batch_edges=100, batch_atoms=100, queue_edges=250))
+        queue(batcher, [100])
+        take(batcher, seconds=1.0)
+        queue(batcher, [100, 100])
+        with pytest.raises(QueueFull, match=r"200 edges wait.*limit is 250") as caught:
+            batcher.open("m", now=0.0, expected_edges=100)
+        assert caught.value.retry_after == pytest.approx(1.0, rel=0.05)
+        take(batcher)
+        batcher.open("m", now=0.0, expected_edges=100)
+
+    def test_what_is_announced_counts_before_it_is_added(self) -> None:
+        batcher = Batcher(Budget(batch_edges=100, batch_atoms=100, queue_edges=250))
+        ticket = batcher.open("m", now=0.0, expected_edges=200)
+        with pytest.raises(QueueFull):
+            batcher.open("m", now=0.0, expected_edges=100)
+        batcher.remove(ticket)
+        batcher.open("m", now=0.0, expected_edges=100)
+
+    def test_an_empty_queue_takes_any_request(self) -> None:
+        batcher = Batcher(Budget(batch_edges=100, batch_atoms=100, queue_edges=250))
+        batcher.open("m", now=0.0, expected_edges=10_000)
+
+    def test_a_hopeless_deadline_is_refused_at_the_door(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [100])
+        take(batcher, seconds=10.0)
+        queue(batcher, [100] * 10)
+        with pytest.raises(DeadlineUnreachable) as caught:
+            batcher.open("m", now=50.0, expected_edges=500, deadline=51.0)
+        assert caught.value.retry_after is not None
+        batcher.open("m", now=50.0, expected_edges=1, deadline=51.0)
+        batcher.open("m", now=50.0, expected_edges=500, deadline=500.0)
+
+    def test_a_deadline_that_has_passed_leaves_the_queue(self) -> None:
+        batcher = Batcher(BUDGET)
+        ticket = batcher.open("m", now=0.0, expected_edges=10, deadline=5.0)
+        batcher.add(ticket, [(0, 1, 10)], now=1.0, expected_edges=0)
+        assert batcher.expire(4.9) == []
+        assert batcher.expire(5.0) == [ticket]
+        assert batcher.next_batch() is None
+        assert batcher.depth.edges == batcher.backlog == 0
+
+    def test_a_cancelled_request_leaves_the_queue_and_may_not_come_back(self) -> None:
+        batcher = Batcher(BUDGET)
+        ticket, other = queue(batcher, [10, 10]), queue(batcher, [10])
+        batcher.remove(ticket)
+        batcher.remove(ticket)
+        batcher.add(ticket, [(2, 1, 10)], now=0.0, expected_edges=0)
+        assert [item.ticket for item in take(batcher).items] == [other]
+        assert batcher.next_batch() is None
+
+
+class BatcherMachine(RuleBasedStateMachine):
+    """Any order of arrivals, cancellations, deadlines and batches, against a plain model of the queue."""
+
+    @initialize(edges=st.integers(1, 60), atoms=st.integers(1, 60))
+    def start(self, edges: int, atoms: int) -> None:
+        self.budget = Budget(batch_edges=edges, batch_atoms=atoms, queue_edges=1_000)
+        self.batcher = Batcher(self.budget)
+        self.now = 0.0
+        self.waiting: dict[int, list[tuple[int, int, int]]] = {}
+        self.keys: dict[int, str] = {}
+        self.deadlines: dict[int, float] = {}
+        self.passed_over: dict[tuple[int, int], set[int]] = {}
+
+    @rule(
+        key=st.sampled_from("ab"),
+        sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 90)), min_size=1, max_size=8),
+        patience=st.none() | st.floats(0.1, 20.0),
+    )
+    def arrive(self, key: str, sizes: list[tuple[int, int]], patience: float | None) -> None:
+        edges = sum(e for _, e in sizes)
+        deadline = None if patience is None else self.now + patience
+        before = self.batcher.backlog
+        try:
+            ticket = self.batcher.open(key, now=self.now, expected_edges=edges, deadline=deadline)
+        except QueueFull:
+            assert before > 0
+            assert before + edges > self.budget.queue_edges
+            return
+        except DeadlineUnreachable:
+            assert deadline is not None
+            return
+        items = [(i, atoms, e) for i, (atoms, e) in enumerate(sizes)]
+        self.batcher.add(ticket, items, now=self.now, expected_edges=0)
+        self.waiting[ticket] = items
+        self.keys[ticket] = key
+        if deadline is not None:
+            self.deadlines[ticket] = deadline
+
+    @rule(seconds=st.floats(0.01, 5.0))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        late = {t for t, deadline in self.deadlines.items() if deadline <= self.now and t in self.waiting}
+        assert set(self.batcher.expire(self.now)) == late
+        for ticket in late:
+            del self.waiting[ticket]
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(sorted(self.waiting)))
+        self.batcher.remove(ticket)
+        del self.waiting[ticket]
+
+    @rule(seconds=st.floats(0.01, 5.0))
+    def compute(self, seconds: float) -> None:
+        batch = self.batcher.next_batch()
+        if batch is None:
+            assert not any(self.waiting.values())
+            return
+        for item in batch.items:
+            assert self.waiting[item.ticket].pop(0) == (item.index, item.n_atoms, item.n_edges)
+            assert self.keys[item.ticket] == batch.key
+            assert item.arrival <= self.now
+        atoms = sum(item.n_atoms for item in batch.items)
+        within = batch.n_edges <= self.budget.batch_edges and atoms <= self.budget.batch_atoms
+        assert within or len(batch.items) == 1
+        if batch.n_edges < self.budget.batch_edges and atoms < self.budget.batch_atoms:
+            for ticket, items in self.waiting.items():
+                if items and self.keys[ticket] == batch.key:
+                    too_big = (
+                        batch.n_edges + items[0][2] > self.budget.batch_edges
+                        or atoms + items[0][1] > self.budget.batch_atoms
+                    )
+                    assert too_big, "room was left for a structure that fits"
+        self.batcher.finished(batch, seconds)
+        self.note_leader(batch)
+        for ticket in [t for t, items in self.waiting.items() if not items]:
+            self.batcher.remove(ticket)
+            del self.waiting[ticket]
+
+    def note_leader(self, batch: Batch) -> None:
+        """A structure at the head of its request is never passed over by a leader that came after it."""
+        leader = batch.items[0].ticket
+        for ticket, items in self.waiting.items():
+            if items and items[0][0] == 0:
+                assert leader < ticket, "a newer request led before an older one's first structure"
+
+    @invariant()
+    def counts_are_exact(self) -> None:
+        if not hasattr(self, "batcher"):
+            return
+        queued = [item for items in self.waiting.values() for item in items]
+        depth = self.batcher.depth
+        assert depth.edges == self.batcher.backlog == sum(e for _, _, e in queued)
+        assert depth.atoms == sum(atoms for _, atoms, _ in queued)
+        assert depth.requests == sum(1 for items in self.waiting.values() if items)
+
+    def teardown(self) -> None:
+        if hasattr(self, "batcher"):
+            while any(self.waiting.values()):
+                self.compute(seconds=0.1)
+
+
+TestAnySequence = BatcherMachine.TestCase
+TestAnySequence.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    large=st.integers(1, 200),
+    small=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    n_ahead=st.integers(0, 12),
+)
+def test_no_structure_waits_for_more_batches_than_requests_ahead_of_it(
+    large: int, small: list[int], n_ahead: int
+) -> None:
+    batcher = Batcher(Budget(batch_edges=100, batch_atoms=10**6, queue_edges=10**9))
+    for i in range(n_ahead):
+        queue(batcher, [small[i % len(small)]])
+    ticket = queue(batcher, [large])
+    for _ in range(n_ahead):
+        for edges in small:
+            queue(batcher, [edges])
+        if indices(take(batcher), ticket):
+            return
+    assert indices(take(batcher), ticket)
