@@ -1,0 +1,59 @@
+"""Writes structures of a store back as extended xyz, with their labels. The only writer that needs ASE."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+from ase.calculators.singlepoint import SinglePointCalculator
+from numpy.typing import NDArray
+
+from equipot.train.errors import DataError
+from equipot.train.store import Store
+
+
+def write_frames(stores: Sequence[Store], indices: NDArray[np.int64], path: Path) -> int:
+    """Writes the structures (k, 2) of (store, structure) in their order; returns how many.
+
+    Each frame has energy, forces and stress where known, charge and spin_multiplicity where stated, and where it
+    comes from (level_of_theory, source_file, source_frame), all under names that the importer reads back.
+
+    Raises:
+        DataError: nothing to write, or the file cannot be written.
+    """
+    if not len(indices):
+        raise DataError("no structure to write: this split is empty")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            for k, i in indices:
+                ase.io.write(file, as_atoms(stores[int(k)], int(i)), format="extxyz")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
+    return len(indices)
+
+
+def as_atoms(store: Store, index: int) -> ase.Atoms:
+    """One structure as ASE's Atoms with a SinglePointCalculator that holds its labels."""
+    system, labels, origin = store.system(index), store.labels(index), store.origin(index)
+    atoms = ase.Atoms(system.atomic_numbers, system.positions, cell=system.cell, pbc=system.pbc)
+    if system.charge:
+        atoms.info["charge"] = system.charge
+    if system.spin_multiplicity:
+        atoms.info["spin_multiplicity"] = system.spin_multiplicity
+    atoms.info["level_of_theory"] = store.manifest.level_of_theory
+    atoms.info["source_file"] = origin.file
+    atoms.info["source_frame"] = origin.frame
+    results: dict[str, object] = {}
+    if np.isfinite(labels.energy):
+        results["energy"] = labels.energy
+    if np.isfinite(labels.forces).all():
+        results["forces"] = labels.forces
+    if labels.stress is not None:
+        results["stress"] = labels.stress[(0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1)]  # ASE's Voigt order
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms

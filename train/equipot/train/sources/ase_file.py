@@ -1,0 +1,214 @@
+"""Reads any labelled file that ASE reads. (Ext)xyz is cut into frames here, so that one bad frame costs one frame."""
+
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.io
+import ase.io.formats
+import numpy as np
+
+from equipot.model.batch import System
+from equipot.train.errors import DataError
+from equipot.train.sources import xyz_chunks
+from equipot.train.sources.base import Frame, FrameError, Note, ReadOptions, Reason, Rejected
+from equipot.train.sources.labels import find_charge_and_spin, find_labels
+from equipot.train.sources.structure import check_structure
+
+XYZ_FORMATS = ("extxyz", "xyz")
+
+
+def open_ase_file(path: Path, options: ReadOptions) -> "AseFile":
+    """Opens a file and looks at its first frame.
+
+    Raises:
+        DataError: missing, empty, of a kind ASE does not read, not what its name says, or the first frame has
+            no such key as the options name.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    reader = AseFile(path, options.format or _detect(path), options)
+    reader.check_start()
+    return reader
+
+
+def _detect(path: Path) -> str:
+    try:
+        return str(ase.io.formats.filetype(str(path)))
+    except ase.io.formats.UnknownFileTypeError:
+        raise DataError(
+            f"{path}: neither its name nor its first bytes say what it is; name ASE's format with --format "
+            "(extxyz, traj, vasp-xml, …)"
+        ) from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); is it really what its name says?") from None
+
+
+class AseFile:
+    """One file as a `Reader`."""
+
+    def __init__(self, path: Path, format: str, options: ReadOptions) -> None:
+        self._path = path
+        self._format = format
+        self._options = options
+        self._fraction: float | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    @property
+    def format(self) -> str:
+        """Name of ASE's format."""
+        return self._format
+
+    def fraction(self) -> float | None:
+        """Share of the file read so far; known for (ext)xyz."""
+        return self._fraction
+
+    def check_start(self) -> None:
+        """Raises DataError if the file is not what it is taken for, or lacks a key that the user named."""
+        if self._format not in ase.io.formats.ioformats:
+            raise DataError(f"{self._path}: ASE has no format {self._format!r}; name another with --format")
+        if self._format in XYZ_FORMATS:
+            try:
+                line = xyz_chunks.first_line(self._path)
+            except (OSError, EOFError) as error:
+                raise self._not_what_it_says(str(error)) from None
+            if not xyz_chunks.is_header(line):
+                raise self._not_what_it_says(f"its first line is {line[:40]!r}, not an atom count")
+        atoms = next(self._atoms(0), None)
+        if atoms is None:
+            raise DataError(f"{self._path}: holds no frame")
+        if isinstance(atoms, Rejected):
+            return
+        values = _all_values(atoms)
+        for option, key in (
+            ("--energy-key", self._options.energy_key),
+            ("--forces-key", self._options.forces_key),
+            ("--stress-key", self._options.stress_key),
+        ):
+            if key is not None and key not in values:
+                there = ", ".join(sorted(k for k in values if k not in ("numbers", "positions"))) or "none"
+                raise DataError(f"{self._path}: frame 0 has no {key!r} ({option}); keys there: {there}")
+
+    def _not_what_it_says(self, why: str) -> DataError:
+        with self._path.open("rb") as file:
+            start = file.read(ase.io.formats.PEEK_BYTES)
+        try:
+            hint = f"; it looks like {ase.io.formats.match_magic(start).name}"
+        except ase.io.formats.UnknownFileTypeError:
+            hint = "; it starts like HDF5" if start.startswith(b"\x89HDF") else ""
+        return DataError(
+            f"{self._path}: is not {self._format} ({why}{hint}); name its real format with --format, "
+            "or give another file"
+        )
+
+    def frames(self, start: int = 0) -> Iterator[Frame | Rejected]:
+        """Yields frame `start` and those after it; a bad frame comes as `Rejected`."""
+        for index, atoms in enumerate(self._atoms(start), start):
+            if isinstance(atoms, Rejected):
+                yield atoms
+                continue
+            try:
+                yield self._frame(index, atoms)
+            except FrameError as error:
+                yield Rejected(index, error.reason, error.detail)
+
+    def _atoms(self, start: int) -> Iterator[ase.Atoms | Rejected]:
+        if self._format in XYZ_FORMATS:
+            yield from self._xyz_atoms(start)
+            return
+        if start and ase.io.formats.ioformats[self._format].single:
+            return
+        read = start
+        try:
+            for atoms in ase.io.iread(
+                str(self._path),
+                index=slice(start, None),
+                format=self._format,
+                do_not_split_by_at_sign=True,  # an "@" in a file's name is part of the name
+            ):
+                read += 1
+                yield atoms
+        except Exception as error:  # each of ASE's eighty readers raises what it likes
+            what = f"{type(error).__name__}: {error}"[:200]
+            if read == 0:
+                raise self._not_what_it_says(what) from error
+            yield Rejected(read, Reason.UNREADABLE, f"{what}; the rest of the file is lost")
+
+    def _xyz_atoms(self, start: int) -> Iterator[ase.Atoms | Rejected]:
+        size = self._path.stat().st_size
+        stream, raw = xyz_chunks.open_stream(self._path)
+        index = -1
+        with raw, stream:
+            try:
+                for chunk in xyz_chunks.chunks(stream):
+                    index = chunk.index
+                    self._fraction = raw.tell() / size
+                    if index >= start:
+                        yield self._parse(chunk)
+            except (OSError, EOFError) as error:  # a truncated or damaged .gz, .xz, .bz2
+                yield Rejected(index + 1, Reason.UNREADABLE, f"{error}; the rest of the file is lost")
+
+    def _parse(self, chunk: xyz_chunks.Chunk) -> ase.Atoms | Rejected:
+        if chunk.fault is not None:
+            return Rejected(chunk.index, Reason.UNREADABLE, chunk.fault)
+        if chunk.n_atoms == 0:
+            return Rejected(chunk.index, Reason.NO_ATOMS, f"line {chunk.first_line} announces 0 atoms")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ASE warns of each odd key; what matters is reported as a note
+                return next(ase.io.iread(io.StringIO(chunk.text), index=":", format="extxyz"))
+        except Exception as error:  # ASE's parser raises KeyError, IndexError, TypeError, … for malformed text
+            detail = f"line {chunk.first_line}: {type(error).__name__}: {error}"[:200]
+            return Rejected(chunk.index, Reason.UNREADABLE, detail)
+
+    def _frame(self, index: int, atoms: ase.Atoms) -> Frame:
+        system = System(
+            atomic_numbers=np.asarray(atoms.numbers, dtype=np.int64),
+            positions=np.asarray(atoms.positions, dtype=np.float64),
+            cell=np.asarray(atoms.cell.array, dtype=np.float64),
+            pbc=np.asarray(atoms.pbc, dtype=np.bool_),
+        )
+        check_structure(system)
+        labels = find_labels(_all_values(atoms), len(atoms), system.cell, system.pbc, self._options)
+        charge, spin = find_charge_and_spin(atoms.info)
+        notes = labels.notes
+        if labels.forces is not None and len(atoms) > 1 and not labels.forces.any():
+            notes += (Note("forces: all zero in a frame of several atoms", f"{len(atoms)} atoms"),)
+        return Frame(
+            index=index,
+            atomic_numbers=system.atomic_numbers,
+            positions=system.positions,
+            cell=system.cell,
+            pbc=system.pbc,
+            energy=labels.energy,
+            forces=labels.forces,
+            stress=labels.stress,
+            charge=charge,
+            spin_multiplicity=spin,
+            group=_group(atoms.info, self._options.group_keys),
+            notes=notes,
+        )
+
+
+def _all_values(atoms: ase.Atoms) -> dict[str, Any]:
+    """Every key of a frame: per-atom arrays, info, and the calculator's results as stored (no constraints)."""
+    results: Mapping[str, Any] = {} if atoms.calc is None else atoms.calc.results
+    pairs: Mapping[str, Any] = atoms.info.get("key_value_pairs", {})  # how ASE's database hands out its columns
+    return {**atoms.arrays, **pairs, **atoms.info, **results}
+
+
+def _group(info: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, str] | None:
+    for key in keys:
+        value = info.get(key)
+        if isinstance(value, (str, int, np.integer)) and not isinstance(value, bool):
+            return key, str(value)
+    return None

@@ -1,0 +1,228 @@
+"""Writes a packed store so that a kill at any moment loses at most the frames since the last commit.
+
+Order of a commit: arrays are appended and synced, then the journal is replaced. What lies behind the rows that
+the journal (or, without one, the manifest) counts is cut off by the next append. The manifest is replaced last,
+when the import is done, so a store that is being added to stays readable as it was. Knows nothing of files.
+"""
+
+import copy
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipot.train.arrays import OFFSETS, PER_ATOM, PER_STRUCTURE, append_rows
+from equipot.train.errors import DataError
+from equipot.train.manifest import Manifest, ShardEntry, content_digest, read_json, write_json
+from equipot.train.sources.base import Frame
+from equipot.train.store import CHAINED, JOURNAL, MANIFEST, SHARDS, Store, link
+
+SHARD_STRUCTURES = 2**20
+SHARD_ATOMS = 2**25
+"""A shard is closed at either limit. Few large ones: each of its 13 arrays takes a file handle of its reader."""
+COMMIT_STRUCTURES = 2048
+COMMIT_ATOMS = 2**17
+"""Frames held in memory at most, and lost at most."""
+
+
+class StoreWriter:
+    """One import into one store; a context manager that holds the store's lock.
+
+    Attributes:
+        manifest: the store as it will be, brought up to date by every `add`.
+        cursor: what the importer needs to go on from the last commit.
+        resumed: whether a killed import is being continued.
+    """
+
+    def __init__(self, path: Path, fresh: Manifest, plan: Mapping[str, Any], *, commit_structures: int) -> None:
+        """Opens, creates, or takes up again.
+
+        Args:
+            path: folder of the store.
+            fresh: manifest of the store if it has to be created.
+            plan: what is imported and how; a killed import is only taken up with the same plan.
+            commit_structures: frames between two commits.
+
+        Raises:
+            DataError: not a store; another import is running or lies unfinished; another level of theory.
+        """
+        self.path = path
+        self._commit_structures = commit_structures
+        self._pending: list[tuple[Frame, int, int]] = []
+        self._pending_atoms = 0
+        self.cursor: dict[str, Any] = {}
+        self.resumed = False
+        self._plan = dict(plan)
+        created = not path.exists()
+        if not created and not path.is_dir():
+            raise DataError(f"{path}: is a file, not a store; give another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise DataError(f"{path}: another import into this store is running; wait for it") from None
+        try:
+            self.manifest = self._take_up(fresh)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._chain = bytes.fromhex(self.manifest.chain)
+
+    def _take_up(self, fresh: Manifest) -> Manifest:
+        journal = self.path / JOURNAL
+        if journal.exists():
+            body = read_json(journal)
+            if body.get("plan") != self._plan:
+                theirs = ", ".join(source["file"] for source in body.get("plan", {}).get("sources", []))
+                raise DataError(
+                    f"{self.path}: an import of {theirs} with other files or options lies unfinished; finish it with "
+                    f"the command it was started by, or drop it with: rm {journal}"
+                )
+            self.resumed = True
+            self.cursor = body["cursor"]
+            return Manifest.from_json(body["manifest"], journal)
+        if (self.path / MANIFEST).exists():
+            manifest = copy.deepcopy(Store.open(self.path).manifest)
+            for what in ("level_of_theory", "licence"):
+                ours, theirs = getattr(fresh, what), getattr(manifest, what)
+                if ours != theirs:
+                    flag = what.replace("_", "-")
+                    raise DataError(
+                        f"{self.path}: holds {what.replace('_', ' ')} {theirs!r}, not {ours!r}; give --{flag} "
+                        f"{theirs!r} if the new files are of the same, or import them into a store of their own"
+                    )
+            return manifest
+        if any(self.path.iterdir()):
+            raise DataError(f"{self.path}: holds other files and is no store; give an empty or a new folder")
+        return fresh
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def begin(self, cursor: Mapping[str, Any]) -> None:
+        """Writes the first journal, so that what follows can be taken up."""
+        self.commit(cursor)
+
+    def add(self, frame: Frame, group: int, source: int) -> None:
+        """Adds one structure; it is on disk after the next commit."""
+        entry = self._open_shard(len(frame.atomic_numbers))
+        self._pending.append((frame, group, source))
+        self._pending_atoms += len(frame.atomic_numbers)
+        entry.structures += 1
+        entry.atoms += len(frame.atomic_numbers)
+        self._count(frame)
+        self._chain = link(self._chain, _row_bytes(frame, group, source))
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to commit."""
+        return len(self._pending) >= self._commit_structures or self._pending_atoms >= COMMIT_ATOMS
+
+    def _open_shard(self, n_atoms: int) -> ShardEntry:
+        shards = self.manifest.shards
+        last = shards[-1] if shards else None
+        if last is None or last.structures >= SHARD_STRUCTURES or last.atoms + n_atoms > SHARD_ATOMS:
+            if last is not None:
+                self._flush()
+            shards.append(ShardEntry(name=f"{len(shards):05d}"))
+        return shards[-1]
+
+    def _count(self, frame: Frame) -> None:
+        m = self.manifest
+        m.structures += 1
+        m.atoms += len(frame.atomic_numbers)
+        m.with_energy += 1
+        m.with_forces += frame.forces is not None
+        m.with_stress += frame.stress is not None
+        m.periodic += bool(frame.pbc.any())
+        for number, count in zip(*np.unique(frame.atomic_numbers, return_counts=True), strict=True):
+            m.elements[str(number)] = m.elements.get(str(number), 0) + int(count)
+        charge, spin = str(frame.charge), str(frame.spin_multiplicity)
+        m.charges[charge] = m.charges.get(charge, 0) + 1
+        m.spin_multiplicities[spin] = m.spin_multiplicities.get(spin, 0) + 1
+
+    def commit(self, cursor: Mapping[str, Any]) -> None:
+        """Makes everything added so far survive a kill, together with `cursor`."""
+        self._flush()
+        self.manifest.chain = self._chain.hex()
+        self.cursor = dict(cursor)
+        body = {"plan": self._plan, "cursor": self.cursor, "manifest": self.manifest.to_json()}
+        write_json(self.path / JOURNAL, body)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        frames = [frame for frame, _, _ in self._pending]
+        entry = self.manifest.shards[-1]
+        folder = self.path / SHARDS / entry.name
+        folder.mkdir(parents=True, exist_ok=True)
+        structures, atoms = entry.structures - len(frames), entry.atoms - self._pending_atoms
+        ends = atoms + np.cumsum([len(frame.atomic_numbers) for frame in frames])
+        if structures == 0:
+            append_rows(folder / "atom_offsets.npy", OFFSETS, 0, np.concatenate([[0], ends]))
+        else:
+            append_rows(folder / "atom_offsets.npy", OFFSETS, structures + 1, ends)
+        for name, field in PER_STRUCTURE.items():
+            rows = np.stack([_structure_row(name, *pending) for pending in self._pending])
+            append_rows(folder / f"{name}.npy", field, structures, rows)
+        for name, field in PER_ATOM.items():
+            rows = np.concatenate([_atom_rows(name, frame) for frame in frames])
+            append_rows(folder / f"{name}.npy", field, atoms, rows)
+        self._pending.clear()
+        self._pending_atoms = 0
+
+    def finish(self, cursor: Mapping[str, Any]) -> Manifest:
+        """Commits, then names the whole as the store's content."""
+        self.commit(cursor)
+        m = self.manifest
+        m.digest = content_digest(m.level_of_theory, m.chain)
+        m.groups = len(np.unique(Store(self.path, m).groups))
+        write_json(self.path / MANIFEST, m.to_json())
+        (self.path / JOURNAL).unlink()
+        return m
+
+    def abandon(self) -> None:
+        """Takes an import back that kept nothing; an older store in the same place stays as it was."""
+        (self.path / JOURNAL).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+def _structure_row(name: str, frame: Frame, group: int, source: int) -> NDArray[Any]:
+    """One structure's row of a per-structure array, in the type it has on disk."""
+    if name == "group":
+        value: Any = group
+    elif name == "source":
+        value = source
+    elif name == "frame":
+        value = frame.index
+    elif name == "stress":
+        value = np.full((3, 3), np.nan) if frame.stress is None else frame.stress
+    else:
+        value = getattr(frame, name)
+    return np.asarray(value, dtype=PER_STRUCTURE[name].dtype)
+
+
+def _atom_rows(name: str, frame: Frame) -> NDArray[Any]:
+    """One structure's rows of a per-atom array, in the type they have on disk."""
+    value = getattr(frame, name)
+    if value is None:
+        value = np.full((len(frame.atomic_numbers), 3), np.nan)
+    return np.asarray(value, dtype=PER_ATOM[name].dtype)
+
+
+def _row_bytes(frame: Frame, group: int, source: int) -> list[NDArray[Any]]:
+    rows = [_structure_row(name, frame, group, source) for name in CHAINED]
+    return rows + [_atom_rows(name, frame) for name in PER_ATOM]
