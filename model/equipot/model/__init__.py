@@ -1,0 +1,1 @@
+"""The interatomic potential: structures, graphs, network, bundles. Knows nothing of training or serving."""

@@ -1,0 +1,301 @@
+"""Bundles: a model as a folder of model.json, safetensors shards and their index. Never unpickles anything.
+
+Shards and ``model.safetensors.index.json`` follow the Hugging Face convention, so other tools can read them.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from equipot.model.card import (
+    BUNDLE_VERSION,
+    CARD_FILE,
+    UNITS,
+    BundleCard,
+    Shard,
+    canonical_json,
+    read_card,
+)
+from equipot.model.config import ModelConfig
+from equipot.model.errors import BundleError
+from equipot.model.potential import Potential, count_parameters
+from equipot.model.references import References
+
+__all__ = ["BUNDLE_VERSION", "BundleCard", "Shard", "load_potential", "read_card", "write_bundle"]
+
+INDEX_FILE = "model.safetensors.index.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def write_bundle(
+    path: str | Path,
+    *,
+    name: str,
+    config: ModelConfig,
+    references: References,
+    tensors: Iterable[tuple[str, Tensor]],
+    provenance: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    max_shard_bytes: int = 2 * 1024**3,
+    dtype: torch.dtype = torch.float32,
+) -> BundleCard:
+    """Writes a bundle aside, then names it: there is a whole one at the path, or none.
+
+    Args:
+        path: where the bundle will be; must not exist, or be an empty folder.
+        name: what the service will call the model.
+        config: of the model.
+        references: of the model.
+        tensors: the state dict, taken one tensor at a time; no more than one shard is held in memory.
+        provenance: JSON values that say where the weights come from.
+        metrics: JSON values of its test errors.
+        max_shard_bytes: a new shard begins before this is exceeded; one tensor alone may exceed it.
+        dtype: the weights are stored in.
+
+    Returns:
+        The card as written.
+
+    Raises:
+        BundleError: the path is taken, the name unfit, or the tensors are not those of the config.
+    """
+    path = Path(path)
+    if not _NAME.fullmatch(name):
+        raise BundleError(
+            f"bundle name {name!r}: use 1 to 128 letters, digits, dots, dashes and underscores, "
+            "beginning with a letter or digit"
+        )
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise BundleError(f"{path}: already exists; choose another path or remove it first")
+    stored_as = _dtype_name(dtype)
+    expected = _expected_shapes(config, references)
+    with _written_aside(path) as folder:
+        writer = _ShardWriter(folder, max_shard_bytes)
+        for key, tensor in tensors:
+            _check_tensor(key, tuple(tensor.shape), expected, seen=writer.shard_of, where="tensors to write")
+            writer.add(key, tensor.detach().to(device="cpu", dtype=dtype).contiguous())
+        if missing := sorted(set(expected) - set(writer.shard_of)):
+            raise BundleError(f"tensors to write: {missing[0]!r} is missing; export a whole checkpoint")
+        shards = writer.finish()
+        card = BundleCard(
+            name=name,
+            format_version=BUNDLE_VERSION,
+            equipot_version=importlib.metadata.version("equipot"),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            config=config,
+            references=references,
+            dtype=stored_as,
+            provenance=_plain_json("provenance", provenance),
+            metrics=_plain_json("metrics", metrics),
+            units=dict(UNITS),
+            n_parameters=count_parameters(_on_meta(config, references)),
+            digest="",
+            shards=shards,
+        ).with_digest()
+        text = json.dumps(card.to_json(), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+        _write_text(folder / CARD_FILE, text + "\n")
+    return card
+
+
+def load_potential(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+) -> tuple[Potential, BundleCard]:
+    """Loads a bundle, in eval mode and with frozen parameters.
+
+    Args:
+        path: the bundle's folder.
+        dtype: of the parameters; as stored when None.
+        device: of the parameters.
+        verify: whether to check each shard's sha256; its size is always checked.
+
+    Raises:
+        BundleError: a shard is missing, truncated or altered, or the card is not one this release reads.
+    """
+    path = Path(path)
+    card = read_card(path)
+    for shard in card.shards:
+        _check_shard(path, shard, verify=verify)
+    target = dtype or _DTYPES.get(card.dtype)
+    if target is None:
+        raise BundleError(f"{path}: stored as {card.dtype!r}; this equipot knows {', '.join(_DTYPES)}")
+    potential = _on_meta(card.config, card.references)
+    expected = {key: tuple(tensor.shape) for key, tensor in potential.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for shard in card.shards:
+        for key, tensor in _shard_tensors(path / shard.file):
+            _check_tensor(key, tuple(tensor.shape), expected, seen=state, where=str(path / shard.file))
+            # The clone lets go of the file's pages: a file cut short under a running service would kill it.
+            state[key] = tensor.clone().to(device=device, dtype=target)
+    if missing := sorted(set(expected) - set(state)):
+        raise BundleError(f"{path}: tensor {missing[0]!r} is in no shard; export the model again")
+    potential.load_state_dict(state, assign=True)
+    # Moves the lookup tables, which no shard holds; the parameters are there already.
+    potential.to(device=device)
+    return potential.eval().requires_grad_(False), card
+
+
+class _ShardWriter:
+    """Collects tensors up to the limit, writes them out, forgets them."""
+
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+        self.folder = folder
+        self.limit = max_shard_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = 0
+        self.total_bytes = 0
+        self.shard_of: dict[str, int] = {}
+        self.n_shards = 0
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        if self.pending and self.pending_bytes + tensor.nbytes > self.limit:
+            self._flush()
+        # The clone takes the tensor out of a larger storage, which safetensors would refuse or write whole.
+        self.pending[key] = tensor.clone()
+        self.pending_bytes += tensor.nbytes
+        self.shard_of[key] = self.n_shards
+
+    def _flush(self) -> None:
+        save_file(self.pending, self.folder / f"part-{self.n_shards}", metadata={"format": "pt"})
+        self.total_bytes += self.pending_bytes
+        self.pending, self.pending_bytes = {}, 0
+        self.n_shards += 1
+
+    def finish(self) -> tuple[Shard, ...]:
+        if self.pending:
+            self._flush()
+        names = [f"model-{k + 1:05d}-of-{self.n_shards:05d}.safetensors" for k in range(self.n_shards)]
+        shards = []
+        for k, name in enumerate(names):
+            file = (self.folder / f"part-{k}").rename(self.folder / name)
+            _sync(file)
+            shards.append(Shard(file=name, bytes=file.stat().st_size, sha256=_sha256(file)))
+        index = {
+            "metadata": {"total_size": self.total_bytes},
+            "weight_map": {key: names[k] for key, k in self.shard_of.items()},
+        }
+        _write_text(self.folder / INDEX_FILE, json.dumps(index, sort_keys=True, indent=1) + "\n")
+        return tuple(shards)
+
+
+@contextmanager
+def _written_aside(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder
+        # mkdtemp makes a folder for its owner alone; a bundle is to be read by whoever serves it.
+        folder.chmod(0o755)
+        _sync(folder)
+        folder.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _on_meta(config: ModelConfig, references: References) -> Potential:
+    with torch.device("meta"):
+        return Potential(config, references)
+
+
+def _expected_shapes(config: ModelConfig, references: References) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in _on_meta(config, references).state_dict().items()}
+
+
+def _check_tensor(
+    key: str,
+    shape: tuple[int, ...],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    seen: Mapping[str, object],
+    where: str,
+) -> None:
+    if key not in expected:
+        raise BundleError(f"{where}: tensor {key!r} is not part of this architecture; export the model again")
+    if key in seen:
+        raise BundleError(f"{where}: tensor {key!r} comes twice; export the model again")
+    if shape != expected[key]:
+        raise BundleError(
+            f"{where}: tensor {key!r} has shape {shape}, the config asks for {expected[key]}; "
+            "export the model again"
+        )
+
+
+def _check_shard(path: Path, shard: Shard, *, verify: bool) -> None:
+    file = path / shard.file
+    if Path(shard.file).name != shard.file:
+        raise BundleError(
+            f"{path}: shard name {shard.file!r} leaves the bundle's folder; do not use this bundle"
+        )
+    if not file.is_file():
+        raise BundleError(f"{file}: shard is missing; copy or export the bundle again")
+    size = file.stat().st_size
+    if size != shard.bytes:
+        raise BundleError(
+            f"{file}: shard has {size} bytes, the card says {shard.bytes}; copy or export the bundle again"
+        )
+    if verify and _sha256(file) != shard.sha256:
+        raise BundleError(
+            f"{file}: shard's sha256 differs from the card's, so it was altered or damaged; "
+            "copy or export the bundle again"
+        )
+
+
+def _shard_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as shard:
+            for key in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                yield key, shard.get_tensor(key)
+    except SafetensorError as error:
+        raise BundleError(f"{file}: not a safetensors file ({error}); export the bundle again") from error
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    for name, known in _DTYPES.items():
+        if known == dtype:
+            return name
+    raise BundleError(f"bundle dtype {dtype}: choose one of {', '.join(_DTYPES)}")
+
+
+def _plain_json(field: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(canonical_json(data))
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"bundle {field}: not JSON ({error}); give finite numbers and strings") from error
+    return plain
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+    _sync(file)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,63 @@
+"""The EGNN backbone: invariant features of atoms by message passing.
+
+The invariant part of Satorras, Hoogeboom, Welling, "E(n) equivariant graph neural networks" (2021): atoms
+stay where the structure puts them, so the paper's coordinate update has no place here; vectors appear in the
+heads alone.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from equipot.model.config import ModelConfig
+from equipot.model.geometry import Edges
+from equipot.model.messages import MessageSum
+
+RunLayer = Callable[[nn.Module, Tensor, Edges], Tensor]
+
+
+def run_layer_directly(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
+    """Calls the layer; training puts activation checkpointing in this place."""
+    out: Tensor = layer(h, edges)
+    return out
+
+
+class EGNNLayer(nn.Module):
+    """One round of messages: u_i = W_d silu(W_c h_i + W_g Σ_j m_ij / mean_neighbors + b) + b'."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm = nn.LayerNorm(width) if config.normalisation == "layer" else nn.Identity()
+        self.messages = MessageSum(width, config.radial, form=config.messages)
+        self.own = nn.Linear(width, width)
+        self.gathered = nn.Linear(width, width, bias=False)
+        self.down = nn.Linear(width, width)
+        self.residual = config.residual
+        self.mean_neighbors = config.mean_neighbors
+
+    def forward(self, stream: Tensor, edges: Edges) -> Tensor:
+        """New features (N, H) from old; both in float32 or wider, the work in the weights' dtype."""
+        dtype = edges.radial.dtype
+        h = self.norm(stream.to(dtype))
+        gathered = (self.messages(h, edges) / self.mean_neighbors).to(dtype)
+        update: Tensor = self.down(functional.silu(self.own(h) + self.gathered(gathered))).to(stream.dtype)
+        return stream + update if self.residual else update
+
+
+class EGNN(nn.Module):
+    """A stack of layers. ``run_layer`` may be replaced by a wrapper; the parameters' names do not change."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EGNNLayer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
+        self.run_layer: RunLayer = run_layer_directly
+
+    def forward(self, h: Tensor, edges: Edges) -> Tensor:
+        """Features (N, H) in the edges' dtype from embeddings (N, H)."""
+        for layer in self.layers:
+            h = self.run_layer(layer, h, edges)
+        out: Tensor = self.norm(h.to(edges.radial.dtype))
+        return out

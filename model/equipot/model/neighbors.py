@@ -1,0 +1,84 @@
+"""Who is whose neighbour, periodic images included. Knows nothing of torch; one signature, two algorithms."""
+
+import itertools
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import vesin
+from numpy.typing import NDArray
+
+
+class NeighborList(NamedTuple):
+    """Directed edges, each pair in both directions, sorted by receiver.
+
+    The vector of an edge is ``positions[senders] + cell_shifts @ cell - positions[receivers]``.
+    """
+
+    senders: NDArray[np.int64]
+    """(n_edges,) atom the message comes from."""
+    receivers: NDArray[np.int64]
+    """(n_edges,) atom the message goes to, ascending."""
+    cell_shifts: NDArray[np.int64]
+    """(n_edges, 3) lattice vectors added to the sender's position."""
+
+
+_calculators = threading.local()
+
+
+def _calculator(cutoff: float) -> vesin.NeighborList:
+    # One per thread: a calculator owns its buffers, and ctypes lets go of the interpreter lock in a call.
+    cache: dict[float, vesin.NeighborList] = _calculators.__dict__.setdefault("by_cutoff", {})
+    if cutoff not in cache:
+        cache[cutoff] = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
+    return cache[cutoff]
+
+
+def neighbor_list(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> NeighborList:
+    """All edges shorter than the cutoff, by vesin (cell lists; linear in the number of atoms).
+
+    Args:
+        positions: (n, 3) in Å, inside the cell or not.
+        cell: (3, 3) in Å, rows are lattice vectors; rows of non-periodic directions are not read.
+        pbc: (3,) periodic directions.
+        cutoff: in Å; may exceed the cell, an atom then has several images of one neighbour.
+    """
+    receivers, senders, shifts = _calculator(float(cutoff)).compute(positions, cell, pbc, "ijS", copy=False)
+    # copy=False gives views of the calculator's buffers: astype and the copies below own their memory.
+    return NeighborList(senders.astype(np.int64), receivers.astype(np.int64), shifts.astype(np.int64))
+
+
+def brute_force_neighbor_list(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> NeighborList:
+    """The same edges by trying every pair in every image within reach: the reference for tests."""
+    images = list(itertools.product(*(range(-r, r + 1) for r in _image_range(positions, cell, pbc, cutoff))))
+    found: list[NDArray[np.int64]] = []
+    for image in images:
+        shift = np.array(image, dtype=np.int64)
+        vectors = positions[None, :] + shift @ cell - positions[:, None]
+        within = np.linalg.norm(vectors, axis=-1) < cutoff
+        if not shift.any():
+            np.fill_diagonal(within, False)
+        receivers, senders = np.nonzero(within)
+        found.append(np.column_stack([receivers, senders, np.tile(shift, (len(senders), 1))]))
+    edges = np.concatenate(found).astype(np.int64)
+    edges = edges[np.lexsort(edges.T[::-1])]
+    return NeighborList(edges[:, 1], edges[:, 0], edges[:, 2:])
+
+
+def _image_range(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> list[int]:
+    periodic = np.flatnonzero(pbc)
+    reach = [0, 0, 0]
+    if len(positions) and len(periodic):
+        # Rows of the pseudo-inverse are the reciprocal vectors of the periodic directions alone.
+        reciprocal = np.linalg.pinv(cell[periodic])
+        fractional = positions @ reciprocal
+        per_cutoff = cutoff * np.linalg.norm(reciprocal, axis=0)
+        for axis, steps in zip(periodic, per_cutoff + np.ptp(fractional, axis=0), strict=True):
+            reach[axis] = int(np.ceil(steps))
+    return reach

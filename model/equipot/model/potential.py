@@ -1,0 +1,200 @@
+"""Energy, forces and stress of a batch of structures. Knows nothing of files, training or serving."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from equipot.model.batch import SystemBatch
+from equipot.model.config import ModelConfig
+from equipot.model.egnn import EGNN
+from equipot.model.errors import ModelError
+from equipot.model.geometry import Edges, edge_lengths, make_edges, sum_by_index
+from equipot.model.heads import Embedding, EnergyHead, ForceHead
+from equipot.model.references import References
+
+# A backbone is built from the config and maps (embeddings (N, H), Edges) to features (N, H) in the edges'
+# dtype. It calls its layers through an attribute `run_layer` (see egnn.RunLayer), for training to wrap.
+BACKBONES: dict[str, type[nn.Module]] = {"egnn": EGNN}
+
+# Small, not zero: an untrained model predicts almost its references, and every weight has a gradient at once.
+_OUTPUT_GAIN = 0.1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """What a potential says of a batch."""
+
+    energy: Tensor
+    """(S,) float64, total, eV"""
+    forces: Tensor | None
+    """(N, 3) eV/Å in the batch's dtype, or None when not asked for"""
+    stress: Tensor | None
+    """(S, 3, 3) eV/Å³, positive in tension; NaN for systems not periodic in all three directions"""
+
+
+class Potential(nn.Module):
+    """A network of atomic energies on top of reference energies.
+
+    The network runs in its parameters' dtype; distances and their expansion in the batch's; sums over
+    neighbours in float32 or wider; sums over atoms in float64.
+    """
+
+    def __init__(self, config: ModelConfig, references: References) -> None:
+        super().__init__()
+        references.check_against(config)
+        if config.architecture not in BACKBONES:
+            raise ModelError(
+                f"model config: architecture is {config.architecture!r}; choose one of {', '.join(BACKBONES)}"
+            )
+        self.config = config
+        self.references = references
+        self._reference_tensors: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.embedding = Embedding(config)
+        self.backbone = BACKBONES[config.architecture](config)
+        self.energy_head = EnergyHead(config)
+        self.force_head = ForceHead(config) if config.forces == "direct" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws fresh weights from torch's global generator: normal of variance 1/fan-in, biases zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+        outputs = [self.energy_head.down] + ([self.force_head.down] if self.force_head else [])
+        for module in outputs:
+            nn.init.normal_(module.weight, std=_OUTPUT_GAIN / math.sqrt(module.in_features))
+
+    def forward(self, batch: SystemBatch, *, forces: bool = True, stress: bool = False) -> Prediction:
+        """Predicts total energies, and forces and stress where asked for.
+
+        In training mode, and where gradients are enabled, everything can be back-propagated, conservative
+        forces too. In eval mode the results are detached, and callers may be under ``no_grad`` or
+        ``inference_mode``.
+
+        Args:
+            batch: structures that passed `validate`; unknown elements raise IndexError here.
+            forces: whether to compute forces.
+            stress: whether to compute stress.
+
+        Raises:
+            ModelError: stress was asked of a model with direct forces.
+        """
+        if stress and self.force_head is not None:
+            raise ModelError(
+                "stress: this model has direct forces, which belong to no energy, so it has no stress; "
+                "use a model with forces = 'conservative'"
+            )
+        by_gradient = stress or (forces and self.force_head is None)
+        differentiable = self.training and torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiable or by_gradient):
+            prediction = self._predict(_outside_inference_mode(batch), forces, stress, differentiable)
+        return prediction if differentiable else _detached(prediction)
+
+    def _predict(self, batch: SystemBatch, forces: bool, stress: bool, differentiable: bool) -> Prediction:
+        vectors = batch.edge_vectors()
+        by_gradient = stress or (forces and self.force_head is None)
+        if by_gradient:
+            vectors = vectors.detach().requires_grad_()
+        edges, lengths = self._edges(batch, vectors)
+        element_idx = self.embedding.elements(batch.atomic_numbers)
+        h = self.embedding(batch, element_idx)
+        h = self.backbone(h.to(torch.promote_types(h.dtype, torch.float32)), edges)
+        energy = self._energy(batch, h, element_idx)
+        if by_gradient:
+            return self._by_gradient(batch, vectors, energy, forces, stress, differentiable)
+        if not forces or self.force_head is None:
+            return Prediction(energy=energy, forces=None, stress=None)
+        _, scale = self._references_on(batch.positions.device)
+        edge_level = batch.level_idx[batch.system_idx[batch.receivers]]
+        strengths = self.force_head(h, edges, vectors / lengths.unsqueeze(-1), edge_level)
+        scale_N1 = scale[batch.level_idx][batch.system_idx].unsqueeze(-1)
+        return Prediction(energy=energy, forces=(strengths * scale_N1).to(vectors.dtype), stress=None)
+
+    def _edges(self, batch: SystemBatch, vectors: Tensor) -> tuple[Edges, Tensor]:
+        lengths = edge_lengths(vectors)
+        edges = make_edges(
+            lengths,
+            batch.senders,
+            batch.receivers,
+            n_atoms=batch.n_atoms,
+            cutoff=self.config.cutoff,
+            radial=self.config.radial,
+            dtype=self.embedding.element.weight.dtype,
+        )
+        return edges, lengths
+
+    def _energy(self, batch: SystemBatch, h: Tensor, element_idx: Tensor) -> Tensor:
+        energy_table, scale = self._references_on(h.device)
+        level_N = batch.level_idx[batch.system_idx]
+        # float64: a sum over 1e5 atoms loses 1 meV in float32, and references alone are thousands of eV.
+        atomic = self.energy_head(h).gather(-1, level_N.unsqueeze(-1)).squeeze(-1).double()
+        atomic = atomic * scale[level_N] + energy_table[level_N, element_idx]
+        return sum_by_index(atomic, batch.system_idx, batch.n_systems)
+
+    def _by_gradient(
+        self,
+        batch: SystemBatch,
+        vectors: Tensor,
+        energy: Tensor,
+        forces: bool,
+        stress: bool,
+        differentiable: bool,
+    ) -> Prediction:
+        # The energy depends on positions and cell through edge vectors alone, so one gradient gives both: a
+        # force is a difference of edge gradients, the derivative by a symmetric strain is Σ_e r_e ⊗ ∂E/∂r_e.
+        (pull,) = torch.autograd.grad(
+            energy.sum(), vectors, create_graph=differentiable, materialize_grads=True
+        )
+        n = batch.n_atoms
+        force = None
+        if forces:
+            force = sum_by_index(pull, batch.receivers, n) - sum_by_index(pull, batch.senders, n)
+            force = force.to(vectors.dtype)
+        return Prediction(
+            energy=energy, forces=force, stress=_stress(batch, vectors, pull) if stress else None
+        )
+
+    def _references_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._reference_tensors:
+            self._reference_tensors[device] = (
+                torch.from_numpy(self.references.energy).to(device),
+                torch.from_numpy(self.references.scale).to(device),
+            )
+        return self._reference_tensors[device]
+
+
+def _stress(batch: SystemBatch, vectors: Tensor, pull: Tensor) -> Tensor:
+    outer = vectors.detach().unsqueeze(-1) * pull.unsqueeze(-2)
+    virial = sum_by_index(outer, batch.system_idx[batch.receivers], batch.n_systems)
+    virial = 0.5 * (virial + virial.mT)
+    volume = torch.linalg.det(batch.cell).abs()
+    periodic = batch.pbc.all(-1)
+    # A volume of 1 where there is none keeps the quotient and its derivative finite until NaN is put there.
+    stress = virial / torch.where(periodic, volume, torch.ones_like(volume)).view(-1, 1, 1)
+    return torch.where(periodic.view(-1, 1, 1), stress, torch.full_like(stress, math.nan)).to(vectors.dtype)
+
+
+def _outside_inference_mode(batch: SystemBatch) -> SystemBatch:
+    # Autograd cannot save a tensor made under inference_mode; a copy made outside it is an ordinary tensor.
+    if not batch.positions.is_inference():
+        return batch
+    return replace(batch, **{name: getattr(batch, name).clone() for name in batch.__slots__})
+
+
+def _detached(prediction: Prediction) -> Prediction:
+    return Prediction(
+        energy=prediction.energy.detach(),
+        forces=None if prediction.forces is None else prediction.forces.detach(),
+        stress=None if prediction.stress is None else prediction.stress.detach(),
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, trained or frozen."""
+    return sum(parameter.numel() for parameter in model.parameters())
