@@ -1,7 +1,7 @@
 """Older bundles made new: one function per version of the format. Knows nothing of tensors or files.
 
-A change of the card's keys comes with a new `card.BUNDLE_VERSION`, a function here under the version it reads,
-and a golden bundle of that version in tests/golden.
+A change of the card's keys comes with a new `card.BUNDLE_VERSION`, a function here under the version it
+reads, and a golden bundle of that version in tests/golden.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Refuses structures that have no meaningful energy, with the field, the value and the remedy. Knows no torch."""
+"""Refuses structures that have no meaningful energy, with the field, the value and a remedy. Knows no torch."""
 
 import dataclasses
 
@@ -65,8 +65,8 @@ def check_supported(system: System, config: ModelConfig) -> System:
     A spin multiplicity that is not stated (0) becomes the model's only one, if it has just one.
 
     Raises:
-        StructureError: reason ``unsupported``: an element, charge, spin multiplicity or level of theory that the
-            model does not know.
+        StructureError: reason ``unsupported``: an element, charge, spin multiplicity or level of theory that
+            the model does not know.
     """
     unknown = np.flatnonzero(~np.isin(system.atomic_numbers, config.elements))
     if len(unknown):
@@ -117,7 +117,7 @@ def _check_shapes(system: System) -> None:
             raise StructureError(
                 field=field,
                 message=f"has shape {actual}, expected {shape}",
-                remedy="give one atomic number and three coordinates per atom, a 3×3 cell and three pbc flags",
+                remedy="give one atomic number and three coordinates per atom, a 3×3 cell, three pbc flags",
             )
 
 
