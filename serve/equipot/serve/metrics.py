@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from wsgiref.simple_server import WSGIServer
 
@@ -62,6 +63,40 @@ class Metrics:
         self.queue_requests.set(depth.requests)
         self.queue_atoms.set(depth.atoms)
         self.queue_edges.set(depth.edges)
+
+    def batch_done(
+        self,
+        model: str,
+        *,
+        outcomes: Mapping[str, int],
+        atoms: int,
+        edges: int,
+        waits: Sequence[float],
+        batch_edges: int,
+        seconds: float,
+    ) -> None:
+        """Notes one computed batch.
+
+        Args:
+            model: that computed it.
+            outcomes: how many structures ended how.
+            atoms: of the structures that were answered.
+            edges: of the structures that were answered.
+            waits: each structure's seconds in the queue.
+            batch_edges: of the whole batch.
+            seconds: in the engine.
+        """
+        for outcome, count in outcomes.items():
+            self.structures.labels(model, outcome).inc(count)
+        self.atoms.labels(model).inc(atoms)
+        self.edges.labels(model).inc(edges)
+        self.batches.labels(model).inc()
+        self.compute_seconds.labels(model).observe(seconds)
+        self.batch_structures.labels(model).observe(len(waits))
+        self.batch_edges.labels(model).observe(batch_edges)
+        wait_seconds = self.wait_seconds.labels(model)
+        for wait in waits:
+            wait_seconds.observe(wait)
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(f"equipot_{name}", text, labels, registry=self.registry)

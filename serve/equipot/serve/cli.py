@@ -1,0 +1,91 @@
+"""`equipot serve`: words on the command line to a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from equipot.serve.batcher import Budget
+from equipot.serve.config import DEFAULT_BUDGET, DEFAULT_LIMITS, RequestLimits, ServeConfig
+from equipot.serve.server import run
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Dtype(StrEnum):
+    """What the network can compute in."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+@app.command()
+def serve(
+    bundles: Annotated[
+        list[Path], typer.Argument(help="Written by `equipot export`; the first is the default model.")
+    ],
+    host: Annotated[str, typer.Option(help="Name or address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the gRPC service; 0 takes any free one.")] = 50051,
+    metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes any free one.")] = 9090,
+    no_metrics: Annotated[bool, typer.Option("--no-metrics", help="Serve no metrics.")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; by default as stored.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute, as torch names it.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads that compute; by default all cores.")] = None,
+    max_atoms: Annotated[
+        int, typer.Option(help="Most atoms in one structure.")
+    ] = DEFAULT_LIMITS.structure_atoms,
+    max_edges: Annotated[
+        int, typer.Option(help="Most pairs of atoms within the cutoff, both ways, in one structure.")
+    ] = DEFAULT_LIMITS.structure_edges,
+    max_request_structures: Annotated[
+        int, typer.Option(help="Most structures in one request.")
+    ] = DEFAULT_LIMITS.request_structures,
+    max_request_atoms: Annotated[
+        int, typer.Option(help="Most atoms in one request.")
+    ] = DEFAULT_LIMITS.request_atoms,
+    max_batch_edges: Annotated[
+        int, typer.Option(help="Most edges computed together; bounds memory, and how long others wait.")
+    ] = DEFAULT_BUDGET.batch_edges,
+    max_queue_edges: Annotated[
+        int, typer.Option(help="Edges that may wait before requests are refused.")
+    ] = DEFAULT_BUDGET.queue_edges,
+    max_message_mb: Annotated[int, typer.Option(help="Most MiB in one request message.")] = (
+        DEFAULT_LIMITS.message_bytes // 2**20
+    ),
+    drain_seconds: Annotated[
+        float, typer.Option(help="How long accepted requests may take once the server is told to stop.")
+    ] = 30.0,
+) -> None:
+    """Serve bundles over gRPC, with health, reflection and Prometheus metrics, until SIGTERM."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    config = ServeConfig(
+        bundles=tuple(bundles),
+        host=host,
+        port=port,
+        metrics_port=None if no_metrics else metrics_port,
+        dtype=dtype.value if dtype else None,
+        device=device,
+        threads=threads,
+        drain_seconds=drain_seconds,
+        budget=Budget(
+            batch_edges=max_batch_edges,
+            batch_atoms=DEFAULT_BUDGET.batch_atoms,
+            queue_edges=max_queue_edges,
+        ),
+        limits=RequestLimits(
+            structure_atoms=max_atoms,
+            structure_edges=max_edges,
+            request_structures=max_request_structures,
+            request_atoms=max_request_atoms,
+            message_bytes=max_message_mb * 2**20,
+        ),
+    )
+    asyncio.run(run(config, typer.echo))

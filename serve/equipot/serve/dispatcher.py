@@ -1,0 +1,206 @@
+"""Carries requests through preparation, queue and engine in one event loop. Knows no gRPC and no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from equipot.model.batch import Graph
+from equipot.serve.batcher import Batch, Batcher, Budget
+from equipot.serve.engine import Result
+from equipot.serve.errors import CallError, DeadlinePassed, Fault
+from equipot.serve.job import Answer, Job, Key, Work
+from equipot.serve.metrics import OK, Metrics
+from equipot.wire.v1.codec import FailureReason
+
+INLINE_ATOMS = 256
+"""A request with no more atoms is prepared in the event loop: the hop to a thread would cost as much."""
+
+CHUNK_ATOMS = 1024
+"""Atoms prepared in one go in a thread: a large request's first batch starts when so many are ready."""
+
+PREFETCH = 2
+"""How many batches of one request may be prepared and wait; the rest of it costs no memory yet."""
+
+PREPARERS = 2
+"""Threads that prepare: a second one, so that one slow structure does not hold up everybody's."""
+
+logger = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Answers requests with one engine thread. Its methods are called in the event loop that made it."""
+
+    def __init__(self, budget: Budget, metrics: Metrics, *, in_compute_thread: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._budget = budget
+        self._batcher = Batcher(budget)
+        self._metrics = metrics
+        self._jobs: dict[int, Job] = {}
+        self._computing = False
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._compute = ThreadPoolExecutor(1, "equipot-compute", initializer=in_compute_thread)
+        self._prepare = ThreadPoolExecutor(PREPARERS, "equipot-prepare")
+
+    @property
+    def computing(self) -> bool:
+        """Whether a batch is in the engine; it cannot be interrupted."""
+        return self._computing
+
+    async def predict(self, work: Work) -> Answer:
+        """Answers one request; cancelling the call takes it out of the queue.
+
+        Raises:
+            QueueFull: too much waits already.
+            DeadlineUnreachable: it could not be answered in time.
+            DeadlinePassed: it was not answered in time.
+            NotReady: the server stopped before it was answered.
+        """
+        ticket = self._batcher.open(
+            work.key, now=time.monotonic(), expected_edges=_expected_edges(work), deadline=work.deadline
+        )
+        job = self._jobs[ticket] = Job(work)
+        self._quiet.clear()
+        try:
+            if work.n_atoms <= INLINE_ATOMS and len(work.structures) <= INLINE_ATOMS:
+                self._accept(ticket, job, 0, *_timed_prepare(work, 0, len(work.structures)))
+            else:
+                await self._feed(ticket, job)
+            await job.done
+        finally:
+            del self._jobs[ticket]
+            self._batcher.remove(ticket)
+            self._metrics.queue(self._batcher.depth)
+            if not self._jobs:
+                self._quiet.set()
+        return job.result()
+
+    async def quiet(self) -> None:
+        """Returns once no request is open."""
+        await self._quiet.wait()
+
+    def abandon(self, error: CallError) -> None:
+        """Ends every open request with this error."""
+        for job in self._jobs.values():
+            job.fail(error)
+
+    def close(self) -> None:
+        """Lets the threads go; does not wait for what they do."""
+        self._prepare.shutdown(wait=False, cancel_futures=True)
+        self._compute.shutdown(wait=False, cancel_futures=True)
+
+    async def _feed(self, ticket: int, job: Job) -> None:
+        for start, stop in job.work.chunks(CHUNK_ATOMS):
+            while (
+                self._batcher.waiting_edges(ticket) > PREFETCH * self._budget.batch_edges
+                and not job.done.done()
+            ):
+                job.room.clear()
+                await job.room.wait()
+            if job.done.done():
+                return
+            prepared, seconds = await self._loop.run_in_executor(
+                self._prepare, _timed_prepare, job.work, start, stop
+            )
+            self._accept(ticket, job, start, prepared, seconds)
+
+    def _accept(
+        self, ticket: int, job: Job, start: int, prepared: list[Graph | Fault], seconds: float
+    ) -> None:
+        """Queues what was prepared, answers what cannot be computed, and starts the engine if it is idle."""
+        model = job.work.key.model.name
+        self._metrics.prepare_seconds.labels(model).observe(seconds)
+        items = []
+        for index, graph in enumerate(prepared, start):
+            if isinstance(graph, Fault):
+                self._metrics.structures.labels(model, graph.reason).inc()
+                job.answer(index, graph)
+            else:
+                job.graphs[index] = graph
+                items.append((index, graph.n_atoms, graph.n_edges))
+        rest = _expected_edges(job.work, from_structure=start + len(prepared))
+        self._batcher.add(ticket, items, now=time.monotonic(), expected_edges=rest)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Starts the next batch if the engine is idle."""
+        if self._computing:
+            return
+        now = time.monotonic()
+        for ticket in self._batcher.expire(now):
+            self._jobs[ticket].fail(DeadlinePassed("the deadline passed while the request waited"))
+        batch = self._batcher.next_batch()
+        self._metrics.queue(self._batcher.depth)
+        if batch is None:
+            return
+        graphs = []
+        for item in batch.items:
+            job = self._jobs[item.ticket]
+            graphs.append(job.graphs.pop(item.index))
+            job.waited(now - item.arrival)
+            job.room.set()
+        self._computing = True
+        self._compute.submit(self._run, batch, graphs, now)
+
+    def _run(self, batch: Batch, graphs: list[Graph], started: float) -> None:
+        """In the compute thread: one batch."""
+        key = batch.key
+        assert isinstance(key, Key)
+        results: list[Result | Fault]
+        begun = time.perf_counter()
+        try:
+            results = key.model.engine.compute(graphs, forces=key.forces, stress=key.stress)
+        except Exception:
+            logger.exception("the engine of %s failed on a batch of %d", key.model.name, len(graphs))
+            fault = Fault(FailureReason.INTERNAL, "", "the engine failed", "the server's log has the reason")
+            results = [fault] * len(graphs)
+        seconds = time.perf_counter() - begun
+        self._loop.call_soon_threadsafe(self._finish, batch, key, results, started, seconds)
+
+    def _finish(
+        self, batch: Batch, key: Key, results: list[Result | Fault], started: float, seconds: float
+    ) -> None:
+        self._computing = False
+        self._batcher.finished(batch, seconds)
+        # First the next batch: the engine works while the answers are handed out.
+        self._pump()
+        for ticket in {item.ticket for item in batch.items}:
+            if job := self._jobs.get(ticket):
+                job.computed(seconds)
+        outcomes = Counter[str]()
+        atoms = edges = 0
+        for item, result in zip(batch.items, results, strict=True):
+            if isinstance(result, Fault):
+                outcomes[result.reason] += 1
+            else:
+                outcomes[OK] += 1
+                atoms += item.n_atoms
+                edges += item.n_edges
+            if job := self._jobs.get(item.ticket):
+                job.answer(item.index, result)
+        self._metrics.batch_done(
+            key.model.name,
+            outcomes=outcomes,
+            atoms=atoms,
+            edges=edges,
+            waits=[started - item.arrival for item in batch.items],
+            batch_edges=batch.n_edges,
+            seconds=seconds,
+        )
+
+
+def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Fault], float]:
+    begun = time.perf_counter()
+    prepared = work.prepare(start, stop)
+    return prepared, time.perf_counter() - begun
+
+
+def _expected_edges(work: Work, from_structure: int = 0) -> int:
+    """What is not prepared yet counts by the neighbours that the model's training data had."""
+    n_atoms = int(work.structures.n_atoms[from_structure:].sum())
+    return round(n_atoms * work.key.model.card.config.mean_neighbors)

@@ -1,0 +1,149 @@
+"""One request on its way: what it asks, what is open, the answers as they come. Knows no queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from equipot.model.batch import Graph, System
+from equipot.serve.engine import Result
+from equipot.serve.errors import CallError, Fault
+from equipot.serve.models import ServedModel
+from equipot.wire.v1.codec import Failure, PredictionArrays, StructureArrays
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What structures share that are computed in one batch; their levels of theory may differ."""
+
+    model: ServedModel
+    forces: bool
+    stress: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Work:
+    """One request, understood.
+
+    Attributes:
+        key: the model and what is wanted of it besides the energy.
+        structures: to be answered, S of them.
+        level: index of the level of theory.
+        deadline: by `time.monotonic`; None if the caller waits for ever.
+    """
+
+    key: Key
+    structures: StructureArrays
+    level: int
+    deadline: float | None
+
+    @property
+    def n_atoms(self) -> int:
+        """Atoms of all structures."""
+        return len(self.structures.positions)
+
+    def chunks(self, n_atoms: int) -> Iterator[tuple[int, int]]:
+        """Ranges of structures (start, stop) that end once they hold this many atoms."""
+        start = atoms = 0
+        for stop, count in enumerate(self.structures.n_atoms.tolist(), 1):
+            # An empty structure is work too: its answer is a failure.
+            atoms += max(1, count)
+            if atoms >= n_atoms:
+                yield start, stop
+                start, atoms = stop, 0
+        if start < len(self.structures):
+            yield start, len(self.structures)
+
+    def prepare(self, start: int, stop: int) -> list[Graph | Fault]:
+        """Checks these structures and finds their edges; safe in any thread."""
+        return [self.key.model.engine.prepare(system) for system in self._systems(start, stop)]
+
+    def _systems(self, start: int, stop: int) -> Iterator[System]:
+        arrays = self.structures.slice(start, stop)
+        offsets = arrays.offsets.tolist()
+        for index in range(len(arrays)):
+            atoms = slice(offsets[index], offsets[index + 1])
+            yield System(
+                atomic_numbers=arrays.atomic_numbers[atoms].astype(np.int64),
+                positions=arrays.positions[atoms],
+                cell=arrays.cell[index],
+                pbc=arrays.pbc[index],
+                charge=int(arrays.charge[index]),
+                spin_multiplicity=int(arrays.spin_multiplicity[index]),
+                level_of_theory=self.level,
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """Predictions for one request, and the seconds that it waited (the longest) and was computed."""
+
+    predictions: PredictionArrays
+    queue_seconds: float
+    compute_seconds: float
+
+
+class Job:
+    """The state of one request.
+
+    Attributes:
+        work: what is asked.
+        done: resolved when every structure has its answer; fails with a `CallError`.
+        room: set when the request may prepare more.
+        graphs: the prepared structures that wait, by index.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.room = asyncio.Event()
+        self.graphs: dict[int, Graph] = {}
+        self._open = len(work.structures)
+        self._offsets = work.structures.offsets.tolist()
+        self._energy = np.full(self._open, np.nan)
+        self._forces = np.full(work.structures.positions.shape, np.nan) if work.key.forces else None
+        self._stress = np.full((self._open, 3, 3), np.nan) if work.key.stress else None
+        self._failures: list[Failure] = []
+        self._queue_seconds = 0.0
+        self._compute_seconds = 0.0
+        if not self._open:
+            self.done.set_result(None)
+
+    def answer(self, index: int, result: Result | Fault) -> None:
+        """Notes one structure's answer; the last one resolves `done`."""
+        if isinstance(result, Fault):
+            self._failures.append(Failure(index, result.reason, result.field, result.message, result.remedy))
+        else:
+            self._energy[index] = result.energy
+            if self._forces is not None:
+                self._forces[self._offsets[index] : self._offsets[index + 1]] = result.forces
+            if self._stress is not None:
+                self._stress[index] = result.stress
+        self._open -= 1
+        if not self._open and not self.done.done():
+            self.done.set_result(None)
+
+    def waited(self, seconds: float) -> None:
+        """Notes how long one of its structures waited."""
+        self._queue_seconds = max(self._queue_seconds, seconds)
+
+    def computed(self, seconds: float) -> None:
+        """Notes a batch that it took part in."""
+        self._compute_seconds += seconds
+
+    def fail(self, error: CallError) -> None:
+        """Ends the whole request."""
+        if not self.done.done():
+            self.done.set_exception(error)
+            # Read here, lest a caller that was cancelled at the same moment leaves it unread in the log.
+            self.done.exception()
+        self.room.set()
+
+    def result(self) -> Answer:
+        """The whole answer, once `done`."""
+        failures = tuple(sorted(self._failures, key=lambda failure: failure.index))
+        predictions = PredictionArrays(self._energy, self._forces, self._stress, failures)
+        return Answer(predictions, self._queue_seconds, self._compute_seconds)

@@ -1,0 +1,192 @@
+"""Assembles one server and runs it from the first bind to the last answer. Decides nothing about requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from equipot.serve.config import ServeConfig
+from equipot.serve.dispatcher import Dispatcher
+from equipot.serve.engine import use_threads
+from equipot.serve.errors import NotReady, ServeError
+from equipot.serve.metrics import Metrics, MetricsEndpoint
+from equipot.serve.models import Registry
+from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
+
+LAST_ANSWERS_SECONDS = 2.0
+"""Time for answers that are ready to leave, once nothing computes any more."""
+
+logger = logging.getLogger(__name__)
+
+
+async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then answers what was accepted; a second signal ends it at once.
+
+    Args:
+        config: what to serve, where and how.
+        announce: called with each line for the operator: where metrics are, and when the server is ready.
+
+    Raises:
+        ServeError: it cannot start as asked.
+        BundleError: a bundle cannot be loaded.
+    """
+    metrics = Metrics()
+    stop = asyncio.Event()
+    _on_signals(stop)
+    use_threads(config.threads)
+    with contextlib.ExitStack() as stack:
+        server = GrpcServer(config, metrics)
+        port = await server.start()
+        try:
+            if config.metrics_port is not None:
+                endpoint = stack.enter_context(
+                    MetricsEndpoint(metrics, host=config.host, port=config.metrics_port)
+                )
+                announce(f"metrics on http://{_address(config.host, endpoint.port)}/metrics")
+            loading = asyncio.create_task(asyncio.to_thread(Registry.load, config))
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not loading.done():
+                # The thread that loads cannot be interrupted, and nobody waits for what it loads.
+                leave(0)
+            registry = loading.result()
+            for model in registry:
+                metrics.describe_model(
+                    name=model.name,
+                    digest=model.card.digest,
+                    dtype=model.engine.dtype,
+                    force_mode=model.card.config.forces,
+                )
+            await server.open(registry)
+            names = ", ".join(model.name for model in registry)
+            announce(f"serving {names} on {_address(config.host, port)}")
+            await stopping
+            await server.drain(config.drain_seconds)
+        finally:
+            await server.stop()
+
+
+class GrpcServer:
+    """The gRPC side: our service, health and reflection on one port."""
+
+    def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
+        self._config = config
+        self._gate = Gate()
+        self._dispatcher = Dispatcher(
+            config.budget, metrics, in_compute_thread=lambda: use_threads(config.threads)
+        )
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._server = grpc.aio.server(
+            options=[
+                # Else two servers on one port would share its connections, and neither would know.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", config.limits.message_bytes),
+                ("grpc.max_send_message_length", -1),
+            ]
+        )
+        servicer = PotentialServicer(self._gate, self._dispatcher, metrics, config.limits)
+        servicer.add_to(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self) -> int:
+        """Listens, refusing calls until `open`; returns the port.
+
+        Raises:
+            ServeError: the port is in use or may not be used.
+        """
+        host, port = self._config.host, self._config.port
+        _check_port(host, port)
+        try:
+            bound = self._server.add_insecure_port(_address(host, port))
+        except RuntimeError as error:
+            raise ServeError(f"cannot listen on {_address(host, port)}: {error}") from error
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+        return bound
+
+    async def open(self, registry: Registry) -> None:
+        """Serves these models."""
+        self._gate.open(registry)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuses new calls and waits for the accepted ones; those still open after `seconds` are ended."""
+        logger.info("draining: new calls are refused, accepted ones have %g s", seconds)
+        self._gate.close()
+        await self._health.enter_graceful_shutdown()
+        try:
+            await asyncio.wait_for(self._dispatcher.quiet(), seconds)
+        except TimeoutError:
+            logger.warning("requests were still open after %g s and are ended", seconds)
+            self._dispatcher.abandon(
+                NotReady("the server stopped before the answer was ready", retry_after=RETRY_DRAINING)
+            )
+
+    async def stop(self) -> None:
+        """Ends every connection."""
+        await self._server.stop(LAST_ANSWERS_SECONDS)
+        self._dispatcher.close()
+        logger.info("stopped")
+        if self._dispatcher.computing:
+            # What computes can only be abandoned with the process; nobody waits for it any more.
+            leave(0)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without waiting for its threads."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    """The first SIGTERM or SIGINT sets the event, the second one ends the process."""
+
+    def received(number: signal.Signals) -> None:
+        if stop.is_set():
+            logger.warning("%s again: leaving at once", number.name)
+            leave(128 + number)
+        logger.info("%s received", number.name)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, received, number)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_port(host: str, port: int) -> None:
+    """Binds for a moment: the operating system names the reason, which gRPC keeps for its log."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ServeError(f"port {port} is in use: stop the other server or choose --port") from error
+        raise ServeError(f"cannot listen on {_address(host, port)}: {error.strerror or error}") from error

@@ -1,0 +1,167 @@
+"""The gRPC methods: messages in, messages out, refusals by type. Knows nothing of queue or torch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+
+from equipot.serve.config import RequestLimits
+from equipot.serve.dispatcher import Dispatcher
+from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit
+from equipot.serve.job import Answer, Key, Work
+from equipot.serve.metrics import NO_MODEL, OK, Metrics
+from equipot.serve.models import Registry
+from equipot.serve.status import Context, guarded
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1 import potential_pb2_grpc
+from equipot.wire.v1.codec import CodecError, StructureArrays, decode_structures, encode_predictions
+
+SERVICE = pb.DESCRIPTOR.services_by_name["PotentialService"].full_name
+
+RETRY_STARTING = 2.0
+"""Seconds after which a server that loads may be ready."""
+
+RETRY_DRAINING = 1.0
+"""Seconds after which another server may have taken over."""
+
+
+class Gate:
+    """Lets calls in while the server serves."""
+
+    def __init__(self) -> None:
+        self._registry: Registry | None = None
+        self._refusal = ("the server is starting", RETRY_STARTING)
+
+    def open(self, registry: Registry) -> None:
+        """From now on calls are answered by these models."""
+        self._registry = registry
+
+    def close(self) -> None:
+        """From now on calls are refused."""
+        self._registry = None
+        self._refusal = ("the server is shutting down", RETRY_DRAINING)
+
+    def registry(self) -> Registry:
+        """The models.
+
+        Raises:
+            NotReady: the server starts or drains.
+        """
+        if self._registry is None:
+            message, retry_after = self._refusal
+            raise NotReady(message, retry_after=retry_after)
+        return self._registry
+
+
+class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
+    """The methods of `PotentialService`; they raise `CallError`, which `guarded` turns into statuses."""
+
+    def __init__(self, gate: Gate, dispatcher: Dispatcher, metrics: Metrics, limits: RequestLimits) -> None:
+        self._gate = gate
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._limits = limits
+
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+        """Energies, forces and stress of a batch."""
+        started = time.perf_counter()
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        label, outcome = NO_MODEL, "internal"
+        self._metrics.in_flight.inc()
+        try:
+            model = self._gate.registry().find(request.model)
+            label = model.name
+            work = self._understand(request, deadline)
+            answer = await self._dispatcher.predict(work)
+            response = _response(work, answer)
+            outcome = OK
+            self._metrics.request_seconds.labels(label).observe(time.perf_counter() - started)
+            return response
+        except CallError as error:
+            outcome = error.reason.lower()
+            raise
+        except asyncio.CancelledError:
+            # gRPC ends the handler both when the caller leaves and when its deadline passes.
+            late = deadline is not None and time.monotonic() >= deadline
+            outcome = "deadline_passed" if late else "cancelled"
+            raise
+        finally:
+            self._metrics.in_flight.dec()
+            self._metrics.requests.labels(label, outcome).inc()
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """The models that this server serves."""
+        registry = self._gate.registry()
+        return pb.ListModelsResponse(
+            models=[model.describe(self._limits, is_default=model is registry.default) for model in registry]
+        )
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
+        """One model with its full card."""
+        registry = self._gate.registry()
+        model = registry.find(request.model)
+        return model.describe(self._limits, is_default=model is registry.default)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the methods."""
+        handlers = {
+            "Predict": guarded(self.Predict, pb.PredictRequest),
+            "ListModels": guarded(self.ListModels, pb.ListModelsRequest),
+            "GetModel": guarded(self.GetModel, pb.GetModelRequest),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    def _understand(self, request: pb.PredictRequest, deadline: float | None) -> Work:
+        model = self._gate.registry().find(request.model)
+        forces, stress = _wanted(request)
+        if stress and not model.has_stress:
+            raise InvalidRequest(
+                f"{model.name} has a direct force head and so no stress: ask for energy and forces only,"
+                " or a model with conservative forces",
+                field="properties",
+            )
+        level = model.level_index(request.level_of_theory)
+        structures = self._structures(request)
+        return Work(key=Key(model, forces, stress), structures=structures, level=level, deadline=deadline)
+
+    def _structures(self, request: pb.PredictRequest) -> StructureArrays:
+        if not request.HasField("structures"):
+            raise InvalidRequest("the request has no structures", field="structures")
+        _within(len(request.structures.n_atoms), self._limits.request_structures, "structures")
+        try:
+            structures = decode_structures(request.structures)
+        except CodecError as error:
+            raise InvalidRequest(str(error), field=f"structures.{error.field}") from error
+        _within(len(structures.positions), self._limits.request_atoms, "atoms")
+        return structures
+
+
+def _wanted(request: pb.PredictRequest) -> tuple[bool, bool]:
+    """Whether forces and stress are asked for."""
+    if not request.properties:
+        return True, False
+    for value in request.properties:
+        if value == pb.PROPERTY_UNSPECIFIED or value not in pb.Property.values():
+            raise InvalidRequest(f"{value} is no property this server knows", field="properties")
+    return pb.PROPERTY_FORCES in request.properties, pb.PROPERTY_STRESS in request.properties
+
+
+def _within(count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise OverLimit(
+            f"the request has {count} {what}, the limit is {limit}: send it in parts",
+            field="structures.n_atoms",
+            facts={what: str(count), f"max_request_{what}": str(limit)},
+        )
+
+
+def _response(work: Work, answer: Answer) -> pb.PredictResponse:
+    response = pb.PredictResponse(
+        model=work.key.model.reference(work.level),
+        timing=pb.Timing(queue_seconds=answer.queue_seconds, compute_seconds=answer.compute_seconds),
+    )
+    encode_predictions(answer.predictions, response)
+    return response
