@@ -1,0 +1,64 @@
+"""Asks an equipot server: `Client`, `AsyncClient`, `EquipotCalculator` for ASE. Imports no torch, no ASE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from equipot.client.aio import AsyncClient
+from equipot.client.channel import Health
+from equipot.client.errors import (
+    ClientError,
+    DeadlineExceeded,
+    InvalidRequest,
+    InvalidStructure,
+    LimitExceeded,
+    ModelChanged,
+    ModelNotFound,
+    ServerError,
+    ServerUnavailable,
+    StructureFailure,
+)
+from equipot.client.results import Limits, ModelInfo, ModelReference, Prediction, Predictions
+from equipot.client.retry import RetryPolicy
+from equipot.client.structures import Structure
+from equipot.client.sync import Client
+from equipot.wire.v1.codec import Failure, FailureReason, StructureArrays
+
+if TYPE_CHECKING:
+    from equipot.client.calculator import EquipotCalculator
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ClientError",
+    "DeadlineExceeded",
+    "EquipotCalculator",
+    "Failure",
+    "FailureReason",
+    "Health",
+    "InvalidRequest",
+    "InvalidStructure",
+    "LimitExceeded",
+    "Limits",
+    "ModelChanged",
+    "ModelInfo",
+    "ModelNotFound",
+    "ModelReference",
+    "Prediction",
+    "Predictions",
+    "RetryPolicy",
+    "ServerError",
+    "ServerUnavailable",
+    "Structure",
+    "StructureArrays",
+    "StructureFailure",
+]
+
+
+def __getattr__(name: str) -> type[EquipotCalculator]:
+    # ASE takes longer to import than all the rest, and a client of plain arrays has no need of it.
+    if name == "EquipotCalculator":
+        from equipot.client.calculator import EquipotCalculator
+
+        return EquipotCalculator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

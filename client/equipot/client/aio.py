@@ -1,0 +1,217 @@
+"""The same client for asyncio: answers bit for bit those of the blocking one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar, cast
+
+import grpc
+import grpc.aio
+
+from equipot.client.batches import Part, Wish, cut
+from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
+from equipot.client.errors import ClientError, LimitExceeded, from_rpc_error
+from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
+from equipot.client.retry import Deadline, RetryPolicy
+from equipot.client.settings import (
+    DEFAULT_ATOMS_PER_REQUEST,
+    DEFAULT_IN_FLIGHT,
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TIMEOUT,
+    Settings,
+)
+from equipot.client.structures import StructuresLike, each_structure
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
+
+if TYPE_CHECKING:
+    from equipot.wire.v1.potential_pb2_grpc import PotentialServiceAsyncStub
+
+_Reply = TypeVar("_Reply")
+
+
+class AsyncClient:
+    """`equipot.client.Client` for asyncio: the same arguments, methods, results and errors.
+
+    Use it as an asynchronous context manager, or await `close`. It belongs to the loop of its first call.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        model: str = "",
+        timeout: float = DEFAULT_TIMEOUT,
+        retry: RetryPolicy | None = None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        atoms_per_request: int = DEFAULT_ATOMS_PER_REQUEST,
+        in_flight: int = DEFAULT_IN_FLIGHT,
+    ) -> None:
+        self._settings = Settings(
+            address=address,
+            model=model,
+            timeout=timeout,
+            retry=retry or RetryPolicy(),
+            max_message_bytes=max_message_bytes,
+            atoms_per_request=atoms_per_request,
+            in_flight=in_flight,
+        )
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: PotentialServiceAsyncStub | None = None
+        self._closed = False
+        self._limits: dict[str, Limits] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._settings.address!r}, model={self._settings.model!r})"
+
+    async def __aenter__(self) -> Self:
+        """The client itself; it connects at the first call."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the connection."""
+        await self.close()
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
+        return self._settings.address
+
+    async def close(self) -> None:
+        """Closes the connection; requests under way are cancelled."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close(None)
+        self._channel = self._stub = None
+
+    async def predict(
+        self,
+        structures: StructuresLike,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        level_of_theory: str = "",
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> Predictions:
+        """As `Client.predict`."""
+        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        parts = [part async for part in self._parts(structures, wish, self._settings.seconds(timeout))]
+        return Predictions.concatenate(parts, forces=forces, stress=stress)
+
+    async def predict_iter(
+        self,
+        structures: StructuresLike,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        level_of_theory: str = "",
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Prediction]:
+        """As `Client.predict_iter`."""
+        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        known, start = None, 0
+        async for part in self._parts(structures, wish, self._settings.seconds(timeout)):
+            known = same_model(known, part.model)
+            for prediction in numbered(part, start):
+                yield prediction
+            start += len(part)
+
+    async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        """As `Client.models`."""
+        stub = self._connected()
+        reply = await self._persist(
+            lambda seconds: stub.ListModels(pb.ListModelsRequest(), timeout=seconds),
+            self._settings.seconds(timeout),
+        )
+        return tuple(ModelInfo.from_wire(model) for model in reply.models)
+
+    async def model(self, name: str | None = None, *, timeout: float | None = None) -> ModelInfo:
+        """As `Client.model`."""
+        stub = self._connected()
+        wanted = self._settings.model if name is None else name
+        request = pb.GetModelRequest(model=wanted)
+        reply = await self._persist(
+            lambda seconds: stub.GetModel(request, timeout=seconds), self._settings.seconds(timeout)
+        )
+        info = ModelInfo.from_wire(reply)
+        self._limits[wanted] = info.limits
+        return info
+
+    async def health(self, *, timeout: float | None = None) -> Health:
+        """As `Client.health`."""
+        self._connected()
+        assert self._channel is not None
+        check = self._channel.unary_unary(HEALTH_METHOD, None, None)
+        try:
+            return decode_health(await check(b"", timeout=self._settings.seconds(timeout)))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
+
+    async def _parts(
+        self, structures: StructuresLike, wish: Wish, timeout: float
+    ) -> AsyncIterator[Predictions]:
+        limits = self._limits.get(wish.model) or (await self.model(wish.model, timeout=timeout)).limits
+        parts = cut(
+            each_structure(structures),
+            limits,
+            atoms_per_request=self._settings.atoms_per_request,
+            max_message_bytes=self._settings.max_message_bytes,
+        )
+        queue: deque[asyncio.Task[Predictions]] = deque()
+        try:
+            for part in parts:
+                queue.append(asyncio.create_task(self._answer(wish, part, timeout)))
+                if len(queue) == self._settings.in_flight:
+                    yield await queue.popleft()
+            while queue:
+                yield await queue.popleft()
+        finally:
+            for task in queue:
+                task.cancel()
+            await asyncio.gather(*queue, return_exceptions=True)
+
+    async def _answer(self, wish: Wish, part: Part, timeout: float) -> Predictions:
+        if not part.structures:
+            return part.merge(wish, None)
+        stub = self._connected()
+        request = wish.request(part.structures)
+        try:
+            response = await self._persist(lambda seconds: stub.Predict(request, timeout=seconds), timeout)
+        except LimitExceeded:
+            # Another server with other limits may stand at the address by now.
+            self._limits.pop(wish.model, None)
+            raise
+        return part.merge(wish, response)
+
+    async def _persist(self, call: Callable[[float], Awaitable[_Reply]], timeout: float) -> _Reply:
+        deadline, attempt = Deadline(timeout), 1
+        while True:
+            try:
+                return await call(deadline.require())
+            except grpc.RpcError as error:
+                problem = from_rpc_error(error, self.address)
+                delay = self._settings.retry.delay(problem, attempt, deadline.remaining)
+                if delay is None:
+                    raise problem from error
+            await asyncio.sleep(delay)
+            attempt += 1
+
+    def _connected(self) -> PotentialServiceAsyncStub:
+        if self._closed:
+            raise ClientError(f"the client of {self.address} is closed: make another one")
+        if self._stub is None:
+            self._channel = grpc.aio.insecure_channel(
+                self.address, options=channel_options(self._settings.max_message_bytes)
+            )
+            self._stub = cast("PotentialServiceAsyncStub", PotentialServiceStub(self._channel))
+        return self._stub

@@ -1,0 +1,182 @@
+"""Cuts structures into requests that a server takes, and puts answers back in order. No gRPC calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from equipot.client.errors import InvalidStructure, ServerError
+from equipot.client.results import Limits, ModelReference, Predictions
+from equipot.client.structures import Structure, as_structure, count_atoms, pack
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.codec import (
+    REQUEST_BYTES_PER_ATOM,
+    REQUEST_BYTES_PER_STRUCTURE,
+    CodecError,
+    Failure,
+    FailureReason,
+    FloatArray,
+    Int64Array,
+    PredictionArrays,
+    decode_predictions,
+    encode_structures,
+)
+
+# The model's name, level of theory and the fields' own headers.
+_BYTES_PER_REQUEST = 4_096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """What is asked of a model for every structure."""
+
+    model: str
+    level_of_theory: str
+    forces: bool
+    stress: bool
+
+    def request(self, structures: list[Structure]) -> pb.PredictRequest:
+        """The request for these structures."""
+        properties = [pb.PROPERTY_ENERGY]
+        properties += [pb.PROPERTY_FORCES] if self.forces else []
+        properties += [pb.PROPERTY_STRESS] if self.stress else []
+        return pb.PredictRequest(
+            model=self.model,
+            structures=encode_structures(pack(structures)),
+            properties=properties,
+            level_of_theory=self.level_of_theory,
+        )
+
+
+@dataclass(slots=True)
+class Part:
+    """One request's worth of a batch: structures to send, and those refused at once, in their places."""
+
+    structures: list[Structure] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    n_atoms: list[int] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, structure: Structure) -> None:
+        """Takes a structure to send."""
+        self.places.append(len(self.n_atoms))
+        self.structures.append(structure)
+        self.n_atoms.append(len(structure))
+        self.size += len(structure)
+
+    def refuse(self, reason: FailureReason, problem: InvalidStructure, n_atoms: int) -> None:
+        """Takes a structure that is not sent."""
+        self.failures.append(
+            Failure(len(self.n_atoms), reason, problem.field, problem.problem, problem.remedy)
+        )
+        self.n_atoms.append(n_atoms)
+
+    def merge(self, wish: Wish, response: pb.PredictResponse | None) -> Predictions:
+        """The predictions for this part; `response` is None if there was nothing to send.
+
+        A number that is not finite without a failure that says why becomes one: it must reach no trajectory.
+
+        Raises:
+            ServerError: the answer does not fit the request.
+        """
+        n_atoms = np.array(self.n_atoms, dtype=np.int64)
+        energy = np.full(len(n_atoms), np.nan)
+        forces = np.full((int(n_atoms.sum()), 3), np.nan) if wish.forces else None
+        stress = np.full((len(n_atoms), 3, 3), np.nan) if wish.stress else None
+        failures = list(self.failures)
+        if response is not None:
+            answer = self._decode(wish, response)
+            energy[self.places] = answer.energy
+            if forces is not None and answer.forces is not None:
+                sent = np.zeros(len(n_atoms), dtype=np.bool_)
+                sent[self.places] = True
+                forces[np.repeat(sent, n_atoms)] = answer.forces
+            if stress is not None and answer.stress is not None:
+                stress[self.places] = answer.stress
+            failures += [replace(failure, index=self.places[failure.index]) for failure in answer.failures]
+            failed = {failure.index for failure in failures}
+            failures += [
+                Failure(place, FailureReason.NOT_FINITE, "", "the answer is not a finite number", "report it")
+                for place in _not_finite(energy, forces, n_atoms)
+                if place not in failed
+            ]
+        failures.sort(key=lambda failure: failure.index)
+        model = None if response is None else ModelReference.from_wire(response.model)
+        return Predictions(n_atoms, energy, forces, stress, tuple(failures), model)
+
+    def _decode(self, wish: Wish, response: pb.PredictResponse) -> PredictionArrays:
+        try:
+            answer = decode_predictions(response, [len(structure) for structure in self.structures])
+        except CodecError as error:
+            raise ServerError(f"the answer does not fit the request: {error}") from error
+        if (wish.forces and answer.forces is None) or (wish.stress and answer.stress is None):
+            raise ServerError("the answer lacks the forces or the stress that were asked for")
+        return answer
+
+
+def cut(
+    structures: Iterable[object], limits: Limits, *, atoms_per_request: int, max_message_bytes: int
+) -> Iterator[Part]:
+    """Parts within every limit, in order, made as the structures come.
+
+    A structure that cannot be one, or that no request could hold, is refused alone; the others go on.
+    """
+    max_bytes = min(max_message_bytes, limits.max_message_bytes or max_message_bytes) - _BYTES_PER_REQUEST
+    max_atoms = min(atoms_per_request, limits.max_atoms_per_request or atoms_per_request)
+    max_structures = limits.max_structures_per_request or atoms_per_request
+    part = Part()
+    for item in structures:
+        try:
+            structure = as_structure(item)
+        except InvalidStructure as error:
+            part.refuse(FailureReason.INVALID_STRUCTURE, error, count_atoms(item))
+        else:
+            too_large = _too_large(structure, limits, max_bytes)
+            if too_large is not None:
+                part.refuse(FailureReason.TOO_LARGE, too_large, len(structure))
+            else:
+                if part.structures and (
+                    part.size + len(structure) > max_atoms
+                    or _request_bytes(len(part.structures) + 1, part.size + len(structure)) > max_bytes
+                ):
+                    yield part
+                    part = Part()
+                part.add(structure)
+        if len(part.n_atoms) >= max_structures:
+            yield part
+            part = Part()
+    if part.n_atoms:
+        yield part
+
+
+def _request_bytes(n_structures: int, n_atoms: int) -> int:
+    return n_structures * REQUEST_BYTES_PER_STRUCTURE + n_atoms * REQUEST_BYTES_PER_ATOM
+
+
+def _too_large(structure: Structure, limits: Limits, max_bytes: int) -> InvalidStructure | None:
+    n_atoms = len(structure)
+    for limit in (limits.max_atoms_per_structure, limits.max_atoms_per_request):
+        if limit and n_atoms > limit:
+            return InvalidStructure(
+                "n_atoms",
+                f"{n_atoms} atoms, the server takes {limit}",
+                "split the structure or raise the server's limit",
+            )
+    if _request_bytes(1, n_atoms) > max_bytes:
+        return InvalidStructure(
+            "n_atoms",
+            f"{n_atoms} atoms take {_request_bytes(1, n_atoms)} bytes, a message {max_bytes}",
+            "raise max_message_bytes of the client and the server",
+        )
+    return None
+
+
+def _not_finite(energy: FloatArray, forces: FloatArray | None, n_atoms: Int64Array) -> list[int]:
+    bad = ~np.isfinite(energy)
+    if forces is not None:
+        atom_of_structure = np.repeat(np.arange(len(n_atoms)), n_atoms)
+        bad[atom_of_structure[~np.isfinite(forces).all(axis=1)]] = True
+    return [int(index) for index in np.flatnonzero(bad)]

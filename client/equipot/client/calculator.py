@@ -1,0 +1,190 @@
+"""ASE's calculator over the network, pinned to the bundle that answered first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from equipot.client.errors import ClientError, ModelChanged, ModelNotFound
+from equipot.client.results import ModelReference
+from equipot.client.structures import charge_and_spin
+from equipot.client.sync import Client
+
+try:
+    from ase import Atoms
+    from ase.calculators.calculator import (
+        Calculator,
+        PropertyNotImplementedError,
+        all_changes,
+    )
+    from ase.stress import full_3x3_to_voigt_6_stress
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "EquipotCalculator needs ASE: pip install 'equipot[ase]'", name=error.name
+    ) from error
+
+
+class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
+    """Energies, forces and stress for ASE from an equipot server.
+
+    Charge and spin multiplicity are taken from `atoms.info` ("charge", and "spin_multiplicity" or "spin"); a
+    change of them asks anew. After the first answer the calculator asks for that very bundle, so that no
+    trajectory changes its model on the way; `model_reference` says which it is. Stress is asked for only when
+    it is read, and then for structures periodic in all three directions alone. After an error there are no
+    results: a stale force is never returned.
+
+    Args:
+        server: HOST:PORT, or a `Client` whose settings are wanted; a client stays its owner's to close.
+        model: name, or "name@sha256:…"; empty: the client's, else the server's default.
+        level_of_theory: one of the model's; empty: its only one.
+        timeout: seconds for each calculation, another than the client's.
+
+    Raises:
+        ClientError: at construction for a bad address; in a calculation for everything else, see
+            `equipot.client.errors`.
+    """
+
+    name = "equipot"
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012  # as ASE has it
+
+    def __init__(
+        self,
+        server: str | Client,
+        *,
+        model: str = "",
+        level_of_theory: str = "",
+        timeout: float | None = None,
+    ) -> None:
+        self._client = Client(server) if isinstance(server, str) else server
+        self._owns_client = isinstance(server, str)
+        self._timeout = timeout
+        self.results: dict[str, Any]
+        self.model_reference: ModelReference | None = None
+        self._model_has_stress: bool | None = None
+        # What was read for the last geometry is read for the next one too, more likely than not.
+        self._last_read = {"forces"}
+        self._read: set[str] = set()
+        super().__init__(model=model or self._client.model_name, level_of_theory=level_of_theory)
+
+    def __enter__(self) -> Self:
+        """The calculator itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection, if the calculator made it; the results stay."""
+        if self._owns_client:
+            self._client.close()
+
+    def todict(self, skip_default: bool = True) -> dict[str, Any]:
+        """What ASE writes into a trajectory: where the numbers come from."""
+        described: dict[str, Any] = {"address": self._client.address, **super().todict(skip_default)}
+        if self.model_reference is not None:
+            described["model"] = self.model_reference.pinned
+            described["level_of_theory"] = self.model_reference.level_of_theory
+        return described
+
+    def set(self, **parameters: str) -> dict[str, Any]:
+        """Changes `model` or `level_of_theory`; the results go, and the next answer pins anew."""
+        changed: dict[str, Any] = super().set(**parameters)
+        if changed:
+            self.reset()
+            self.model_reference = self._model_has_stress = None
+        return changed
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation; ASE itself does not look at charge and spin."""
+        changes: list[str] = super().check_state(atoms, tol=tol)
+        if self.atoms is not None and charge_and_spin(self.atoms.info) != charge_and_spin(atoms.info):
+            changes.append("charge_and_spin")
+        return changes
+
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:  # noqa: ANN401  # a float or an array
+        """One property; asks the server if it is not known.
+
+        Raises:
+            PropertyNotImplementedError: stress of a structure not periodic in all three directions, or of a
+                model without stress.
+        """
+        try:
+            if name == "stress" and allow_calculation:
+                self._check_stress(self.atoms if atoms is None else atoms)
+            value = super().get_property(name, atoms, allow_calculation)
+        except ClientError:
+            self.results = {}
+            raise
+        if allow_calculation:
+            self._read.add(name)
+        return value
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Asks the server, and keeps its answer in `results`: eV, eV/Å, and eV/Å³ in Voigt's order."""
+        if system_changes:
+            self._last_read, self._read = self._read or self._last_read, set()
+        super().calculate(atoms, properties, system_changes)
+        self.results = {}
+        wanted = self._last_read | self._read | set(properties)
+        stress = "stress" in properties or ("stress" in wanted and bool(self.atoms.pbc.all()))
+        self.results = self._ask(forces="forces" in wanted, stress=stress)
+
+    def _ask(self, *, forces: bool, stress: bool) -> dict[str, Any]:
+        reference = self.model_reference
+        try:
+            answer = self._client.predict(
+                self.atoms,
+                forces=forces,
+                stress=stress,
+                level_of_theory=self.parameters["level_of_theory"],
+                model=self.parameters["model"] if reference is None else reference.pinned,
+                timeout=self._timeout,
+            )
+        except ModelNotFound as error:
+            if reference is None:
+                raise
+            raise ModelChanged(self._changed(f"it says: {error}")) from error
+        answer.raise_for_failures()
+        assert answer.model is not None
+        if reference is not None and answer.model.digest != reference.digest:
+            raise ModelChanged(self._changed(f"{answer.model.pinned} answered"))
+        self.model_reference = answer.model
+        energy = float(answer.energy[0])
+        results: dict[str, Any] = {"energy": energy, "free_energy": energy}
+        if answer.forces is not None:
+            results["forces"] = answer.forces
+        if answer.stress is not None:
+            results["stress"] = full_3x3_to_voigt_6_stress(answer.stress[0])
+        return results
+
+    def _check_stress(self, atoms: Atoms) -> None:
+        if not atoms.pbc.all():
+            raise PropertyNotImplementedError(
+                f"stress needs a structure periodic in all three directions; pbc is {atoms.pbc.tolist()}"
+            )
+        if self._model_has_stress is None:
+            self._model_has_stress = self._client.model(self.parameters["model"]).has_stress
+        if not self._model_has_stress:
+            raise PropertyNotImplementedError(
+                f"the model {self.parameters['model'] or 'served'} has no stress: its forces are direct"
+            )
+
+    def _changed(self, how: str) -> str:
+        assert self.model_reference is not None
+        return (
+            f"{self._client.address} no longer serves {self.model_reference.pinned}, with which this "
+            f"calculator began ({how}): serve that bundle again, or go on with a new calculator and treat "
+            "what follows as another trajectory"
+        )

@@ -1,0 +1,59 @@
+"""How the client connects: address, channel options, and the health protocol's one call."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+from equipot.client.errors import ClientError
+
+HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+
+
+class Health(StrEnum):
+    """What the server says of itself, as in grpc.health.v1."""
+
+    UNKNOWN = "unknown"
+    SERVING = "serving"
+    NOT_SERVING = "not_serving"
+
+
+def check_address(address: str) -> str:
+    """The address itself, if gRPC can make something of it.
+
+    Raises:
+        ClientError: no port, or a URL's scheme.
+    """
+    if re.match(r"(?i)(https?|grpcs?)://", address):
+        raise ClientError(f"address {address!r} is a URL; give HOST:PORT, for example localhost:50051")
+    if re.match(r"(unix|unix-abstract|dns|ipv4|ipv6|xds):", address):
+        return address
+    port = re.fullmatch(r"(?:[^:\s/\[\]]+|\[[0-9a-fA-F:.%\w]+\]):(\d{1,5})", address)
+    if port is None or not 0 < int(port[1]) < 65536:
+        raise ClientError(f"address {address!r} is not HOST:PORT, for example localhost:50051")
+    return address
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """gRPC channel options, the same for both clients."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        # An answer is smaller than its request, unless most structures fail, each with its words.
+        ("grpc.max_receive_message_length", 2 * max_message_bytes),
+        # gRPC's default would let a client wait up to two minutes for a server that has long been back.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Servers with default settings end connections that ping more often than every five minutes; the
+        # timeout also bounds how long unacknowledged data may hang on a dead link.
+        ("grpc.keepalive_time_ms", 301_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+    ]
+
+
+def decode_health(raw: bytes) -> Health:
+    """The status in a grpc.health.v1.HealthCheckResponse, whose one field is an enum.
+
+    Read by hand: two bytes are not worth the dependency on a package of stubs.
+    """
+    statuses = {b"\x08\x01": Health.SERVING, b"\x08\x02": Health.NOT_SERVING}
+    return statuses.get(raw, Health.UNKNOWN)

@@ -1,0 +1,54 @@
+"""What a client is made with, checked once and shared by both kinds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from equipot.client.batches import Wish
+from equipot.client.channel import check_address
+from equipot.client.retry import RetryPolicy
+
+DEFAULT_TIMEOUT = 60.0
+DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024**2
+DEFAULT_ATOMS_PER_REQUEST = 4_096
+DEFAULT_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A client's arguments; see `equipot.client.Client`.
+
+    Raises:
+        ClientError: an address without a port.
+        ValueError: a number out of its range.
+    """
+
+    address: str
+    model: str
+    timeout: float
+    retry: RetryPolicy
+    max_message_bytes: int
+    atoms_per_request: int
+    in_flight: int
+
+    def __post_init__(self) -> None:
+        check_address(self.address)
+        for name, least in (("max_message_bytes", 2**16), ("atoms_per_request", 1), ("in_flight", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} is {value}; give at least {least}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout} s; give a positive number of seconds")
+
+    def seconds(self, timeout: float | None) -> float:
+        """A call's own timeout if it has one, else the client's."""
+        return self.timeout if timeout is None else timeout
+
+    def wish(self, model: str | None, level_of_theory: str, *, forces: bool, stress: bool) -> Wish:
+        """What one call asks for; `model` None: the client's own."""
+        return Wish(
+            model=self.model if model is None else model,
+            level_of_theory=level_of_theory,
+            forces=forces,
+            stress=stress,
+        )

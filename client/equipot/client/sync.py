@@ -1,0 +1,301 @@
+"""The blocking client: one channel, a few requests in flight, answers in order."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+import grpc
+
+from equipot.client.batches import Part, Wish, cut
+from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
+from equipot.client.errors import ClientError, LimitExceeded, from_rpc_error
+from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
+from equipot.client.retry import Deadline, RetryPolicy
+from equipot.client.settings import (
+    DEFAULT_ATOMS_PER_REQUEST,
+    DEFAULT_IN_FLIGHT,
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TIMEOUT,
+    Settings,
+)
+from equipot.client.structures import StructuresLike, each_structure
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
+
+_Reply = TypeVar("_Reply")
+
+
+class _Pending(Protocol):
+    """gRPC's future of an answer."""
+
+    def result(self) -> pb.PredictResponse: ...
+    def cancel(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _UnderWay:
+    """A part of a batch on its way; `pending` is None if nothing of it had to be sent."""
+
+    part: Part
+    request: pb.PredictRequest
+    pending: _Pending | None
+    deadline: Deadline
+
+
+class Client:
+    """Asks a server for energies (eV), forces (eV/Å) and stress (eV/Å³).
+
+    Use it as a context manager, or call `close`. Threads may share one. It may be pickled and copied: the
+    copy connects by itself. gRPC does not survive `fork`: start worker processes by "spawn".
+
+    Args:
+        address: HOST:PORT.
+        model: name, or "name@sha256:…" for one bundle exactly; empty: the server's default.
+        timeout: seconds for each request, all its attempts included. A large batch makes many requests.
+        retry: when to try again after the server was unavailable.
+        max_message_bytes: no request is larger; the server's own limit holds too.
+        atoms_per_request: a batch is cut into requests of about this many atoms.
+        in_flight: how many requests are under way at once.
+
+    Raises:
+        ClientError: every method raises its subclasses, see `equipot.client.errors`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        model: str = "",
+        timeout: float = DEFAULT_TIMEOUT,
+        retry: RetryPolicy | None = None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        atoms_per_request: int = DEFAULT_ATOMS_PER_REQUEST,
+        in_flight: int = DEFAULT_IN_FLIGHT,
+    ) -> None:
+        self.__setstate__(
+            Settings(
+                address=address,
+                model=model,
+                timeout=timeout,
+                retry=retry or RetryPolicy(),
+                max_message_bytes=max_message_bytes,
+                atoms_per_request=atoms_per_request,
+                in_flight=in_flight,
+            )
+        )
+
+    def __getstate__(self) -> Settings:
+        return self._settings
+
+    def __setstate__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+        self._stub: PotentialServiceStub | None = None
+        self._process = 0
+        self._closed = False
+        self._limits: dict[str, Limits] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._settings.address!r}, model={self._settings.model!r})"
+
+    def __enter__(self) -> Self:
+        """The client itself; it connects at the first call."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the connection."""
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
+        return self._settings.address
+
+    @property
+    def model_name(self) -> str:
+        """The model that is asked for; empty: the server's default."""
+        return self._settings.model
+
+    def close(self) -> None:
+        """Closes the connection; requests under way are cancelled."""
+        with self._lock:
+            self._closed = True
+            if self._channel is not None and self._process == os.getpid():
+                self._channel.close()
+            self._channel = self._stub = None
+
+    def predict(
+        self,
+        structures: StructuresLike,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        level_of_theory: str = "",
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> Predictions:
+        """Energies, and what else is asked for; a bad structure has its failure, the others go on.
+
+        Args:
+            structures: `ase.Atoms`, `Structure`, a dict of its fields, any iterable of these, or
+                `StructureArrays`. Charge and spin of Atoms are taken from `atoms.info`.
+            forces: whether forces are wanted.
+            stress: whether stress is wanted.
+            level_of_theory: one of the model's; empty: its only one.
+            model: another than the client's.
+            timeout: seconds for each request, another than the client's.
+
+        Raises:
+            ModelChanged: the server changed its model between two parts of the batch.
+            ClientError: the call as a whole failed, see the subclasses.
+        """
+        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        parts = list(self._parts(structures, wish, self._settings.seconds(timeout)))
+        return Predictions.concatenate(parts, forces=forces, stress=stress)
+
+    def predict_iter(
+        self,
+        structures: StructuresLike,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        level_of_theory: str = "",
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Prediction]:
+        """As `predict`, one after the other while the structures are read: memory stays bounded."""
+        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        known, start = None, 0
+        for part in self._parts(structures, wish, self._settings.seconds(timeout)):
+            known = same_model(known, part.model)
+            yield from numbered(part, start)
+            start += len(part)
+
+    def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        """The models that the server serves."""
+        reply = self._ask(self._connected().ListModels, pb.ListModelsRequest(), timeout)
+        return tuple(ModelInfo.from_wire(model) for model in reply.models)
+
+    def model(self, name: str | None = None, *, timeout: float | None = None) -> ModelInfo:
+        """One model with its card; None: the client's own, empty: the server's default.
+
+        Raises:
+            ModelNotFound: the server does not serve it.
+        """
+        wanted = self._settings.model if name is None else name
+        info = ModelInfo.from_wire(
+            self._ask(self._connected().GetModel, pb.GetModelRequest(model=wanted), timeout)
+        )
+        self._limits[wanted] = info.limits
+        return info
+
+    def health(self, *, timeout: float | None = None) -> Health:
+        """What the server says of itself now; never retried.
+
+        Raises:
+            ServerUnavailable: nothing answers.
+        """
+        self._connected()
+        assert self._channel is not None
+        check = self._channel.unary_unary(HEALTH_METHOD, None, None)
+        try:
+            return decode_health(check(b"", timeout=self._settings.seconds(timeout)))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
+
+    def _parts(self, structures: StructuresLike, wish: Wish, timeout: float) -> Iterator[Predictions]:
+        limits = self._limits.get(wish.model) or self.model(wish.model, timeout=timeout).limits
+        parts = cut(
+            each_structure(structures),
+            limits,
+            atoms_per_request=self._settings.atoms_per_request,
+            max_message_bytes=self._settings.max_message_bytes,
+        )
+        queue: deque[_UnderWay] = deque()
+        try:
+            for part in parts:
+                queue.append(self._send(wish, part, timeout))
+                if len(queue) == self._settings.in_flight:
+                    yield self._receive(wish, queue.popleft())
+            while queue:
+                yield self._receive(wish, queue.popleft())
+        finally:
+            for sent in queue:
+                if sent.pending is not None:
+                    sent.pending.cancel()
+
+    def _send(self, wish: Wish, part: Part, timeout: float) -> _UnderWay:
+        deadline = Deadline(timeout)
+        if not part.structures:
+            return _UnderWay(part, pb.PredictRequest(), None, deadline)
+        request = wish.request(part.structures)
+        pending = self._connected().Predict.future(request, timeout=deadline.remaining)
+        return _UnderWay(part, request, pending, deadline)
+
+    def _receive(self, wish: Wish, sent: _UnderWay) -> Predictions:
+        if sent.pending is None:
+            return sent.part.merge(wish, None)
+        predict = self._connected().Predict
+        try:
+            response = self._persist(
+                sent.pending.result,
+                lambda: predict(sent.request, timeout=sent.deadline.require()),
+                sent.deadline,
+            )
+        except LimitExceeded:
+            # Another server with other limits may stand at the address by now.
+            self._limits.pop(wish.model, None)
+            raise
+        return sent.part.merge(wish, response)
+
+    def _ask(self, method: Callable[..., _Reply], request: object, timeout: float | None) -> _Reply:
+        deadline = Deadline(self._settings.seconds(timeout))
+
+        def attempt() -> _Reply:
+            return method(request, timeout=deadline.require())
+
+        return self._persist(attempt, attempt, deadline)
+
+    def _persist(
+        self, first: Callable[[], _Reply], again: Callable[[], _Reply], deadline: Deadline
+    ) -> _Reply:
+        attempt, call = 1, first
+        while True:
+            try:
+                return call()
+            except grpc.RpcError as error:
+                problem = from_rpc_error(error, self.address)
+                delay = self._settings.retry.delay(problem, attempt, deadline.remaining)
+                if delay is None:
+                    raise problem from error
+            time.sleep(delay)
+            attempt, call = attempt + 1, again
+
+    def _connected(self) -> PotentialServiceStub:
+        with self._lock:
+            if self._closed:
+                raise ClientError(f"the client of {self.address} is closed: make another one")
+            if self._stub is None:
+                options = channel_options(self._settings.max_message_bytes)
+                self._channel = grpc.insecure_channel(self.address, options=options)
+                self._stub = PotentialServiceStub(self._channel)
+                self._process = os.getpid()
+            elif self._process != os.getpid():
+                raise ClientError(
+                    f"the client of {self.address} was connected before this process was forked: start "
+                    "workers by multiprocessing.get_context('spawn'), each with a client of its own"
+                )
+            return self._stub
