@@ -68,15 +68,16 @@ class Manifest:
         name: the data set's name.
         level_of_theory: functional and basis or plane-wave set; one per store, as energies depend on it.
         licence: of the data.
-        group_by: the rule the groups were made by.
         structures, atoms: how many.
         with_energy, with_forces, with_stress, periodic: number of structures that have it.
         groups: number of distinct groups.
+        grouped_by: rule the groups were made by → number of structures.
         elements: atomic number (as text, JSON's keys are) → number of atoms.
         charges, spin_multiplicities: value (as text) → number of structures.
         sources: imported files; a structure's origin is (index in this list, frame).
         rejected: reason → frames left out.
         notes: what was decided or found odd about kept frames.
+        warnings: what the labels as a whole look wrong for, with the evidence.
         shards: folders, in order.
         chain: running checksum of all structures, in order.
         digest: identity of the content: level of theory and chain. The same frames give the same digest.
@@ -85,7 +86,6 @@ class Manifest:
     name: str
     level_of_theory: str
     licence: str
-    group_by: str
     structures: int = 0
     atoms: int = 0
     with_energy: int = 0
@@ -93,12 +93,14 @@ class Manifest:
     with_stress: int = 0
     periodic: int = 0
     groups: int = 0
+    grouped_by: dict[str, int] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
     charges: dict[str, int] = field(default_factory=dict)
     spin_multiplicities: dict[str, int] = field(default_factory=dict)
     sources: list[SourceEntry] = field(default_factory=list)
     rejected: dict[str, Tally] = field(default_factory=dict)
     notes: dict[str, Tally] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     shards: list[ShardEntry] = field(default_factory=list)
     chain: str = ""
     digest: str = ""
@@ -123,7 +125,7 @@ class Manifest:
         body = asdict(self)
         for key in ("elements", "charges", "spin_multiplicities"):
             body[key] = dict(sorted(body[key].items(), key=lambda item: int(item[0])))
-        for key in ("rejected", "notes"):
+        for key in ("rejected", "notes", "grouped_by"):
             body[key] = dict(sorted(body[key].items()))
         return {"format": FORMAT, "version": VERSION, "units": dict(UNITS), **body}
 

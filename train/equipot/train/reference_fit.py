@@ -64,7 +64,9 @@ def _blocks(parts: Sequence[_Part], elements: Sequence[int]) -> list[tuple[Store
         for at in range(0, len(with_energy), _BLOCK):
             block = with_energy[at : at + _BLOCK]
             if missing and store.element_counts(block)[:, sorted(missing)].any():
-                raise DataError(f"{store.path}: holds atomic numbers {sorted(missing)}, the model lists {sorted(known)}")
+                raise DataError(
+                    f"{store.path}: holds atomic numbers {sorted(missing)}, the model lists {sorted(known)}"
+                )
             blocks.append((store, block))
     return blocks
 
@@ -91,7 +93,8 @@ def _fit(parts: Sequence[_Part], elements: Sequence[int], level: str) -> tuple[N
 
     left = np.concatenate(
         [
-            (store.energies[block] - store.element_counts(block)[:, columns] @ energies) / store.n_atoms[block]
+            (store.energies[block] - store.element_counts(block)[:, columns] @ energies)
+            / store.n_atoms[block]
             for store, block in blocks
         ]
     )

@@ -102,7 +102,9 @@ class Store:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such store; make one with: equipot data import FILE… --out {folder}")
+            raise DataError(
+                f"{folder}: no such store; make one with: equipot data import FILE… --out {folder}"
+            )
         if not (folder / MANIFEST).exists():
             if (folder / JOURNAL).exists():
                 raise DataError(f"{folder}: its import is not finished; run the same import command again")
@@ -196,7 +198,9 @@ class Store:
         """Yields (rows of `wanted`, their atoms' values, which of these rows each atom is of), block by block."""
         order = np.argsort(wanted, kind="stable")
         if len(wanted) and (wanted[order[0]] < 0 or wanted[order[-1]] >= len(self)):
-            raise IndexError(f"structures {wanted[order[0]]} to {wanted[order[-1]]} of {len(self)} in {self.path}")
+            raise IndexError(
+                f"structures {wanted[order[0]]} to {wanted[order[-1]]} of {len(self)} in {self.path}"
+            )
         bounds = np.searchsorted(wanted[order], self._starts)
         for k, shard in enumerate(self._shards):
             of_shard = order[bounds[k] : bounds[k + 1]]
@@ -233,4 +237,6 @@ def link(chain: bytes, arrays: Sequence[NDArray[Any]]) -> bytes:
     A chain, unlike one long hash, can be taken up again from 32 bytes after a kill, and does not depend on how
     the structures are cut into shards.
     """
-    return hashlib.sha256(chain + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).digest()
+    return hashlib.sha256(
+        chain + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+    ).digest()

@@ -7,8 +7,9 @@ when the import is done, so a store that is being added to stays readable as it 
 
 import copy
 import fcntl
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from equipot.train.arrays import OFFSETS, PER_ATOM, PER_STRUCTURE, append_rows
 from equipot.train.errors import DataError
-from equipot.train.manifest import Manifest, ShardEntry, content_digest, read_json, write_json
+from equipot.train.manifest import Manifest, ShardEntry, SourceEntry, content_digest, read_json, write_json
 from equipot.train.sources.base import Frame
 from equipot.train.store import CHAINED, JOURNAL, MANIFEST, SHARDS, Store, link
 
@@ -34,74 +35,100 @@ class StoreWriter:
     """One import into one store; a context manager that holds the store's lock.
 
     Attributes:
+        path: the store's folder.
+        committed: manifest of the finished store that is being added to, or None.
         manifest: the store as it will be, brought up to date by every `add`.
-        cursor: what the importer needs to go on from the last commit.
+        cursor: {"source": …, "frame": …}, where to go on reading after the last commit.
         resumed: whether a killed import is being continued.
     """
 
-    def __init__(self, path: Path, fresh: Manifest, plan: Mapping[str, Any], *, commit_structures: int) -> None:
-        """Opens, creates, or takes up again.
+    def __init__(self, path: Path, fresh: Manifest, *, commit_structures: int = COMMIT_STRUCTURES) -> None:
+        """Locks the folder, which is made if need be.
 
         Args:
             path: folder of the store.
             fresh: manifest of the store if it has to be created.
-            plan: what is imported and how; a killed import is only taken up with the same plan.
             commit_structures: frames between two commits.
 
         Raises:
-            DataError: not a store; another import is running or lies unfinished; another level of theory.
+            DataError: not a store; another import is running; another level of theory or licence.
         """
         self.path = path
+        self.manifest = fresh
+        self.cursor: dict[str, int] = {"source": 0, "frame": 0}
+        self.resumed = False
         self._commit_structures = commit_structures
         self._pending: list[tuple[Frame, int, int]] = []
         self._pending_atoms = 0
-        self.cursor: dict[str, Any] = {}
-        self.resumed = False
-        self._plan = dict(plan)
-        created = not path.exists()
-        if not created and not path.is_dir():
+        self._plan: dict[str, Any] = {}
+        self._chain = b""
+        if path.exists() and not path.is_dir():
             raise DataError(f"{path}: is a file, not a store; give another --out")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self.committed = self._look(fresh)
+        except BlockingIOError:
             os.close(self._lock)
             raise DataError(f"{path}: another import into this store is running; wait for it") from None
-        try:
-            self.manifest = self._take_up(fresh)
         except BaseException:
             os.close(self._lock)
             raise
-        self._chain = bytes.fromhex(self.manifest.chain)
 
-    def _take_up(self, fresh: Manifest) -> Manifest:
+    def _look(self, fresh: Manifest) -> Manifest | None:
+        journal = self.path / JOURNAL
+        if not (self.path / MANIFEST).exists():
+            if not journal.exists() and any(self.path.iterdir()):
+                raise DataError(
+                    f"{self.path}: holds other files and is no store; give an empty or a new folder as --out"
+                )
+            return None
+        committed = Store.open(self.path).manifest
+        if journal.exists() and read_json(journal)["manifest"]["chain"] == committed.chain:
+            journal.unlink()  # killed after the last step but this one
+        for what in ("level_of_theory", "licence"):
+            ours, theirs = getattr(fresh, what), getattr(committed, what)
+            if ours != theirs:
+                raise DataError(
+                    f"{self.path}: holds data of {what.replace('_', ' ')} {theirs!r}, not {ours!r}; if the new files "
+                    f"are of the same, say --{what.replace('_', '-')} {theirs!r}, else give another --out"
+                )
+        return committed
+
+    def start(self, plan: Mapping[str, Any], sources: Sequence[SourceEntry]) -> None:
+        """Takes a killed import up again, or begins one.
+
+        Args:
+            plan: what is imported and how, as JSON types; only the same plan is taken up again.
+            sources: the files, in order; they are added to the manifest.
+
+        Raises:
+            DataError: an import with another plan lies unfinished.
+        """
+        self._plan = json.loads(json.dumps(plan))
         journal = self.path / JOURNAL
         if journal.exists():
             body = read_json(journal)
             if body.get("plan") != self._plan:
                 theirs = ", ".join(source["file"] for source in body.get("plan", {}).get("sources", []))
                 raise DataError(
-                    f"{self.path}: an import of {theirs} with other files or options lies unfinished; finish it with "
-                    f"the command it was started by, or drop it with: rm {journal}"
+                    f"{self.path}: an import of {theirs} lies unfinished, with other files or options than these; "
+                    f"finish it with its own command, or drop it: rm -r {self._dropped()}"
                 )
-            self.resumed = True
+            self.manifest = Manifest.from_json(body["manifest"], journal)
             self.cursor = body["cursor"]
-            return Manifest.from_json(body["manifest"], journal)
-        if (self.path / MANIFEST).exists():
-            manifest = copy.deepcopy(Store.open(self.path).manifest)
-            for what in ("level_of_theory", "licence"):
-                ours, theirs = getattr(fresh, what), getattr(manifest, what)
-                if ours != theirs:
-                    flag = what.replace("_", "-")
-                    raise DataError(
-                        f"{self.path}: holds {what.replace('_', ' ')} {theirs!r}, not {ours!r}; give --{flag} "
-                        f"{theirs!r} if the new files are of the same, or import them into a store of their own"
-                    )
-            return manifest
-        if any(self.path.iterdir()):
-            raise DataError(f"{self.path}: holds other files and is no store; give an empty or a new folder")
-        return fresh
+            self.resumed = True
+            self._chain = bytes.fromhex(self.manifest.chain)
+            return
+        if self.committed is not None:
+            self.manifest = copy.deepcopy(self.committed)
+            self._chain = bytes.fromhex(self.manifest.chain)
+        self.manifest.sources += copy.deepcopy(list(sources))
+        self.commit(self.cursor)
+
+    def _dropped(self) -> Path:
+        return self.path if self.committed is None else self.path / JOURNAL
 
     def __enter__(self) -> Self:
         return self
@@ -110,10 +137,6 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)
-
-    def begin(self, cursor: Mapping[str, Any]) -> None:
-        """Writes the first journal, so that what follows can be taken up."""
-        self.commit(cursor)
 
     def add(self, frame: Frame, group: int, source: int) -> None:
         """Adds one structure; it is on disk after the next commit."""
@@ -153,7 +176,7 @@ class StoreWriter:
         m.charges[charge] = m.charges.get(charge, 0) + 1
         m.spin_multiplicities[spin] = m.spin_multiplicities.get(spin, 0) + 1
 
-    def commit(self, cursor: Mapping[str, Any]) -> None:
+    def commit(self, cursor: Mapping[str, int]) -> None:
         """Makes everything added so far survive a kill, together with `cursor`."""
         self._flush()
         self.manifest.chain = self._chain.hex()
@@ -183,9 +206,8 @@ class StoreWriter:
         self._pending.clear()
         self._pending_atoms = 0
 
-    def finish(self, cursor: Mapping[str, Any]) -> Manifest:
-        """Commits, then names the whole as the store's content."""
-        self.commit(cursor)
+    def finish(self) -> Manifest:
+        """Names what is committed as the store's content."""
         m = self.manifest
         m.digest = content_digest(m.level_of_theory, m.chain)
         m.groups = len(np.unique(Store(self.path, m).groups))
@@ -195,8 +217,8 @@ class StoreWriter:
 
     def abandon(self) -> None:
         """Takes an import back that kept nothing; an older store in the same place stays as it was."""
-        (self.path / JOURNAL).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
+        (self.path / JOURNAL).unlink()
+        if self.committed is None:
             self.path.rmdir()
 
 

@@ -164,9 +164,13 @@ class AseFile:
             return Rejected(chunk.index, Reason.NO_ATOMS, f"line {chunk.first_line} announces 0 atoms")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # ASE warns of each odd key; what matters is reported as a note
+                warnings.simplefilter(
+                    "ignore"
+                )  # ASE warns of each odd key; what matters is reported as a note
                 return next(ase.io.iread(io.StringIO(chunk.text), index=":", format="extxyz"))
-        except Exception as error:  # ASE's parser raises KeyError, IndexError, TypeError, … for malformed text
+        except (
+            Exception
+        ) as error:  # ASE's parser raises KeyError, IndexError, TypeError, … for malformed text
             detail = f"line {chunk.first_line}: {type(error).__name__}: {error}"[:200]
             return Rejected(chunk.index, Reason.UNREADABLE, detail)
 
@@ -202,7 +206,9 @@ class AseFile:
 def _all_values(atoms: ase.Atoms) -> dict[str, Any]:
     """Every key of a frame: per-atom arrays, info, and the calculator's results as stored (no constraints)."""
     results: Mapping[str, Any] = {} if atoms.calc is None else atoms.calc.results
-    pairs: Mapping[str, Any] = atoms.info.get("key_value_pairs", {})  # how ASE's database hands out its columns
+    pairs: Mapping[str, Any] = atoms.info.get(
+        "key_value_pairs", {}
+    )  # how ASE's database hands out its columns
     return {**atoms.arrays, **pairs, **atoms.info, **results}
 
 

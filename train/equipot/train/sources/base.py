@@ -17,7 +17,7 @@ class Reason(StrEnum):
     NO_ATOMS = "no atoms"
     INVALID = "invalid structure"
     NON_FINITE_POSITIONS = "non-finite positions"
-    SINGULAR_CELL = "singular cell while pbc is set"
+    CELL = "impossible cell"
     OVERLAP = "overlapping atoms"
     NO_LABEL = "no energy"
     NON_FINITE_LABEL = "non-finite label"

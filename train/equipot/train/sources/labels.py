@@ -117,7 +117,11 @@ def check_units(values: Mapping[str, Any]) -> None:
 
 
 def find_labels(
-    values: Mapping[str, Any], n_atoms: int, cell: NDArray[np.float64], pbc: NDArray[np.bool_], options: ReadOptions
+    values: Mapping[str, Any],
+    n_atoms: int,
+    cell: NDArray[np.float64],
+    pbc: NDArray[np.bool_],
+    options: ReadOptions,
 ) -> FrameLabels:
     """The labels of one frame from all its keys (calculator results, info, arrays).
 
@@ -212,6 +216,8 @@ def find_charge_and_spin(info: Mapping[str, Any]) -> tuple[int, int]:
         if not np.isfinite(number) or number != round(number) or abs(number) > 1000:
             raise FrameError(Reason.CHARGE_OR_SPIN, f"{key}={info[key or '']}, expected a whole number")
         if keys is SPIN_KEYS and number < 0:
-            raise FrameError(Reason.CHARGE_OR_SPIN, f"{key}={number:.0f}, expected 2S+1 ≥ 1, or 0: not stated")
+            raise FrameError(
+                Reason.CHARGE_OR_SPIN, f"{key}={number:.0f}, expected 2S+1 ≥ 1, or 0: not stated"
+            )
         found.append(int(number))
     return found[0], found[1]

@@ -1,0 +1,127 @@
+"""What the data commands print. Knows stores and reports; changes nothing."""
+
+from collections.abc import Mapping, Sequence
+
+from ase.data import chemical_symbols
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from equipot.train.importer import ImportReport
+from equipot.train.manifest import Manifest, Tally
+from equipot.train.store import Store
+
+_SHOWN = 12
+
+
+def print_import(report: ImportReport, console: Console) -> None:
+    """Read, kept and left out per file; why and where; warnings; what to do next."""
+    manifest = report.manifest
+    for file in report.skipped:
+        console.print(f"{escape(file)}: skipped, the store holds it already (same checksum)", soft_wrap=True)
+    if not report.added:
+        console.print("nothing new to import")
+        return
+    if report.resumed:
+        console.print("went on with an import that had been stopped")
+    table = Table("file", "read", "kept", "left out", title="Import", title_justify="left")
+    for k in report.added:
+        entry = manifest.sources[k]
+        dropped = entry.frames_read - entry.frames_kept
+        table.add_row(escape(entry.file), str(entry.frames_read), str(entry.frames_kept), str(dropped or "–"))
+    console.print(table)
+    _print_tallies("Left out", manifest, manifest.rejected, report.added, console)
+    _print_tallies("Kept, but take note", manifest, manifest.notes, report.added, console)
+    for warning in manifest.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+    console.print(_summary(manifest), soft_wrap=True, highlight=False)
+    console.print(
+        f"store: {escape(str(report.store))}\n"
+        f"next:  equipot data info {escape(str(report.store))}, then name it in a recipe and: equipot train RECIPE",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def print_store(store: Store, console: Console, *, verified: bool) -> None:
+    """A summary of a store."""
+    m = store.manifest
+    table = Table(title=escape(str(store.path)), title_justify="left", show_header=False)
+    rows = {
+        "name": m.name,
+        "level of theory": m.level_of_theory,
+        "licence": m.licence,
+        "structures": f"{m.structures}, {m.atoms} atoms",
+        "labels": f"energy {m.with_energy}, forces {m.with_forces}, stress {m.with_stress}",
+        "periodic": str(m.periodic),
+        "atoms per structure": _range(store),
+        "elements": _elements(m),
+        "charges": _counts(m.charges),
+        "spin multiplicities": _counts(
+            {("not stated" if k == "0" else k): v for k, v in m.spin_multiplicities.items()}
+        ),
+        "groups": f"{m.groups}, by {_counts(m.grouped_by)}",
+        "digest": m.digest + (" (verified)" if verified else ""),
+    }
+    for key, value in rows.items():
+        table.add_row(key, escape(value))
+    console.print(table)
+    files = Table("file", "format", "frames read", "kept", "sha256", title="Sources", title_justify="left")
+    for entry in m.sources:
+        files.add_row(
+            escape(entry.file),
+            entry.format,
+            str(entry.frames_read),
+            str(entry.frames_kept),
+            entry.sha256[:16] + "…",
+        )
+    console.print(files)
+    everything = range(len(m.sources))
+    _print_tallies("Left out", m, m.rejected, everything, console)
+    _print_tallies("Kept, but take note", m, m.notes, everything, console)
+    for warning in m.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+
+
+def _print_tallies(
+    title: str, manifest: Manifest, tallies: Mapping[str, Tally], sources: Sequence[int], console: Console
+) -> None:
+    table = Table("what", "frames", "file", "at frame", "for example", title=title, title_justify="left")
+    for what, tally in tallies.items():
+        for source in sources:
+            places = [example for example in tally.examples if example[0] == source]
+            if not places:
+                continue
+            shown = ", ".join(str(frame) for _, frame, _ in places[:_SHOWN])
+            of_all = len({example[0] for example in tally.examples}) == 1
+            more = (tally.count if of_all else len(places)) - min(len(places), _SHOWN)
+            table.add_row(
+                escape(what),
+                str(tally.count) if of_all else f"{len(places)} or more",
+                escape(manifest.sources[source].file),
+                shown + (f" and {more} more" if more > 0 else ""),
+                escape(str(places[0][2])),
+            )
+    if table.row_count:
+        console.print(table)
+
+
+def _summary(m: Manifest) -> str:
+    return (
+        f"{m.structures} structures, {m.atoms} atoms of {escape(_elements(m))}; energy {m.with_energy}, "
+        f"forces {m.with_forces}, stress {m.with_stress}; {m.groups} groups by {escape(_counts(m.grouped_by))}; "
+        f"level of theory {escape(m.level_of_theory)}, licence {escape(m.licence)}"
+    )
+
+
+def _range(store: Store) -> str:
+    n = store.n_atoms
+    return f"{n.min()} to {n.max()}, mean {n.mean():.1f}" if len(n) else "–"
+
+
+def _elements(m: Manifest) -> str:
+    return " ".join(chemical_symbols[z] for z in m.atomic_numbers)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{value} ({count})" for value, count in counts.items())
