@@ -172,7 +172,7 @@ def _judge_size(store: Store, sample: NDArray[np.int64]) -> str | None:
     if (as_mean < 0.9 * as_sum and growth < 0.5) or (undecided and abs(growth) < 0.2):
         return (
             f"the energies look like energies per atom: over {len(sample)} structures of {n.min():.0f} to "
-            f"{n.max():.0f} atoms, 1 % more atoms change them by {growth:.2f} % (totals: about 1), and a mean "
+            f"{n.max():.0f} atoms, 1 % more atoms change them by {growth:.2f} % (totals: by 1), and a mean "
             f"over atoms fits to {as_mean:.3g} eV RMS, a sum over atoms to {as_sum:.3g} eV; {_ADVICE}"
         )
     return None
@@ -194,7 +194,7 @@ def _judge_binding(store: Store, sample: NDArray[np.int64]) -> str | None:
     each = float(np.median(np.abs(store.energies[large]) / store.n_atoms[large]))
     if each < 0.3 and 0.5 < total < 20:
         return (
-            f"the energies are small for totals of periodic structures: {total:.3g} eV, {each:.2g} eV per atom "
+            f"the energies are small for totals of periodic structures: {total:.3g} eV, {each:.2g} eV an atom "
             f"in the median, where a solid is bound by 1 to 10; are they per atom, or relative? {_ADVICE}"
         )
     return None

@@ -91,8 +91,8 @@ class StoreWriter:
             ours, theirs = getattr(fresh, what), getattr(committed, what)
             if ours != theirs:
                 raise DataError(
-                    f"{self.path}: holds data of {what.replace('_', ' ')} {theirs!r}, not {ours!r}; if that is "
-                    f"the same, say --{what.replace('_', '-')} {theirs!r}, else give another --out"
+                    f"{self.path}: holds data of {what.replace('_', ' ')} {theirs!r}, not {ours!r}; if "
+                    f"that is the same, say --{what.replace('_', '-')} {theirs!r}, else give another --out"
                 )
         return committed
 
