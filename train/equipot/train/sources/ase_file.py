@@ -39,14 +39,17 @@ def open_ase_file(path: Path, options: ReadOptions) -> "AseFile":
 
 def _detect(path: Path) -> str:
     try:
-        return str(ase.io.formats.filetype(str(path)))
+        format = str(ase.io.formats.filetype(str(path)))
     except ase.io.formats.UnknownFileTypeError:
+        format = ""
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); is it really what its name says?") from None
+    if format not in ase.io.formats.ioformats:  # ASE takes an unknown extension for a format
         raise DataError(
             f"{path}: neither its name nor its first bytes say what it is; name ASE's format with --format "
             "(extxyz, traj, vasp-xml, …)"
-        ) from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is it really what its name says?") from None
+        )
+    return format
 
 
 class AseFile:
