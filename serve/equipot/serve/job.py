@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,12 +33,17 @@ class Work:
         structures: to be answered, S of them.
         level: index of the level of theory.
         deadline: by `time.monotonic`; None if the caller waits for ever.
+        offsets: S+1 places where each structure's atoms begin, and where the last one's end.
     """
 
     key: Key
     structures: StructureArrays
     level: int
     deadline: float | None
+    offsets: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", self.structures.offsets.tolist())
 
     @property
     def n_atoms(self) -> int:
@@ -62,10 +67,9 @@ class Work:
         return [self.key.model.engine.prepare(system) for system in self._systems(start, stop)]
 
     def _systems(self, start: int, stop: int) -> Iterator[System]:
-        arrays = self.structures.slice(start, stop)
-        offsets = arrays.offsets.tolist()
-        for index in range(len(arrays)):
-            atoms = slice(offsets[index], offsets[index + 1])
+        arrays = self.structures
+        for index in range(start, stop):
+            atoms = slice(self.offsets[index], self.offsets[index + 1])
             yield System(
                 atomic_numbers=arrays.atomic_numbers[atoms].astype(np.int64),
                 positions=arrays.positions[atoms],
@@ -102,7 +106,6 @@ class Job:
         self.room = asyncio.Event()
         self.graphs: dict[int, Graph] = {}
         self._open = len(work.structures)
-        self._offsets = work.structures.offsets.tolist()
         self._energy = np.full(self._open, np.nan)
         self._forces = np.full(work.structures.positions.shape, np.nan) if work.key.forces else None
         self._stress = np.full((self._open, 3, 3), np.nan) if work.key.stress else None
@@ -121,7 +124,8 @@ class Job:
         else:
             self._energy[index] = result.energy
             if self._forces is not None:
-                self._forces[self._offsets[index] : self._offsets[index + 1]] = result.forces
+                offsets = self.work.offsets
+                self._forces[offsets[index] : offsets[index + 1]] = result.forces
             if self._stress is not None:
                 self._stress[index] = result.stress
         self._open -= 1
