@@ -88,7 +88,7 @@ def test_a_report_names_files_and_frames(
         (("import", "{dir}/none.xyz", "--out", "{dir}/s", *SAYING), "none.xyz: no such file"),
         (
             ("import", "{data}", "--out", "{dir}/s", *SAYING, "--energy-key", "E0"),
-            "has no 'E0' (--energy-key)",
+            "has 'E0' (--energy-key); keys there: config_type, energy, forces",
         ),
         (
             ("import", "{data}", "--out", "{dir}/s", *SAYING, "--group-by", "molecule"),

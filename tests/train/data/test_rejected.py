@@ -162,10 +162,17 @@ def test_a_missing_file_is_said_before_any_other_is_imported(tmp_path: Path, run
 
 def test_a_named_key_that_is_not_there(tmp_path: Path, run_import: Import) -> None:
     (tmp_path / "a.xyz").write_text(good(0))
-    with pytest.raises(
-        DataError, match=r"frame 0 has no 'REF_energy' \(--energy-key\); keys there: energy, forces"
-    ):
+    with pytest.raises(DataError, match=r"none of its first 1 frame\(s\) has 'REF_energy' \(--energy-key\)"):
         run_import(tmp_path / "a.xyz", read=ReadOptions(energy_key="REF_energy"))
+
+
+def test_a_named_key_that_is_there_only_in_places(tmp_path: Path, run_import: Import) -> None:
+    (tmp_path / "a.xyz").write_text(
+        good(0) + good(1).replace("energy=", "E0=") + good(2).replace("energy=", "E0=")
+    )
+    report = run_import(tmp_path / "a.xyz", read=ReadOptions(energy_key="E0"))
+    assert places(report) == {"no energy": [0]}
+    assert report.manifest.rejected["no energy"].examples[0][2] == "no E0; keys there: energy, forces"
 
 
 def test_nothing_to_keep_leaves_no_store(tmp_path: Path, run_import: Import) -> None:

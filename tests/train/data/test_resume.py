@@ -79,6 +79,15 @@ def test_half_written_rows_are_cut_off(files: list[Path], tmp_path: Path, tree_b
     assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
 
 
+def test_killed_in_the_very_first_step(files: list[Path], tmp_path: Path, tree_bytes: Tree) -> None:
+    import_files(files, tmp_path / "whole", OPTIONS)
+    out = tmp_path / "killed"
+    out.mkdir()
+    (out / "journal.json.part").write_text('{"half a jour')
+    import_files(files, out, OPTIONS)
+    assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
+
+
 def test_killed_while_adding_to_a_store(files: list[Path], tmp_path: Path, tree_bytes: Tree) -> None:
     import_files(files, tmp_path / "whole", OPTIONS)
     out = tmp_path / "killed"
