@@ -1,6 +1,7 @@
 """A config keeps its values through JSON and names the field that is wrong."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,13 @@ from equipot.model.errors import ModelError
 from equipot.model.potential import Potential
 from equipot.model.references import References
 
-MINIMAL = {"elements": (1, 8), "levels_of_theory": ("PBE",)}
+MINIMAL: dict[str, Any] = {"elements": (1, 8), "levels_of_theory": ("PBE",)}
 
 
 def test_json_round_trip() -> None:
     config = ModelConfig(
         **MINIMAL, width=96, forces="direct", charges=(-1, 0, 1), cutoff=4, mean_neighbors=31.4
-    )  # type: ignore[arg-type]
+    )
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
@@ -66,13 +67,13 @@ def test_missing_and_unknown_fields_are_named() -> None:
 
 
 def test_an_unknown_architecture_names_those_there_are() -> None:
-    config = ModelConfig(**MINIMAL, architecture="gcn")  # type: ignore[arg-type]
+    config = ModelConfig(**MINIMAL, architecture="gcn")
     with pytest.raises(ModelError, match="'gcn'; choose one of egnn"):
         Potential(config, References(energy=np.zeros((1, 2)), scale=np.ones(1)))
 
 
 def test_references_round_trip_bit_for_bit() -> None:
-    references = References(energy=[[-13.6057, 1 / 3]], scale=[0.1])  # type: ignore[arg-type]
+    references = References(energy=np.array([[-13.6057, 1 / 3]]), scale=np.array([0.1]))
     back = References.from_json(json.loads(json.dumps(references.to_json())))
     assert (back.energy == references.energy).all()
     assert (back.scale == references.scale).all()
@@ -88,11 +89,11 @@ def test_references_round_trip_bit_for_bit() -> None:
         ([[1.0, 2.0]], [np.inf]),
     ],
 )
-def test_malformed_references(energy: object, scale: object) -> None:
+def test_malformed_references(energy: Any, scale: Any) -> None:
     with pytest.raises(ModelError, match="references"):
-        References(energy=energy, scale=scale)  # type: ignore[arg-type]
+        References(energy=energy, scale=scale)
 
 
 def test_references_for_other_elements_are_refused() -> None:
     with pytest.raises(ModelError, match="2 elements"):
-        Potential(ModelConfig(**MINIMAL), References(energy=np.zeros((1, 3)), scale=np.ones(1)))  # type: ignore[arg-type]
+        Potential(ModelConfig(**MINIMAL), References(energy=np.zeros((1, 3)), scale=np.ones(1)))
