@@ -22,6 +22,9 @@ RATE_MEMORY = 0.2
 REFUSAL_MARGIN = 2.0
 """A deadline is refused at the door if the expected wait is this many times longer: it comes from a mean."""
 
+FULL = 0.5
+"""Part of the edge budget from which a batch tells the engine's speed: small ones are bound by overhead."""
+
 FIRST_RETRY = 1.0
 """Seconds that a refused caller is told to wait while the engine's speed is not known yet."""
 
@@ -252,7 +255,7 @@ class Batcher:
     def finished(self, batch: Batch, seconds: float) -> None:
         """Notes that the engine is idle again, and how long the batch took it."""
         self._running = 0
-        if seconds > 0:
+        if seconds > 0 and batch.cost >= FULL * self._budget.batch_edges:
             rate = batch.cost / seconds
             self._rate = rate if self._rate is None else self._rate + RATE_MEMORY * (rate - self._rate)
 

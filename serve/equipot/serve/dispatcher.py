@@ -17,11 +17,11 @@ from equipot.serve.errors import CallError, DeadlinePassed, Fault
 from equipot.serve.job import Answer, Job, Key, Work
 from equipot.serve.metrics import OK, Metrics
 
-INLINE_ATOMS = 256
+INLINE_ATOMS = 128
 """A request with no more atoms is prepared in the event loop: the hop to a thread would cost as much."""
 
 CHUNK_ATOMS = 1024
-"""Atoms prepared in one go in a thread: a large request's first batch starts when so many are ready."""
+"""Atoms prepared in one go in a thread, some 10 ms; the first batch starts when they are ready."""
 
 PREFETCH = 2
 """How many batches of one request may be prepared and wait; the rest of it costs no memory yet."""
@@ -68,7 +68,7 @@ class Dispatcher:
         job = self._jobs[ticket] = Job(work)
         self._quiet.clear()
         try:
-            if work.n_atoms <= INLINE_ATOMS and len(work.structures) <= INLINE_ATOMS:
+            if work.effort <= INLINE_ATOMS:
                 self._accept(ticket, job, 0, *_timed_prepare(work, 0, len(work.structures)))
             else:
                 await self._feed(ticket, job)

@@ -14,6 +14,9 @@ from equipot.serve.errors import CallError, Fault
 from equipot.serve.models import ServedModel
 from equipot.wire.v1.codec import Failure, FailureReason, PredictionArrays, StructureArrays
 
+LEAST_EFFORT = 32
+"""A structure of fewer atoms takes as long to prepare as one of so many: calls cost more than atoms."""
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -46,16 +49,15 @@ class Work:
         object.__setattr__(self, "offsets", self.structures.offsets.tolist())
 
     @property
-    def n_atoms(self) -> int:
-        """Atoms of all structures."""
-        return len(self.structures.positions)
+    def effort(self) -> int:
+        """What it takes to prepare all structures, in atoms."""
+        return sum(_effort(count) for count in self.structures.n_atoms.tolist())
 
     def chunks(self, n_atoms: int) -> Iterator[tuple[int, int]]:
-        """Ranges of structures (start, stop) that end once they hold this many atoms."""
+        """Ranges of structures (start, stop), each about as much effort as this many atoms."""
         start = atoms = 0
         for stop, count in enumerate(self.structures.n_atoms.tolist(), 1):
-            # An empty structure is work too: its answer is a failure.
-            atoms += max(1, count)
+            atoms += _effort(count)
             if atoms >= n_atoms:
                 yield start, stop
                 start, atoms = stop, 0
@@ -153,3 +155,7 @@ class Job:
         failures = tuple(sorted(self._failures, key=lambda failure: failure.index))
         predictions = PredictionArrays(self._energy, self._forces, self._stress, failures)
         return Answer(predictions, self._queue_seconds, self._compute_seconds)
+
+
+def _effort(n_atoms: int) -> int:
+    return max(LEAST_EFFORT, n_atoms)

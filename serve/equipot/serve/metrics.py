@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
 
 from equipot.serve.batcher import Depth
 from equipot.serve.errors import ServeError
@@ -28,6 +35,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         by_outcome = ["model", "outcome"]
         self.requests = self._counter("requests", "Calls of Predict, by how they ended", by_outcome)
         self.structures = self._counter("structures", "Structures, by how they ended", by_outcome)
