@@ -72,7 +72,7 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
                     dtype=model.engine.dtype,
                     force_mode=model.card.config.forces,
                 )
-            # What is loaded stays: without this, each full collection would walk torch's objects for tens of ms.
+            # What is loaded stays: else each full collection would walk torch's objects, for tens of ms.
             gc.collect()
             gc.freeze()
             server.open(registry)
