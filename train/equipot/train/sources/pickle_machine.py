@@ -16,7 +16,11 @@ _MARK = object()
 
 
 class PickleRefused(ValueError):
-    """The pickle is damaged, or asks for something that is no array, number, text or known container."""
+    """The pickle asks for something that is no array, number, text or known container."""
+
+
+class PickleDamaged(PickleRefused):
+    """The pickle is cut short or malformed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,11 +84,11 @@ class Machine:
                 self._step(step)
             return self._stack.pop()
         except (IndexError, struct.error):
-            raise PickleRefused("it is cut short or malformed") from None
+            raise PickleDamaged("it is cut short or malformed") from None
         except (TypeError, ValueError, KeyError) as error:
             if isinstance(error, PickleRefused):
                 raise
-            raise PickleRefused(f"it is malformed ({type(error).__name__}: {error})"[:200]) from None
+            raise PickleDamaged(f"it is malformed ({type(error).__name__}: {error})"[:200]) from None
 
     def _byte(self) -> int:
         self.at += 1
@@ -92,7 +96,7 @@ class Machine:
 
     def _take(self, count: int) -> bytes:
         if count < 0 or self.at + count > len(self._data):
-            raise PickleRefused("it is cut short")
+            raise PickleDamaged("it is cut short")
         self.at += count
         return self._data[self.at - count : self.at]
 
@@ -109,7 +113,7 @@ class Machine:
         while self._stack[at] is not _MARK:
             at -= 1
             if at < 0:
-                raise PickleRefused("it is malformed (no mark)")
+                raise PickleDamaged("it is malformed (no mark)")
         items = self._stack[at + 1 :]
         del self._stack[at:]
         return items

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from equipot.train.sources.pickle_machine import Machine, Name, PickleRefused, Record, StandIn
+from equipot.train.sources.pickle_machine import Machine, Name, PickleDamaged, PickleRefused, Record, StandIn
 
-__all__ = ["PickleRefused", "Record", "loads"]
+__all__ = ["PickleDamaged", "PickleRefused", "Record", "loads"]
 
 MAX_EXPANDED = 2**20
 """Numbers at most in a tensor that shows a storage's numbers more than once: a stride of 0 would make any
@@ -180,10 +180,10 @@ def _torch_storage(arguments: tuple[Any, ...]) -> NDArray[Any]:
     if not isinstance(dtype, np.dtype) or not isinstance(keys, list) or len(keys) != 1:
         raise PickleRefused("a tensor storage that is malformed")
     if at + 8 > len(data):
-        raise PickleRefused("a tensor storage that is cut short")
+        raise PickleDamaged("a tensor storage that is cut short")
     (count,) = struct.unpack_from("<q", data, at)
     if count < 0 or at + 8 + count * dtype.itemsize > len(data):
-        raise PickleRefused(f"a tensor storage of {count} numbers that is cut short")
+        raise PickleDamaged(f"a tensor storage of {count} numbers that is cut short")
     return np.frombuffer(data, dtype, count, at + 8)
 
 
