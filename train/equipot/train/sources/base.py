@@ -107,6 +107,7 @@ class ReadOptions:
         energy_per_atom: the energies are per atom: multiply by the number of atoms.
         group_keys: keys, in order, that name a frame's trajectory or molecule.
         level: which of a release's labels to take, one of `Source.levels`; None for the default.
+        energy_unit: unit of the energies (and of the forces, per Å) where a file does not state it.
     """
 
     format: str | None = None
@@ -116,6 +117,7 @@ class ReadOptions:
     energy_per_atom: bool = False
     group_keys: tuple[str, ...] = ()
     level: str | None = None
+    energy_unit: str | None = None
 
 
 EXTRAS: Mapping[str, str] = {"tags": "|i1", "fixed": "|b1", "magmoms": "<f4"}
@@ -150,7 +152,7 @@ class Source:
 
     Attributes:
         name: the word on the command line.
-        open: opens one file; DataError if it is not of this source. `ReadOptions.level` is set.
+        open: opens one file; DataError if it is not of this source.
         levels: word of `--level` → level of theory as the store states it; the first is the default. Empty for
             a container, which can hold anything.
         licence: of the release; empty for a container.

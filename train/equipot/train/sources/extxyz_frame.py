@@ -1,7 +1,8 @@
 """Parses one frame of extended xyz quickly: columns by `Properties`, values of the comment line as text.
 
 ASE's parser takes milliseconds a frame, which is days for a release of 1e8 frames. This one reads what such
-releases are written with (columns of kinds S, R, I and L; key=value pairs, quoted or not) and refuses the rest.
+releases are written with (columns of kinds S, R, I and L; key=value pairs, quoted or not) and refuses the
+rest.
 """
 
 import re

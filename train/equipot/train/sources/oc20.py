@@ -1,16 +1,19 @@
 """OC20 S2EF: `N.extxyz.xz` with `N.txt.xz`, a line a frame; and relaxations as `.extxyz.xz` or `.traj`.
 
-Chanussot et al., ACS Catal. 11, 6059 (2021), doi:10.1021/acscatal.0c04525. The energy of a frame is the raw DFT
-energy; a line of the .txt is "randomSID,frameFID,reference_energy", and energy − reference is the adsorption
-energy. A relaxation has its system's reference in `system.txt` ("randomSID,reference_energy") beside it. Fixed
-atoms carry their forces. In the release, 199.txt has fewer lines than frames, and 20M/1050.extxyz is truncated.
+Chanussot et al., ACS Catal. 11, 6059 (2021), doi:10.1021/acscatal.0c04525. The energy of a frame is the raw
+DFT energy; a line of the .txt is "randomSID,frameFID,reference_energy", and energy − reference is the
+adsorption energy. A relaxation has its system's reference in `system.txt` ("randomSID,reference_energy")
+beside it. Fixed atoms carry their forces. In the release, 199.txt has fewer lines than frames, and
+20M/1050.extxyz is truncated.
 """
 
 import lzma
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from equipot.train.errors import DataError
 from equipot.train.sources import xyz_chunks
@@ -135,7 +138,7 @@ class Oc20:
 
 
 class Relaxation:
-    """One relaxation in extended xyz as a `Reader`: all frames are of the system that the file is called after."""
+    """One relaxation in extended xyz as a `Reader`; all frames are of the system the file is called after."""
 
     format = "oc20-relaxation"
 
@@ -192,11 +195,18 @@ def slab_frame(index: int, parsed: ExtxyzFrame, reference: float, system: str, n
             forces=parsed.column("forces"),
             group=("sid", system),
             name=name,
-            extras={"tags": parsed.column("tags"), "fixed": None if mask is None else mask == 0},
+            extras={"tags": parsed.column("tags"), "fixed": _fixed(mask)},
             notes=notes,
         )
     except FrameError as error:
         raise FrameError(error.reason, f"{name}: {error.detail}") from None
+
+
+def _fixed(move_mask: NDArray[Any] | None) -> NDArray[np.bool_] | None:
+    """Atoms that may not move in any direction; the mask has one column, or one for each."""
+    if move_mask is None:
+        return None
+    return np.asarray(~move_mask.astype(np.bool_).reshape(len(move_mask), -1).any(axis=1))
 
 
 def _chunks(path: Path, note: Callable[[float], None]) -> Iterator[xyz_chunks.Chunk | Rejected]:

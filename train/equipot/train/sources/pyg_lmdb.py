@@ -56,8 +56,8 @@ class PygLmdb:
             file.close()
         if not isinstance(count, int) or not 0 < count <= file.entries:
             raise DataError(
-                f"{self._path}: holds {file.entries} entries but none under 0, 1, …; an ASE database in LMDB "
-                "has to be called .aselmdb"
+                f"{self._path}: holds {file.entries} entries but none under 0, 1, …; an ASE database "
+                "in LMDB has to be called .aselmdb"
             )
         return count
 
