@@ -1,4 +1,4 @@
-"""Refuses structures that have no meaningful energy, with the field, the value and a remedy. Knows no torch."""
+"""Refuses structures without a meaningful energy, naming field, value and remedy. Knows no torch."""
 
 import dataclasses
 

@@ -13,7 +13,6 @@ import typer
 
 from equipot.serve.batcher import Budget
 from equipot.serve.config import DEFAULT_BUDGET, DEFAULT_LIMITS, RequestLimits, ServeConfig
-from equipot.serve.server import run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -88,4 +87,7 @@ def serve(
             message_bytes=max_message_mb * 2**20,
         ),
     )
+    # Only now: torch takes seconds to import, and neither help nor a wrong word should wait for it.
+    from equipot.serve.server import run
+
     asyncio.run(run(config, typer.echo))

@@ -15,7 +15,6 @@ from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, DeadlinePassed, Fault
 from equipot.serve.job import Answer, Job, Key, Work
 from equipot.serve.metrics import OK, Metrics
-from equipot.wire.v1.codec import FailureReason
 
 INLINE_ATOMS = 256
 """A request with no more atoms is prepared in the event loop: the hop to a thread would cost as much."""
@@ -157,7 +156,7 @@ class Dispatcher:
             results = key.model.engine.compute(graphs, forces=key.forces, stress=key.stress)
         except Exception:
             logger.exception("the engine of %s failed on a batch of %d", key.model.name, len(graphs))
-            fault = Fault(FailureReason.INTERNAL, "", "the engine failed", "the server's log has the reason")
+            fault = Fault("internal", "", "the engine failed", "the server's log has the reason")
             results = [fault] * len(graphs)
         seconds = time.perf_counter() - begun
         self._loop.call_soon_threadsafe(self._finish, batch, key, results, started, seconds)

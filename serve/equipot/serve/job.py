@@ -12,7 +12,7 @@ from equipot.model.batch import Graph, System
 from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, Fault
 from equipot.serve.models import ServedModel
-from equipot.wire.v1.codec import Failure, PredictionArrays, StructureArrays
+from equipot.wire.v1.codec import Failure, FailureReason, PredictionArrays, StructureArrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,9 @@ class Job:
     def answer(self, index: int, result: Result | Fault) -> None:
         """Notes one structure's answer; the last one resolves `done`."""
         if isinstance(result, Fault):
-            self._failures.append(Failure(index, result.reason, result.field, result.message, result.remedy))
+            self._failures.append(
+                Failure(index, FailureReason(result.reason), result.field, result.message, result.remedy)
+            )
         else:
             self._energy[index] = result.energy
             if self._forces is not None:
