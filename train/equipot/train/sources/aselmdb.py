@@ -174,4 +174,4 @@ def _fixed(constraints: Any, n_atoms: int) -> NDArray[np.bool_] | None:  # noqa:
     return fixed
 
 
-SOURCE = Source(name="aselmdb", open=AseLmdb, files=("*.aselmdb",))
+SOURCE = Source(name="aselmdb", open=AseLmdb, files=("*.aselmdb",), extras=("tags", "fixed", "magmoms"))

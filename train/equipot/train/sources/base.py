@@ -153,10 +153,11 @@ class Source:
     Attributes:
         name: the word on the command line.
         open: opens one file; DataError if it is not of this source.
-        levels: word of `--level` → level of theory as the store states it; the first is the default. Empty for
-            a container, which can hold anything.
+        levels: word of `--level` → level of theory as the store states it; the first is the default.
+            Empty for a container, which can hold anything.
         licence: of the release; empty for a container.
         files: patterns that find its files in a folder.
+        extras: those of `EXTRAS` that its frames have.
         default_level: the level to take for a file if none is asked for, where that depends on the file.
     """
 
@@ -165,4 +166,5 @@ class Source:
     levels: Mapping[str, str] = field(default_factory=dict)
     licence: str = ""
     files: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
     default_level: Callable[[Path], str] | None = None

@@ -129,4 +129,11 @@ def open_mptrj(path: Path, options: ReadOptions) -> Mptrj:
     return Mptrj(path, options.level or next(iter(LEVELS)))
 
 
-SOURCE = Source(name="mptrj", open=open_mptrj, levels=LEVELS, licence="CC-BY-4.0", files=("MPtrj*.json",))
+SOURCE = Source(
+    name="mptrj",
+    open=open_mptrj,
+    levels=LEVELS,
+    licence="CC-BY-4.0",
+    files=("MPtrj*.json",),
+    extras=("magmoms",),
+)

@@ -1,8 +1,8 @@
 """Trajectories of one molecule or cell as .npz, as MD17, rMD17 and sGDML ship them; streamed row by row.
 
 Nothing is unpickled. The unit of energy is taken from the file (`e_unit`), else from the option, else from
-the energies themselves: total energies of all electrons are known well enough from the atomic numbers alone to
-tell eV from kcal/mol, Hartree and kJ/mol, which differ by factors of three and more. If they fit none, the
+the energies themselves: total energies of all electrons are known well enough from the atomic numbers alone
+to tell eV from kcal/mol, Hartree and kJ/mol, which differ by factors of three and more. If they fit none, the
 unit has to be named.
 """
 

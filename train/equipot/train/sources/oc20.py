@@ -287,4 +287,5 @@ SOURCE = Source(
     levels=LEVELS,
     licence="CC-BY-4.0",
     files=("*.extxyz.xz", "*.extxyz", "*.traj"),
+    extras=("tags", "fixed"),
 )

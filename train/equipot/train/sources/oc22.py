@@ -68,4 +68,11 @@ def open_oc22(path: Path, options: ReadOptions) -> Reader:
     return Oc22(path, options)
 
 
-SOURCE = Source(name="oc22", open=open_oc22, levels=LEVELS, licence="CC-BY-4.0", files=("*.lmdb", "*.traj"))
+SOURCE = Source(
+    name="oc22",
+    open=open_oc22,
+    levels=LEVELS,
+    licence="CC-BY-4.0",
+    files=("*.lmdb", "*.traj"),
+    extras=("tags", "fixed"),
+)

@@ -82,7 +82,7 @@ class PygLmdb:
             file.close()
 
     def frame(self, index: int, fields: Mapping[str, Any]) -> Frame:
-        """A record of any data set in eV and Å; keys are found among the known ones or named in the options."""
+        """A record of any data set in eV and Å; keys are among the known ones or named in the options."""
         options = self._options
         energy = _pick(fields, (options.energy_key,) if options.energy_key else ENERGY_KEYS)
         forces = _pick(fields, (options.forces_key,) if options.forces_key else FORCES_KEYS)
