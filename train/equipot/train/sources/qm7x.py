@@ -143,15 +143,19 @@ def _has(keys: set[str], level: _Level) -> bool:
 
 
 def _first_keys(path: Path) -> set[str]:
-    """Names of the data sets of the first geometry; DataError if the file is laid out otherwise."""
+    """Names of the first molecule's data sets, over all its geometries; DataError if laid out otherwise."""
     with open_hdf5(path) as file:
         try:
-            for molecule in file.values():
-                if isinstance(molecule, h5py.Group):
-                    for geometry in molecule.values():
-                        if isinstance(geometry, h5py.Group) and {_NUMBERS, _POSITIONS} <= set(geometry):
-                            return set(geometry)
+            for molecule in file:
+                keys: set[str] = set()
+                for geometry in _group(file, molecule):
+                    if isinstance(file[molecule].get(geometry, getlink=True), h5py.HardLink):
+                        keys |= set(_group(file[molecule], geometry))
+                if {_NUMBERS, _POSITIONS} <= keys:
+                    return keys
                 break
+        except FrameError:
+            pass
         except HDF5_ERRORS as error:
             raise DataError(f"{path}: damaged ({error}); get it again") from None
     raise DataError(
