@@ -109,8 +109,9 @@ class JsonStream:
             except (RecursionError, ValueError) as error:
                 raise JsonDamage(f"not read: {error}"[:150]) from None
             else:
-                # a number at the end of the text may go on in the next piece
-                if end < len(self._text) or not self._more():
+                # a number near the end of the text may go on in the next piece: 2, 2.5, 2.5e-10
+                settled = not isinstance(value, int | float) or end < len(self._text) - _TAIL
+                if settled or not self._more():
                     self._at = end
                     return value
 
