@@ -49,7 +49,7 @@ def test_the_sample_against_json(sample: Sample, read: Read, level: str) -> None
 def test_energies_differ_by_the_corrections_alone(sample: Sample) -> None:
     path = sample("mptrj/MPtrj_2022.9_sample.json")
     pairs = zip(open_level(path).frames(), open_level(path, "corrected").frames(), strict=True)
-    shifts = np.array([b.energy - a.energy for a, b in pairs])  # type: ignore[union-attr]
+    shifts = np.array([b.energy - a.energy for a, b in pairs])
     assert (shifts != 0).any()
     assert shifts.max() < 30
 
@@ -160,7 +160,7 @@ def test_what_is_not_the_release_is_refused(tmp_path: Path, body: str) -> None:
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks = []
-    for count in (2000, 20000):
+    for count in (8000, 40000):
         path = tmp_path / f"{count}.json"
         with path.open("w") as file:
             file.write("{")
@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert entries == count
-    assert path.stat().st_size > 11e6
+    assert path.stat().st_size > 20e6
     assert peaks[1] < 1.2 * peaks[0] + 1e5
     assert peaks[1] < 8e6
 
@@ -190,6 +190,11 @@ def test_values_may_be_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with JsonStream(path) as stream:
         assert [stream.value() for _ in stream.entries()] == values
     path.write_text(json.dumps(values)[:-3])
-    with JsonStream(path) as stream, pytest.raises(JsonDamage):
+    with pytest.raises(JsonDamage):
+        _read_all(path)
+
+
+def _read_all(path: Path) -> None:
+    with JsonStream(path) as stream:
         for _ in stream.entries():
             stream.value()
