@@ -45,7 +45,7 @@ def test_training_beat_the_trivial_model_and_the_card_says_by_how_much(main_job:
     error = float(np.abs(served.forces - labelled).mean())
     assert error < 0.8 * float(np.abs(labelled).mean())
     assert "PBE/def2-SVP" in card["config"]["levels_of_theory"]
-    assert np.isclose(error, card["metrics"]["test"]["forces_mae"], rtol=1e-3)
+    assert np.isclose(error, card["metrics"]["test"]["forces_mae_ev_per_angstrom"], rtol=1e-3)
 
 
 def test_no_test_frame_was_trained_on(main_job: Any) -> None:

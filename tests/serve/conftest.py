@@ -91,6 +91,12 @@ class Bundles:
     poisoned: Path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models compute no faster with more, and wait for cores that others use."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     folder = tmp_path_factory.mktemp("bundles")

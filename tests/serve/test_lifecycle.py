@@ -131,7 +131,7 @@ class TestStop:
     def test_sigterm_refuses_new_calls_and_finishes_accepted_ones(
         self, bundles: Bundles, tmp_path: Path
     ) -> None:
-        systems = LONG[:400]
+        systems = LONG[:150]
         with (
             running(bundles.tiny, *ONE_BY_ONE, stderr=tmp_path / "log") as process,
             grpc.insecure_channel(process.address) as channel,

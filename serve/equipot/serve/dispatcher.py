@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from equipot.model.batch import Graph
 from equipot.serve.batcher import Batch, Batcher, Budget
@@ -16,11 +17,11 @@ from equipot.serve.errors import CallError, DeadlinePassed, Fault
 from equipot.serve.job import Answer, Job, Key, Work
 from equipot.serve.metrics import OK, Metrics
 
-INLINE_ATOMS = 256
+INLINE_ATOMS = 128
 """A request with no more atoms is prepared in the event loop: the hop to a thread would cost as much."""
 
 CHUNK_ATOMS = 1024
-"""Atoms prepared in one go in a thread: a large request's first batch starts when so many are ready."""
+"""Atoms prepared in one go in a thread, some 10 ms; the first batch starts when they are ready."""
 
 PREFETCH = 2
 """How many batches of one request may be prepared and wait; the rest of it costs no memory yet."""
@@ -39,6 +40,7 @@ class Dispatcher:
         self._budget = budget
         self._batcher = Batcher(budget)
         self._metrics = metrics
+        metrics.watch_queue(lambda: self._batcher.depth)
         self._jobs: dict[int, Job] = {}
         self._computing = False
         self._quiet = asyncio.Event()
@@ -66,7 +68,7 @@ class Dispatcher:
         job = self._jobs[ticket] = Job(work)
         self._quiet.clear()
         try:
-            if work.n_atoms <= INLINE_ATOMS and len(work.structures) <= INLINE_ATOMS:
+            if work.effort <= INLINE_ATOMS:
                 self._accept(ticket, job, 0, *_timed_prepare(work, 0, len(work.structures)))
             else:
                 await self._feed(ticket, job)
@@ -74,7 +76,6 @@ class Dispatcher:
         finally:
             del self._jobs[ticket]
             self._batcher.remove(ticket)
-            self._metrics.queue(self._batcher.depth)
             if not self._jobs:
                 self._quiet.set()
         return job.result()
@@ -113,7 +114,6 @@ class Dispatcher:
     ) -> None:
         """Queues what was prepared, answers what cannot be computed, and starts the engine if it is idle."""
         model = job.work.key.model.name
-        self._metrics.prepare_seconds.labels(model).observe(seconds)
         items = []
         for index, graph in enumerate(prepared, start):
             if isinstance(graph, Fault):
@@ -125,6 +125,7 @@ class Dispatcher:
         rest = _expected_edges(job.work, from_structure=start + len(prepared))
         self._batcher.add(ticket, items, now=time.monotonic(), expected_edges=rest)
         self._pump()
+        self._metrics.prepare_seconds.labels(model).observe(seconds)
 
     def _pump(self) -> None:
         """Starts the next batch if the engine is idle."""
@@ -134,7 +135,6 @@ class Dispatcher:
         for ticket in self._batcher.expire(now):
             self._jobs[ticket].fail(DeadlinePassed("the deadline passed while the request waited"))
         batch = self._batcher.next_batch()
-        self._metrics.queue(self._batcher.depth)
         if batch is None:
             return
         graphs = []
@@ -182,7 +182,9 @@ class Dispatcher:
                 edges += item.n_edges
             if job := self._jobs.get(item.ticket):
                 job.answer(item.index, result)
-        self._metrics.batch_done(
+        # After the answers have left: counting is not what callers wait for.
+        count = partial(
+            self._metrics.batch_done,
             key.model.name,
             outcomes=outcomes,
             atoms=atoms,
@@ -191,6 +193,7 @@ class Dispatcher:
             batch_edges=batch.n_edges,
             seconds=seconds,
         )
+        self._loop.call_soon(count)
 
 
 def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Fault], float]:
@@ -201,5 +204,5 @@ def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Faul
 
 def _expected_edges(work: Work, from_structure: int = 0) -> int:
     """What is not prepared yet counts by the neighbours that the model's training data had."""
-    n_atoms = int(work.structures.n_atoms[from_structure:].sum())
+    n_atoms = work.offsets[-1] - work.offsets[from_structure]
     return round(n_atoms * work.key.model.card.config.mean_neighbors)

@@ -100,7 +100,22 @@ class LocalEngine:
         """
         check_device(device)
         potential, card = load_potential(path, dtype=_DTYPES[dtype] if dtype else None, device=device)
-        return cls(potential, card, dtype=dtype or card.dtype, limits=limits)
+        engine = cls(potential, card, dtype=dtype or card.dtype, limits=limits)
+        engine.warm_up()
+        return engine
+
+    def warm_up(self) -> None:
+        """Computes one atom pair, so that no caller waits for what torch does only once."""
+        config = self.card.config
+        pair = System(
+            atomic_numbers=np.full(2, config.elements[0]),
+            positions=np.array([[0.0, 0.0, 0.0], [config.cutoff / 2, 0.0, 0.0]]),
+            cell=np.zeros((3, 3)),
+            pbc=np.zeros(3, dtype=np.bool_),
+            charge=config.charges[0],
+            spin_multiplicity=config.spin_multiplicities[0],
+        )
+        self.compute([build_graph(pair, config.cutoff)], forces=True, stress=False)
 
     def prepare(self, system: System) -> Graph | Fault:
         """Checks one structure, refuses it if it is too large, and finds its edges."""

@@ -60,6 +60,7 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
+                logger.info("stopped while loading")
                 # The thread that loads cannot be interrupted, and nobody waits for what it loads.
                 leave(0)
             registry = loading.result()
