@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import pickle
+import sqlite3
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from ase.db.row import AtomsRow
 from ase.io.jsonio import encode
 
 from equipot.train.errors import DataError
+from equipot.train.sources.ase_db import AseDb
 from equipot.train.sources.aselmdb import AseLmdb
 from equipot.train.sources.base import ReadOptions, Reason
 from equipot.train.sources.npz_file import UNITS, NpzTrajectory, all_electron_energy
@@ -198,11 +200,33 @@ def test_aselmdb_and_ase_db_agree_with_the_frames(tmp_path: Path, read: Read) ->
             np.testing.assert_allclose(frame.stress, stress, atol=1e-12)
             assert frame.group == ("sid", f"s{number}")
         assert np.trace(kept[0].stress) < 0 < np.trace(kept[2].stress)  # positive in tension
+        np.testing.assert_array_equal(kept[0].extras["fixed"], [True, False, True, False])
+        np.testing.assert_array_equal(kept[0].extras["tags"], [0, 1, 1, 2])
+        assert np.abs(kept[0].forces[0]).max() > 1e-3  # a fixed atom's force is kept
     kept, _ = read(AseLmdb(path, options))
     assert (kept[0].charge, kept[0].spin_multiplicity) == (1, 2)
-    np.testing.assert_array_equal(kept[0].extras["fixed"], [True, False, True, False])
-    np.testing.assert_array_equal(kept[0].extras["tags"], [0, 1, 1, 2])
-    assert np.abs(kept[0].forces[0]).max() > 1e-3  # a fixed atom's force is kept
+
+
+def test_ase_db_rows_that_are_bad_are_left_out(tmp_path: Path, read: Read) -> None:
+    path = tmp_path / "a.db"
+    with ase.db.connect(path) as database:
+        for atoms in strained() * 2:
+            database.write(atoms)
+        database.delete([2])
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("UPDATE systems SET energy = NULL WHERE id = 3")
+        connection.execute("UPDATE systems SET positions = ? WHERE id = 4", (b"\x00" * 7,))
+    connection.close()
+    kept, left_out = read(AseDb(path, OPTIONS))
+    assert [frame.index for frame in kept] == [0, 3, 4]
+    assert [(i.index, i.reason) for i in left_out] == [(1, Reason.NO_LABEL), (2, Reason.UNREADABLE)]
+    assert "row 3" in left_out[0].detail
+    (tmp_path / "cut.db").write_bytes(path.read_bytes()[:5000])
+    (tmp_path / "other.db").write_bytes(pickle.dumps([1, 2]))
+    for name in ("cut.db", "other.db", "none.db"):
+        with pytest.raises(DataError, match=name):
+            AseDb(tmp_path / name, OPTIONS)
 
 
 def test_aselmdb_rows_that_are_bad_are_left_out(tmp_path: Path, read: Read) -> None:

@@ -242,7 +242,7 @@ class Store:
             a = shard.arrays
             for i in range(shard.entry.structures):
                 start, stop = a["atom_offsets"][i : i + 2]
-                parts = [a[name][i] for name in chained(columns)]
+                parts = [a[name][i : i + 1] for name in chained(columns)]
                 parts += [a[name][start:stop] for name in per_atom(columns)]
                 chain = link(chain, [np.asarray(part) for part in parts])
         if chain.hex() != self.manifest.chain:

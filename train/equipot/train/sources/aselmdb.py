@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from equipot.train.errors import DataError
+from equipot.train.sources.ase_row import row_frame
 from equipot.train.sources.base import Frame, FrameError, ReadOptions, Reason, Rejected, Source
-from equipot.train.sources.labelled import labelled_frame
-from equipot.train.sources.labels import find_charge_and_spin, find_labels
 from equipot.train.sources.lmdb_file import LmdbDamage, LmdbFile
 
 MAX_ROW = 2**28
@@ -63,7 +61,7 @@ class AseLmdb:
                     if data is None:
                         what = "was deleted" if index + 1 in deleted else "is not there"
                         raise FrameError(Reason.UNREADABLE, f"row {index + 1} {what}")
-                    yield self._frame(index, decode_row(data))
+                    yield row_frame(index, decode_row(data), self._options)
                 except FrameError as error:
                     yield Rejected(index, error.reason, error.detail)
                 except LmdbDamage as error:
@@ -71,39 +69,6 @@ class AseLmdb:
             self._done = 1.0
         finally:
             file.close()
-
-    def _frame(self, index: int, row: Mapping[str, Any]) -> Frame:
-        if "numbers" not in row or "positions" not in row:
-            raise FrameError(Reason.INVALID, f"no atoms; keys there: {', '.join(sorted(row))}")
-        numbers = np.reshape(row["numbers"], -1)
-        cell = np.reshape(np.asarray(row.get("cell", np.zeros(9)), dtype=np.float64), (3, 3))
-        pbc = np.reshape(row.get("pbc", (False,) * 3), 3).astype(np.bool_)
-        data = row.get("data") if isinstance(row.get("data"), Mapping) else {}
-        pairs = row.get("key_value_pairs") if isinstance(row.get("key_value_pairs"), Mapping) else {}
-        info = {**(data or {}), **(pairs or {})}
-        labels = find_labels({**info, **row}, len(numbers), cell, pbc, self._options)
-        charge, spin = find_charge_and_spin(info)
-        key = next((key for key in self._options.group_keys if isinstance(info.get(key), str | int)), None)
-        return labelled_frame(
-            index,
-            atomic_numbers=numbers,
-            positions=row["positions"],
-            cell=cell,
-            pbc=pbc,
-            energy=labels.energy,
-            forces=labels.forces,
-            stress=labels.stress,
-            charge=charge,
-            spin_multiplicity=spin,
-            group=None if key is None else (key, str(info[key])),
-            name=str(info.get("sid", info.get("name", ""))),
-            extras={
-                "tags": row.get("tags"),
-                "fixed": _fixed(row.get("constraints"), len(numbers)),
-                "magmoms": row.get("magmoms"),
-            },
-            notes=[note for note in labels.notes if not note.code.startswith("forces: absent")],
-        )
 
 
 def _last_row(file: LmdbFile) -> int:
@@ -150,7 +115,7 @@ def _json(data: bytes) -> Any:  # noqa: ANN401 - whatever JSON holds
 
 
 def _arrays(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
-    """ASE's way of writing an array in JSON, {"__ndarray__": [shape, type, numbers]}, undone."""
+    """Undoes ASE's way of writing an array in JSON, {"__ndarray__": [shape, type, numbers]}."""
     if isinstance(value, dict) and "__ndarray__" in value:
         shape, dtype, numbers = value["__ndarray__"]
         if np.dtype(dtype).kind not in "biuf":
@@ -158,20 +123,11 @@ def _arrays(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
         return np.array(numbers, dtype=dtype).reshape(shape)
     if isinstance(value, dict) and "array" in value and value.get("__ase_objtype__") == "cell":
         return _arrays(value["array"])
+    if isinstance(value, dict):
+        return {key: _arrays(item) for key, item in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [_arrays(item) for item in value]
     return value
-
-
-def _fixed(constraints: Any, n_atoms: int) -> NDArray[np.bool_] | None:  # noqa: ANN401 - JSON
-    if not isinstance(constraints, list):
-        return None
-    fixed = np.zeros(n_atoms, dtype=np.bool_)
-    for constraint in constraints:
-        if isinstance(constraint, dict) and constraint.get("name") == "FixAtoms":
-            indices = np.reshape(_arrays(constraint.get("kwargs", {}).get("indices", [])), -1)
-            if len(indices) and (indices.min() < 0 or indices.max() >= n_atoms):
-                raise FrameError(Reason.INVALID, f"a fixed atom {indices.max()} of {n_atoms}")
-            fixed[indices.astype(np.int64)] = True
-    return fixed
 
 
 SOURCE = Source(name="aselmdb", open=AseLmdb, files=("*.aselmdb",), extras=("tags", "fixed", "magmoms"))

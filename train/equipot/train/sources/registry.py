@@ -9,6 +9,7 @@ from pathlib import Path
 from equipot.train.errors import DataError
 from equipot.train.sources import (
     ani1x,
+    ase_db,
     aselmdb,
     mptrj,
     npz_file,
@@ -26,7 +27,8 @@ RELEASES: Mapping[str, Source] = {
     source.name: source for source in (ani1x.SOURCE, qm7x.SOURCE, oc20.SOURCE, oc22.SOURCE, mptrj.SOURCE)
 }
 CONTAINERS: Mapping[str, Source] = {
-    source.name: source for source in (npz_file.SOURCE, aselmdb.SOURCE, pyg_lmdb.SOURCE, pymatgen_json.SOURCE)
+    source.name: source
+    for source in (npz_file.SOURCE, ase_db.SOURCE, aselmdb.SOURCE, pyg_lmdb.SOURCE, pymatgen_json.SOURCE)
 }
 
 
