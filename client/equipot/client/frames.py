@@ -10,17 +10,13 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import iread, write
 
-from equipot.client.errors import ClientError, FileError, describe
+from equipot.client.errors import FileError, describe
 from equipot.client.results import Prediction
 from equipot.wire.v1.codec import FloatArray
-
-try:
-    from ase import Atoms
-    from ase.calculators.singlepoint import SinglePointCalculator
-    from ase.io import iread, write
-except ModuleNotFoundError as error:
-    raise ClientError("`equipot predict` needs ASE: pip install 'equipot[ase]'") from error
 
 _RESULTS = ("energy", "free_energy", "forces", "stress")
 
