@@ -3,6 +3,7 @@
 import itertools
 import lzma
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,18 @@ def test_a_truncated_trajectory_keeps_what_is_whole(sample: Sample, tmp_path: Pa
     assert len(kept) + len(left_out) == len(whole) == 27
     assert {item.reason for item in left_out} == {Reason.UNREADABLE}
     assert [frame.energy for frame in kept] == [whole[frame.index].energy for frame in kept]
+
+
+def test_bombs_cost_a_frame_and_little_memory(tmp_path: Path, read: Read) -> None:
+    """A line of 200 MB and a frame of 10^12 atoms, both of a few bytes when compressed."""
+    path = write_s2ef(tmp_path, [slab(), slab(0.02)], lines_of(5))
+    text = lzma.decompress(path.read_bytes())
+    bombs = b"2\n" + b"x" * 200_000_000 + b"\n" + b"9" * 12 + b"\nx\nCu 0 0 0\n" + b"9" * 5000 + b"\nx\n"
+    path.write_bytes(lzma.compress(bombs + text, preset=0))
+    tracemalloc.start()
+    kept, left_out = read(open_level(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [frame.energy for frame in kept] == [-40.0, -40.02]
+    assert {item.reason for item in left_out} == {Reason.UNREADABLE}
+    assert peak < 50e6
