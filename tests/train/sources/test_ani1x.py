@@ -155,6 +155,11 @@ def test_a_link_to_another_file_is_not_followed(tmp_path: Path, read: Read) -> N
     kept, left_out = read(open_level(path, "wb97x_dz"))
     assert len(kept) == 2
     assert {item.reason for item in left_out} == {Reason.REFUSED}
+    with h5py.File(path, "a") as file:
+        file["N2"] = h5py.ExternalLink(str(secret), "H2O1")
+    kept, left_out = read(open_level(path, "wb97x_dz"))
+    assert (len(kept), left_out[-1].reason) == (2, Reason.REFUSED)
+    assert left_out[-1].detail.startswith("N2: ")
 
 
 def test_damage_inside_costs_what_it_hits(tmp_path: Path, read: Read) -> None:

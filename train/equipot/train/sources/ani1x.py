@@ -23,7 +23,7 @@ from equipot.train.sources.base import (
     Rejected,
     Source,
 )
-from equipot.train.sources.hdf5_file import HDF5_ERRORS, array_of, open_hdf5, rows_of
+from equipot.train.sources.hdf5_file import HDF5_ERRORS, array_of, group_of, open_hdf5, rows_of
 from equipot.train.sources.labelled import labelled_frame
 
 HARTREE = 27.211386245988
@@ -77,9 +77,7 @@ class _Formula:
 def _open_formula(file: h5py.File, name: str, index: int) -> _Formula | Rejected:
     """The formula, or why all of it is left out, as frame `index`."""
     try:
-        group = file[name]
-        if not isinstance(group, h5py.Group):
-            return Rejected(index, Reason.UNREADABLE, f"{name}: is not a group")
+        group = group_of(file, name)
         numbers, positions = array_of(group, _NUMBERS), rows_of(group, _POSITIONS)
         if positions.ndim != 3 or positions.shape[1:] != (numbers.size, 3):
             raise FrameError(
@@ -117,10 +115,12 @@ class Ani1x:
         with open_hdf5(self._path) as file:
             try:
                 first = next(iter(file), None)
-                group = file[first] if first is not None else None
+                group = group_of(file, first) if first is not None else {}
+            except FrameError:
+                group = {}
             except HDF5_ERRORS as error:
                 raise DataError(f"{self._path}: damaged ({error}); get it again") from None
-            if not isinstance(group, h5py.Group) or not {_NUMBERS, _POSITIONS} <= set(group):
+            if not {_NUMBERS, _POSITIONS} <= set(group):
                 raise DataError(
                     f"{self._path}: is not laid out as ani1x-release.h5 (groups that hold {_NUMBERS} and "
                     f"{_POSITIONS}); give another file, or import it by its own format"

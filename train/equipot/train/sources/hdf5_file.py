@@ -35,6 +35,20 @@ def open_hdf5(path: Path) -> h5py.File:
         ) from None
 
 
+def group_of(parent: h5py.Group, name: str) -> h5py.Group:
+    """A group of a group.
+
+    Raises:
+        FrameError: not a group, or a link.
+    """
+    if not isinstance(parent.get(name, getlink=True), h5py.HardLink):
+        raise FrameError(Reason.REFUSED, f"{name} points elsewhere")
+    found = parent[name]
+    if not isinstance(found, h5py.Group):
+        raise FrameError(Reason.UNREADABLE, f"{name} is not a group")
+    return found
+
+
 def rows_of(group: h5py.Group, name: str) -> h5py.Dataset:
     """A data set of numbers of a group.
 

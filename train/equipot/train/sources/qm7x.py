@@ -24,7 +24,7 @@ from equipot.train.sources.base import (
     Rejected,
     Source,
 )
-from equipot.train.sources.hdf5_file import HDF5_ERRORS, array_of, open_hdf5
+from equipot.train.sources.hdf5_file import HDF5_ERRORS, array_of, group_of, open_hdf5
 from equipot.train.sources.labelled import labelled_frame
 
 DUPLICATES = "DupMols.dat"
@@ -85,7 +85,7 @@ class Qm7x:
             for k, molecule in enumerate(molecules):
                 self._done = k / len(molecules)
                 try:
-                    geometries = list(_group(file, molecule))
+                    geometries = list(group_of(file, molecule))
                 except (FrameError, *HDF5_ERRORS) as error:
                     if index >= start:
                         yield Rejected(index, Reason.UNREADABLE, f"{molecule}: {error}; it is lost"[:200])
@@ -106,7 +106,7 @@ class Qm7x:
         if self._duplicates is None:
             notes.append(Note(f"duplicates: no {DUPLICATES} beside the file, none is left out", name))
         try:
-            group = _group(_group(file, molecule), geometry)
+            group = group_of(group_of(file, molecule), geometry)
             return labelled_frame(
                 index,
                 atomic_numbers=array_of(group, _NUMBERS),
@@ -121,15 +121,6 @@ class Qm7x:
             return Rejected(index, error.reason, f"{name}: {error.detail}")
         except HDF5_ERRORS as error:
             return Rejected(index, Reason.UNREADABLE, f"{name}: {error}"[:200])
-
-
-def _group(parent: h5py.Group, name: str) -> h5py.Group:
-    if not isinstance(parent.get(name, getlink=True), h5py.HardLink):
-        raise FrameError(Reason.REFUSED, f"{name} points elsewhere")
-    found = parent[name]
-    if not isinstance(found, h5py.Group):
-        raise FrameError(Reason.UNREADABLE, f"{name} is not a group")
-    return found
 
 
 def _sum(group: h5py.Group, whole: str, parts: tuple[str, ...]) -> NDArray[np.float64]:
@@ -148,9 +139,9 @@ def _first_keys(path: Path) -> set[str]:
         try:
             for molecule in file:
                 keys: set[str] = set()
-                for geometry in _group(file, molecule):
+                for geometry in group_of(file, molecule):
                     if isinstance(file[molecule].get(geometry, getlink=True), h5py.HardLink):
-                        keys |= set(_group(file[molecule], geometry))
+                        keys |= set(group_of(file[molecule], geometry))
                 if {_NUMBERS, _POSITIONS} <= keys:
                     return keys
                 break
