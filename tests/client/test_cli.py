@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -257,6 +258,25 @@ def test_an_earlier_result_survives_a_run_that_fails(
     assert "does not fit the request" in done.stderr
     assert out.read_text() == "the good result of yesterday"
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_full_disk_leaves_whole_frames(
+    server: Any, trajectory: Path, tmp_path: Path, run_equipot: Run
+) -> None:
+    out = tmp_path / "out.extxyz"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        done = run_equipot("predict", trajectory, "--address", server.address, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (done.returncode, done.stdout) == (2, "")
+    kept, error = done.stderr.splitlines()
+    n_kept = len(read(tmp_path / "out.extxyz.partial", ":", format="extxyz"))
+    assert 0 < n_kept < 50
+    assert kept == f"the {n_kept} frames done before are in {out}.partial"
+    assert error == f"error: cannot write {out}.partial: File too large"
+    assert not out.exists()
 
 
 def test_models_are_listed(server: Any, run_equipot: Run, monkeypatch: pytest.MonkeyPatch) -> None:

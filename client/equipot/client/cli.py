@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from equipot.client.errors import ClientError, InvalidRequest
@@ -220,7 +220,12 @@ def _run(
             yield frame
 
     errors = Console(stderr=True)
-    progress_columns = (SpinnerColumn(), TextColumn("{task.completed} frames"), TimeElapsedColumn())
+    progress_columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        TextColumn("{task.completed} frames"),
+        TimeElapsedColumn(),
+    )
     answers = client.predict_iter(
         frames(), stress=stress, level_of_theory=level_of_theory, model=f"{info.name}@{info.digest}"
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import StringIO
+from io import FileIO, StringIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
@@ -85,12 +85,12 @@ class FrameWriter:
         self.partial = path.with_name(path.name + ".partial")
         self.n_written = 0
         self._complete = 0
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
 
     def __enter__(self) -> Self:
         """Opens the partial file."""
         try:
-            self._file = self.partial.open("wb")
+            self._file = self.partial.open("wb", buffering=0)
         except OSError as error:
             raise FileError(f"cannot write {self.partial}: {error.strerror}") from error
         return self
@@ -101,8 +101,11 @@ class FrameWriter:
         text = StringIO()
         write(text, frame, format="extxyz")
         raw = text.getvalue().encode()
+        unwritten = memoryview(raw)
         try:
-            self._file.write(raw)
+            # Not buffered, so that a full disk is met by the frame that found it full.
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
         except OSError as error:
             raise FileError(f"cannot write {self.partial}: {error.strerror}") from error
         self._complete += len(raw)

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from equipot.model.batch import Graph
 from equipot.serve.batcher import Batch, Batcher, Budget
@@ -154,6 +153,7 @@ class Dispatcher:
         begun = time.perf_counter()
         try:
             results = key.model.engine.compute(graphs, forces=key.forces, stress=key.stress)
+            assert len(results) == len(graphs)
         except Exception:
             logger.exception("the engine of %s failed on a batch of %d", key.model.name, len(graphs))
             fault = Fault("internal", "", "the engine failed", "the server's log has the reason")
@@ -171,29 +171,26 @@ class Dispatcher:
         for ticket in {item.ticket for item in batch.items}:
             if job := self._jobs.get(ticket):
                 job.computed(seconds)
-        outcomes = Counter[str]()
-        atoms = edges = 0
         for item, result in zip(batch.items, results, strict=True):
-            if isinstance(result, Fault):
-                outcomes[result.reason] += 1
-            else:
-                outcomes[OK] += 1
-                atoms += item.n_atoms
-                edges += item.n_edges
             if job := self._jobs.get(item.ticket):
                 job.answer(item.index, result)
-        # After the answers have left: counting is not what callers wait for.
-        count = partial(
-            self._metrics.batch_done,
-            key.model.name,
-            outcomes=outcomes,
-            atoms=atoms,
-            edges=edges,
+        # Once the answers have left: counting is not what callers wait for.
+        self._loop.call_soon(self._count, batch, key.model.name, results, started, seconds)
+
+    def _count(
+        self, batch: Batch, model: str, results: list[Result | Fault], started: float, seconds: float
+    ) -> None:
+        both = zip(batch.items, results, strict=True)
+        answered = [item for item, result in both if isinstance(result, Result)]
+        self._metrics.batch_done(
+            model,
+            outcomes=Counter(result.reason if isinstance(result, Fault) else OK for result in results),
+            atoms=sum(item.n_atoms for item in answered),
+            edges=sum(item.n_edges for item in answered),
             waits=[started - item.arrival for item in batch.items],
             batch_edges=batch.n_edges,
             seconds=seconds,
         )
-        self._loop.call_soon(count)
 
 
 def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Fault], float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -71,6 +72,9 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
                     dtype=model.engine.dtype,
                     force_mode=model.card.config.forces,
                 )
+            # What is loaded stays: else each full collection would walk torch's objects, for tens of ms.
+            gc.collect()
+            gc.freeze()
             server.open(registry)
             names = ", ".join(model.name for model in registry)
             announce(f"serving {names} on {_address(config.host, port)}")

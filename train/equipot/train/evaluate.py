@@ -170,7 +170,7 @@ def evaluate_references(
     tally = Tally(len(references.scale), loss)
     columns = np.full(119, -1)
     columns[list(elements)] = np.arange(len(elements))
-    table = torch.from_numpy(references.energy)
+    table = torch.tensor(references.energy)
     for rows in np.array_split(np.arange(len(keys)), max(1, -(-len(keys) // 256))):
         if not len(rows):
             continue

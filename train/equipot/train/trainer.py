@@ -60,9 +60,9 @@ def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop) -> None:
 
 def _threads() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS")
-    return (
-        int(wanted) if wanted else max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    )
+    # torchrun's name for it, then the deepspeed launcher's
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return int(wanted) if wanted else max(1, available_cores() // int(ranks_here))
 
 
 def _prepare_together(recipe: Recipe, run: RunDirectory, world: World, *, resume: bool) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from equipot.train.errors import TrainError
-from equipot.train.launch import Failure, free_port, in_a_launched_rank, rank_environment
+from equipot.train.launch import Failure, free_port, in_a_launched_rank, rank_environment, wait_policy
 from equipot.train.recipe import Recipe
 
 
@@ -69,6 +69,7 @@ def work(job: Job, stop: StopRequest) -> None:
     before = dict(os.environ)
     if not in_a_launched_rank():
         os.environ.update(rank_environment(0, 1, free_port()))
+    os.environ["OMP_WAIT_POLICY"] = wait_policy()  # read by OpenMP when torch is imported
     try:
         from equipot.train.trainer import train  # torch and deepspeed: seconds, and only where needed
 
