@@ -127,7 +127,7 @@ def test_blocks_are_of_one_file_and_one_composition(make_frames: MakeFrames, mak
     hydrogen = [ase.Atoms("H2", [[0, 0, 0], [0, 0, 0.8]]) for _ in range(15)]
     for atoms, labelled in zip(water + hydrogen, make_frames(30), strict=True):
         atoms.calc = labelled.calc
-        atoms.calc.results = {"energy": -1.0}
+        atoms.calc.results = {"energy": labelled.calc.results["energy"]}
     store = make_store(water + hydrogen, group_by="block:10")
     _, sizes = np.unique(store.groups, return_counts=True)
     assert sorted(sizes) == [5, 5, 10, 10]

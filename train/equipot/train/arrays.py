@@ -5,7 +5,7 @@ place; `numpy.load(…, mmap_mode="r")` reads it at any time.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipot.train.errors import DataError
+from equipot.train.sources.base import EXTRAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,24 @@ PER_ATOM: Mapping[str, Field] = {
     "positions": Field("<f8", (3,)),
     "forces": Field("<f8", (3,)),
 }
+OPTIONAL_PER_STRUCTURE: Mapping[str, Field] = {"name": Field("|S64"), "fingerprint": Field("<u8")}
+"""Arrays that a store may have; its manifest lists those it has. name: the source's own identifier.
+fingerprint: hash of structure and labels, equal for frames that are the same to the last bit."""
+OPTIONAL_PER_ATOM: Mapping[str, Field] = {name: Field(dtype) for name, dtype in EXTRAS.items()}
 OFFSETS = Field("<i8")
 """`atom_offsets`: one row more than there are structures; row 0 is 0."""
 
 _HEADER_BYTES = 128
+
+
+def per_structure(columns: Sequence[str]) -> dict[str, Field]:
+    """The per-structure arrays of a store with these optional ones."""
+    return dict(PER_STRUCTURE) | {k: v for k, v in OPTIONAL_PER_STRUCTURE.items() if k in columns}
+
+
+def per_atom(columns: Sequence[str]) -> dict[str, Field]:
+    """The per-atom arrays of a store with these optional ones."""
+    return dict(PER_ATOM) | {k: v for k, v in OPTIONAL_PER_ATOM.items() if k in columns}
 
 
 def header(field: Field, rows: int) -> bytes:

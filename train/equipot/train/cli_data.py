@@ -17,9 +17,12 @@ from equipot.train.errors import DataError
 from equipot.train.frames import write_frames
 from equipot.train.importer import ImportOptions, import_files
 from equipot.train.sources.base import ReadOptions
+from equipot.train.sources.npz_file import UNITS
+from equipot.train.sources.registry import RELEASES, choose_level, find_files, split_source
 from equipot.train.splits import NAMES, Splits, split
 from equipot.train.store import Store
 
+_LEVELS = "; ".join(f"{name} {', '.join(source.levels)}" for name, source in RELEASES.items())
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Import, inspect and split labelled structures."
 )
@@ -27,8 +30,14 @@ app = typer.Typer(
 
 @app.command("import")
 def import_command(
-    files: Annotated[
-        list[Path], typer.Argument(help="Labelled files of any format ASE reads.", show_default=False)
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[SOURCE] PATH…",
+            help=f"A release's name ({', '.join(RELEASES)}) and its files or the folders that hold them; or "
+            "labelled files of any format ASE reads, .npz, .aselmdb, .lmdb, or lists of pymatgen JSON.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path,
@@ -40,10 +49,15 @@ def import_command(
         str,
         typer.Option(
             help='Functional and basis, as "PBE/def2-SVP": energies of different ones are never compared.',
-            show_default=False,
+            show_default="the release's",
         ),
-    ],
-    licence: Annotated[str, typer.Option(help='Licence of the data, as "CC-BY-4.0".', show_default=False)],
+    ] = "",
+    licence: Annotated[
+        str, typer.Option(help='Licence of the data, as "CC-BY-4.0".', show_default="the release's")
+    ] = "",
+    level: Annotated[
+        str, typer.Option(help=f"Which of a release's labels to take: {_LEVELS}.", show_default="the first")
+    ] = "",
     name: Annotated[str, typer.Option(help="Name of the data set; by default the store's.")] = "",
     group_by: Annotated[
         str,
@@ -67,12 +81,33 @@ def import_command(
         bool,
         typer.Option("--energy-per-atom", help="The energies are per atom: multiply by the number of atoms."),
     ] = False,
+    energy_unit: Annotated[
+        str, typer.Option(help=f"Of an .npz that does not say it: {', '.join(UNITS)}.")
+    ] = "",
+    max_force: Annotated[
+        float | None,
+        typer.Option(help="Leave out frames with a force above this, in eV/Å.", show_default="no limit"),
+    ] = None,
+    keep_duplicates: Annotated[
+        bool,
+        typer.Option("--keep-duplicates", help="Keep frames that are the same as an earlier one to the bit."),
+    ] = False,
 ) -> None:
     """Packs labelled frames into a store; goes on where a killed import stopped.
 
     Energies are total energies in eV, forces in eV/Å, stress in eV/Å³ positive in tension (ASE's units); a
     virial is −stress × volume. Frames that cannot be used are left out and listed by file and index.
     """
+    source, files = split_source(paths)
+    if source is not None:
+        files = find_files(files, source)
+        level = choose_level(source, level, files)
+        level_of_theory = level_of_theory or source.levels[level]
+        licence = licence or source.licence
+    elif level:
+        raise DataError(f"--level {level}: only a release has levels, one of {', '.join(RELEASES)}")
+    if energy_unit and energy_unit not in UNITS:
+        raise DataError(f"--energy-unit {energy_unit}: one of {', '.join(UNITS)}")
     options = ImportOptions(
         level_of_theory=level_of_theory,
         licence=licence,
@@ -84,7 +119,12 @@ def import_command(
             forces_key=forces_key or None,
             stress_key=stress_key or None,
             energy_per_atom=energy_per_atom,
+            level=level or None,
+            energy_unit=energy_unit or None,
         ),
+        source="" if source is None else source.name,
+        max_force=max_force,
+        keep_duplicates=keep_duplicates,
     )
     with _stop_signals() as stopped, _bar() as bar:
         task = bar.add_task("opening", total=1.0)

@@ -8,6 +8,7 @@ import ase
 import ase.io
 import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from numpy.typing import NDArray
 
 from equipot.train.errors import DataError
@@ -48,6 +49,9 @@ def as_atoms(store: Store, index: int) -> ase.Atoms:
     atoms.info["level_of_theory"] = store.manifest.level_of_theory
     atoms.info["source_file"] = origin.file
     atoms.info["source_frame"] = origin.frame
+    if store.name(index):
+        atoms.info["source_name"] = store.name(index)
+    _add_extras(atoms, store, index)
     results: dict[str, object] = {}
     if np.isfinite(labels.energy):
         results["energy"] = labels.energy
@@ -57,3 +61,14 @@ def as_atoms(store: Store, index: int) -> ase.Atoms:
         results["stress"] = labels.stress[(0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1)]  # ASE's Voigt order
     atoms.calc = SinglePointCalculator(atoms, **results)
     return atoms
+
+
+def _add_extras(atoms: ase.Atoms, store: Store, index: int) -> None:
+    """Tags, fixed atoms and magnetic moments, where the store has them."""
+    tags, fixed, moments = (store.extra(index, name) for name in ("tags", "fixed", "magmoms"))
+    if tags is not None and (tags >= 0).all():
+        atoms.set_tags(tags.astype(np.int64))
+    if fixed is not None and fixed.any():
+        atoms.set_constraint(FixAtoms(np.flatnonzero(fixed)))
+    if moments is not None and np.isfinite(moments).all():
+        atoms.set_array("magmoms", moments.astype(np.float64))

@@ -11,10 +11,20 @@ from equipot.train.audit import audit_energies
 from equipot.train.errors import DataError, ImportStopped
 from equipot.train.grouping import GroupRule
 from equipot.train.manifest import Manifest, SourceEntry, Tally
-from equipot.train.sources.ase_file import open_ase_file
-from equipot.train.sources.base import Frame, FrameError, Reader, ReadOptions, Rejected
+from equipot.train.seen import Seen
+from equipot.train.sources.base import (
+    Frame,
+    FrameError,
+    Reader,
+    ReadOptions,
+    Reason,
+    Rejected,
+    Source,
+)
+from equipot.train.sources.registry import CONTAINERS, RELEASES, open_container
+from equipot.train.sources.unreadable import UnreadableFile
 from equipot.train.store import Store
-from equipot.train.store_writer import COMMIT_STRUCTURES, StoreWriter
+from equipot.train.store_writer import COMMIT_STRUCTURES, StoreWriter, fingerprint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +37,9 @@ class ImportOptions:
         name: of the data set.
         group_by: a rule of `grouping.GroupRule`.
         read: keys and format.
+        source: name of the release the files are of, one of `registry.RELEASES`; "" for any other file.
+        max_force: eV/Å; frames with an atom that feels more are left out. None: no limit.
+        keep_duplicates: keep frames that are the same to the last bit as one before them.
     """
 
     level_of_theory: str
@@ -34,6 +47,9 @@ class ImportOptions:
     name: str
     group_by: str = "auto"
     read: ReadOptions = field(default_factory=ReadOptions)
+    source: str = ""
+    max_force: float | None = None
+    keep_duplicates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +116,13 @@ def import_files(
         if not text.strip():
             raise DataError(f"--{what} is empty; say what the data are")
     read = ReadOptions(**{**asdict(options.read), "group_keys": rule.keys})
-    opened = [_open(path, read) for path in files]
-    fresh = Manifest(name=options.name, level_of_theory=options.level_of_theory, licence=options.licence)
+    opened = _open_all(files, read, RELEASES.get(options.source))
+    fresh = Manifest(
+        name=options.name,
+        level_of_theory=options.level_of_theory,
+        licence=options.licence,
+        columns=_columns(options.source, opened),
+    )
     try:
         with StoreWriter(out, fresh, commit_structures=commit_structures) as writer:
             new, skipped = _only_new(opened, writer.committed)
@@ -111,7 +132,7 @@ def import_files(
             plan = {**described, "sources": [asdict(source.entry) for source in new]}
             writer.start(plan, [source.entry for source in new])
             added = tuple(range(len(writer.manifest.sources) - len(new), len(writer.manifest.sources)))
-            _Run(writer, rule, new, added[0], on_progress, should_stop).read_all()
+            _Run(writer, rule, options, new, added[0], on_progress, should_stop).read_all()
             _check_kept(writer, added)
             _audit(writer, added)
             manifest = writer.finish()
@@ -123,8 +144,36 @@ def import_files(
         ) from error
 
 
-def _open(path: Path, options: ReadOptions) -> _Opened:
-    reader = open_ase_file(path, options)
+def _columns(source: str, opened: Sequence[_Opened]) -> list[str]:
+    """Optional arrays of a new store: what its sources' frames have."""
+    known = {**RELEASES, **CONTAINERS}
+    kinds = {source} if source else {each.reader.format for each in opened}
+    named = [known[kind] for kind in sorted(kinds) if kind in known]
+    extras = sorted({extra for each in named for extra in each.extras})
+    return ["fingerprint", *(["name"] if named else []), *extras]
+
+
+def _open_all(files: Sequence[Path], options: ReadOptions, source: Source | None) -> list[_Opened]:
+    """Opens all; of a release's many files one that is damaged is reported, not the end of the import."""
+    if source is None:
+        return [_open(path, open_container(path, options)) for path in files]
+    opened: list[_Opened] = []
+    faults: list[DataError] = []
+    for path in files:
+        try:
+            reader: Reader = source.open(path, options)
+        except DataError as error:
+            if not path.is_file():
+                raise
+            faults.append(error)
+            reader = UnreadableFile(path, source.name, str(error))
+        opened.append(_open(path, reader))
+    if faults and len(faults) == len(files):
+        raise faults[0]
+    return opened
+
+
+def _open(path: Path, reader: Reader) -> _Opened:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -155,6 +204,7 @@ class _Run:
         self,
         writer: StoreWriter,
         rule: GroupRule,
+        options: ImportOptions,
         sources: Sequence[_Opened],
         first: int,
         on_progress: Callable[[Progress], None],
@@ -162,6 +212,8 @@ class _Run:
     ) -> None:
         self._writer = writer
         self._rule = rule
+        self._max_force = options.max_force
+        self._seen = None if options.keep_duplicates else _seen_before(writer)
         self._sources = sources
         self._first = first
         self._on_progress = on_progress
@@ -194,6 +246,7 @@ class _Run:
         if isinstance(item, Frame):
             try:
                 group, made_from = self._rule.group_of(item, entry.sha256)
+                self._check(item)
             except FrameError as error:
                 item = Rejected(item.index, error.reason, error.detail)
         if isinstance(item, Rejected):
@@ -205,12 +258,39 @@ class _Run:
             _tally(manifest.notes, note.code, source, item.index, note.detail)
         self._writer.add(item, group, source)
 
+    def _check(self, frame: Frame) -> None:
+        """Raises FrameError for a frame that the options leave out."""
+        if self._max_force is not None and frame.forces is not None:
+            sizes = np.linalg.norm(frame.forces, axis=1)
+            atom = int(sizes.argmax())
+            if sizes[atom] > self._max_force:
+                what = f"atom {atom} feels {sizes[atom]:.6g} eV/Å, the limit is {self._max_force:g}"
+                raise FrameError(Reason.LARGE_FORCE, f"{frame.name}: {what}" if frame.name else what)
+        if self._seen is not None:
+            first = self._seen.add(fingerprint(frame), self._writer.manifest.structures)
+            if first is not None:
+                what = f"to the last bit the same as structure {first} of the store"
+                raise FrameError(Reason.DUPLICATE, f"{frame.name}: {what}" if frame.name else what)
+
     def _progress(self, k: int) -> Progress:
         done = float(sum(source.entry.bytes for source in self._sources[:k]))
         done += self._sources[k].entry.bytes * (self._sources[k].reader.fraction() or 0.0)
         entries = self._writer.manifest.sources[self._first :]
         read, kept = sum(e.frames_read for e in entries), sum(e.frames_kept for e in entries)
         return Progress(k, done / self._total, kept, read - kept)
+
+
+def _seen_before(writer: StoreWriter) -> Seen | None:
+    """Fingerprints of what is committed; None for a store of before there were any."""
+    if "fingerprint" not in writer.manifest.columns:
+        return None
+    seen = Seen(writer.path)
+    place = 0
+    for block in Store(writer.path, writer.manifest).blocks("fingerprint"):
+        for each in block.tolist():
+            seen.add(each, place)
+            place += 1
+    return seen
 
 
 def _tally(tallies: dict[str, Tally], what: str, source: int, frame: int, detail: str) -> None:

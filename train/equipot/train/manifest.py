@@ -79,6 +79,7 @@ class Manifest:
         notes: what was decided or found odd about kept frames.
         warnings: what the labels as a whole look wrong for, with the evidence.
         shards: folders, in order.
+        columns: optional arrays that the shards hold, of `arrays.OPTIONAL_PER_STRUCTURE` and `…_PER_ATOM`.
         chain: running checksum of all structures, in order.
         digest: identity of the content: level of theory and chain. The same frames give the same digest.
     """
@@ -102,6 +103,7 @@ class Manifest:
     notes: dict[str, Tally] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     shards: list[ShardEntry] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
     chain: str = ""
     digest: str = ""
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from equipot.model.batch import System
-from equipot.train.arrays import OFFSETS, PER_ATOM, PER_STRUCTURE, Field, array_bytes, map_rows
+from equipot.train.arrays import OFFSETS, Field, array_bytes, map_rows, per_atom, per_structure
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest, ShardEntry, read_json
 
@@ -46,15 +46,16 @@ class Origin(NamedTuple):
 class _Shard:
     """The arrays of one folder, mapped on first use."""
 
-    def __init__(self, folder: Path, entry: ShardEntry) -> None:
+    def __init__(self, folder: Path, entry: ShardEntry, columns: Sequence[str]) -> None:
         self.folder = folder
         self.entry = entry
+        self._columns = columns
 
     def files(self) -> Iterator[tuple[str, Field, int]]:
         yield "atom_offsets", OFFSETS, self.entry.structures + 1
-        for name, field in PER_STRUCTURE.items():
+        for name, field in per_structure(self._columns).items():
             yield name, field, self.entry.structures
-        for name, field in PER_ATOM.items():
+        for name, field in per_atom(self._columns).items():
             yield name, field, self.entry.atoms
 
     def check(self) -> None:
@@ -88,7 +89,9 @@ class Store:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._shards = [_Shard(path / SHARDS / entry.name, entry) for entry in manifest.shards]
+        self._shards = [
+            _Shard(path / SHARDS / entry.name, entry, manifest.columns) for entry in manifest.shards
+        ]
         self._starts = [0]
         for entry in manifest.shards:
             self._starts.append(self._starts[-1] + entry.structures)
@@ -156,10 +159,28 @@ class Store:
         arrays, i = self._locate(int(index))
         return Origin(self.manifest.sources[int(arrays["source"][i])].file, int(arrays["frame"][i]))
 
+    def name(self, index: int) -> str:
+        """The source's own identifier of structure `index`, "" if it has none."""
+        arrays, i = self._locate(int(index))
+        return bytes(arrays["name"][i]).decode("utf-8", "replace") if "name" in arrays else ""
+
+    def extra(self, index: int, name: str) -> NDArray[Any] | None:
+        """A further per-atom array (n_atoms,) of structure `index`, as tags; None if the store has none."""
+        if name not in self.manifest.columns:
+            return None
+        arrays, i = self._locate(int(index))
+        start, stop = arrays["atom_offsets"][i : i + 2]
+        return np.array(arrays[name][start:stop])
+
+    def blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        """One per-structure array, shard by shard."""
+        for shard in self._shards:
+            yield shard.arrays[name]
+
     def column(self, name: str) -> NDArray[Any]:
         """One per-structure array over all shards, (n_structures, …), copied into memory."""
         parts = [shard.arrays[name] for shard in self._shards]
-        field = PER_STRUCTURE[name]
+        field = per_structure(self.manifest.columns)[name]
         return np.concatenate(parts) if parts else np.empty((0, *field.row), field.dtype)
 
     @cached_property
@@ -216,19 +237,21 @@ class Store:
 
     def verify(self) -> None:
         """Reads everything and compares with the manifest's checksum; DataError if a byte has changed."""
-        chain = b""
+        chain, columns = b"", self.manifest.columns
         for shard in self._shards:
             a = shard.arrays
             for i in range(shard.entry.structures):
                 start, stop = a["atom_offsets"][i : i + 2]
-                parts = [a[name][i] for name in CHAINED] + [a[name][start:stop] for name in PER_ATOM]
+                parts = [a[name][i : i + 1] for name in chained(columns)]
+                parts += [a[name][start:stop] for name in per_atom(columns)]
                 chain = link(chain, [np.asarray(part) for part in parts])
         if chain.hex() != self.manifest.chain:
             raise DataError(f"{self.path}: its content has changed since the import; import the data again")
 
 
-CHAINED = tuple(name for name in PER_STRUCTURE if name not in ("source", "frame"))
-"""Per-structure arrays that the running checksum covers; a frame is the same frame in whatever file."""
+def chained(columns: Sequence[str]) -> list[str]:
+    """Per-structure arrays that the running checksum covers; a frame is the same frame in whatever file."""
+    return [name for name in per_structure(columns) if name not in ("source", "frame", "fingerprint")]
 
 
 def link(chain: bytes, arrays: Sequence[NDArray[Any]]) -> bytes:

@@ -7,6 +7,7 @@ last, when the import is done, so a store that is being added to stays readable 
 
 import copy
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from equipot.train.arrays import OFFSETS, PER_ATOM, PER_STRUCTURE, append_rows
+from equipot.train.arrays import OFFSETS, Field, append_rows, per_atom, per_structure
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest, ShardEntry, SourceEntry, content_digest, read_json, write_json
-from equipot.train.sources.base import Frame
-from equipot.train.store import CHAINED, JOURNAL, MANIFEST, SHARDS, Store, link
+from equipot.train.sources.base import EXTRAS, Frame
+from equipot.train.store import JOURNAL, MANIFEST, SHARDS, Store, chained, link
 
 SHARD_STRUCTURES = 2**20
 SHARD_ATOMS = 2**25
@@ -29,6 +30,7 @@ SHARD_ATOMS = 2**25
 COMMIT_STRUCTURES = 2048
 COMMIT_ATOMS = 2**17
 """Frames held in memory at most, and lost at most."""
+_ABSENT: Mapping[str, int] = {"tags": -1, "fixed": 0}
 
 
 class StoreWriter:
@@ -147,7 +149,13 @@ class StoreWriter:
         entry.structures += 1
         entry.atoms += len(frame.atomic_numbers)
         self._count(frame)
-        self._chain = link(self._chain, _row_bytes(frame, group, source))
+        self._chain = link(self._chain, self._row_bytes(frame, group, source))
+
+    def _row_bytes(self, frame: Frame, group: int, source: int) -> list[NDArray[Any]]:
+        columns = self.manifest.columns
+        fields = per_structure(columns)
+        rows = [_structure_row(name, fields[name], frame, group, source) for name in chained(columns)]
+        return rows + [_atom_rows(name, field, frame) for name, field in per_atom(columns).items()]
 
     @property
     def due(self) -> bool:
@@ -198,11 +206,12 @@ class StoreWriter:
             append_rows(folder / "atom_offsets.npy", OFFSETS, 0, np.concatenate([[0], ends]))
         else:
             append_rows(folder / "atom_offsets.npy", OFFSETS, structures + 1, ends)
-        for name, field in PER_STRUCTURE.items():
-            rows = np.stack([_structure_row(name, *pending) for pending in self._pending])
+        columns = self.manifest.columns
+        for name, field in per_structure(columns).items():
+            rows = np.stack([_structure_row(name, field, *pending) for pending in self._pending])
             append_rows(folder / f"{name}.npy", field, structures, rows)
-        for name, field in PER_ATOM.items():
-            rows = np.concatenate([_atom_rows(name, frame) for frame in frames])
+        for name, field in per_atom(columns).items():
+            rows = np.concatenate([_atom_rows(name, field, frame) for frame in frames])
             append_rows(folder / f"{name}.npy", field, atoms, rows)
         self._pending.clear()
         self._pending_atoms = 0
@@ -223,7 +232,17 @@ class StoreWriter:
             self.path.rmdir()
 
 
-def _structure_row(name: str, frame: Frame, group: int, source: int) -> NDArray[Any]:
+def fingerprint(frame: Frame) -> int:
+    """63 bits that are equal for frames with the same structure and labels to the last bit."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("atomic_numbers", "positions", "cell", "pbc", "energy", "forces", "stress"):
+        value = getattr(frame, name)
+        digest.update(b"-" if value is None else np.ascontiguousarray(value).tobytes())
+    digest.update(f"{frame.charge} {frame.spin_multiplicity}".encode())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def _structure_row(name: str, field: Field, frame: Frame, group: int, source: int) -> NDArray[Any]:
     """One structure's row of a per-structure array, in the type it has on disk."""
     if name == "group":
         value: Any = group
@@ -233,19 +252,18 @@ def _structure_row(name: str, frame: Frame, group: int, source: int) -> NDArray[
         value = frame.index
     elif name == "stress":
         value = np.full((3, 3), np.nan) if frame.stress is None else frame.stress
+    elif name == "fingerprint":
+        value = fingerprint(frame)
+    elif name == "name":
+        value = frame.name.encode("utf-8")
     else:
         value = getattr(frame, name)
-    return np.asarray(value, dtype=PER_STRUCTURE[name].dtype)
+    return np.asarray(value, dtype=field.dtype)
 
 
-def _atom_rows(name: str, frame: Frame) -> NDArray[Any]:
+def _atom_rows(name: str, field: Field, frame: Frame) -> NDArray[Any]:
     """One structure's rows of a per-atom array, in the type they have on disk."""
-    value = getattr(frame, name)
+    value = frame.extras.get(name) if name in EXTRAS else getattr(frame, name)
     if value is None:
-        value = np.full((len(frame.atomic_numbers), 3), np.nan)
-    return np.asarray(value, dtype=PER_ATOM[name].dtype)
-
-
-def _row_bytes(frame: Frame, group: int, source: int) -> list[NDArray[Any]]:
-    rows = [_structure_row(name, frame, group, source) for name in CHAINED]
-    return rows + [_atom_rows(name, frame) for name in PER_ATOM]
+        return np.full((len(frame.atomic_numbers), *field.row), _ABSENT.get(name, np.nan), dtype=field.dtype)
+    return np.asarray(value, dtype=field.dtype)

@@ -208,7 +208,7 @@ class AseFile:
             stress=labels.stress,
             charge=charge,
             spin_multiplicity=spin,
-            group=_group(atoms.info, self._options.group_keys),
+            group=_group(_all_values(atoms), self._options.group_keys),
             notes=notes,
         )
 

@@ -1,10 +1,10 @@
 """What a reader hands to the importer. Knows nothing of files, of ASE, or of the store."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,11 @@ class Reason(StrEnum):
     UNIT = "unit other than eV and Å"
     CHARGE_OR_SPIN = "invalid charge or spin"
     NO_GROUP = "group key absent"
+    DUPLICATE = "duplicate"
+    LARGE_FORCE = "force over the limit"
+    NO_COMPANION = "not in the companion file"
+    OTHER_LEVEL = "another level of theory"
+    REFUSED = "refused: not plain data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,8 @@ class Frame:
         spin_multiplicity: 2S+1, 0 when not stated.
         group: (key, value) of the trajectory or molecule that the file says the frame belongs to, or None.
         notes: what the reader decided on its own about this frame.
+        name: the source's own identifier of the frame, or "".
+        extras: further per-atom arrays by name, those of `EXTRAS` that the source has.
     """
 
     index: int
@@ -66,6 +73,8 @@ class Frame:
     spin_multiplicity: int = 0
     group: tuple[str, str] | None = None
     notes: tuple[Note, ...] = ()
+    name: str = ""
+    extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +106,8 @@ class ReadOptions:
         stress_key: the same for stress (a key whose name holds "virial" is read as a virial).
         energy_per_atom: the energies are per atom: multiply by the number of atoms.
         group_keys: keys, in order, that name a frame's trajectory or molecule.
+        level: which of a release's labels to take, one of `Source.levels`; None for the default.
+        energy_unit: unit of the energies (and of the forces, per Å) where a file does not state it.
     """
 
     format: str | None = None
@@ -105,6 +116,16 @@ class ReadOptions:
     stress_key: str | None = None
     energy_per_atom: bool = False
     group_keys: tuple[str, ...] = ()
+    level: str | None = None
+    energy_unit: str | None = None
+
+
+EXTRAS: Mapping[str, str] = {"tags": "|i1", "fixed": "|b1", "magmoms": "<f4"}
+"""Per-atom arrays that a source may have beside positions and forces, and their types in the store.
+
+tags: 0 below the surface, 1 surface, 2 adsorbate (OC20, OC22). fixed: held in place in a relaxation; such
+atoms carry forces that no relaxation removed. magmoms: magnetic moment in μB.
+"""
 
 
 class Reader(Protocol):
@@ -123,3 +144,27 @@ class Reader(Protocol):
 
     def fraction(self) -> float | None:
         """Share of the file read so far, 0 to 1; None when the format does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One release or container that can be imported by name.
+
+    Attributes:
+        name: the word on the command line.
+        open: opens one file; DataError if it is not of this source.
+        levels: word of `--level` → level of theory as the store states it; the first is the default.
+            Empty for a container, which can hold anything.
+        licence: of the release; empty for a container.
+        files: patterns that find its files in a folder.
+        extras: those of `EXTRAS` that its frames have.
+        default_level: the level to take for a file if none is asked for, where that depends on the file.
+    """
+
+    name: str
+    open: Callable[[Path, ReadOptions], Reader]
+    levels: Mapping[str, str] = field(default_factory=dict)
+    licence: str = ""
+    files: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    default_level: Callable[[Path], str] | None = None

@@ -17,6 +17,12 @@ HEADER_LIMIT = 4096
 """Bytes read in search of the first line: a binary file may hold no line end at all."""
 
 
+LINE_LIMIT = 2**20
+"""Bytes taken for one line: a few bytes of .xz can be made to hold a line of any length."""
+_DIGITS = 7
+"""Of an atom count; a frame has to fit into memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The lines of one frame; `fault` says what is wrong with their number, if anything."""
@@ -66,7 +72,7 @@ class _Lines:
 
     def peek(self) -> bytes:
         if self._next is None:
-            self._next = self._stream.readline()
+            self._next = self._stream.readline(LINE_LIMIT)
         return self._next
 
     def take(self) -> bytes:
@@ -91,6 +97,12 @@ def chunks(stream: BinaryIO) -> Iterator[Chunk]:
             index += 1
             continue
         header = lines.take()
+        if len(header.strip()) > _DIGITS:
+            skipped = _skip_to_header(lines)
+            many = f"line {first} announces more than 10^{_DIGITS} atoms; {skipped} line(s) skipped"
+            yield Chunk(index, first, 0, "", many)
+            index += 1
+            continue
         n_atoms = int(header)
         body = [lines.take()]
         fault = None
