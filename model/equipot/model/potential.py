@@ -12,6 +12,7 @@ from equipot.model.egnn import EGNN
 from equipot.model.errors import ModelError
 from equipot.model.geometry import Edges, edge_lengths, make_edges, sum_by_index
 from equipot.model.heads import Embedding, EnergyHead, ForceHead
+from equipot.model.messages import BLOCKED_FORMS
 from equipot.model.references import References
 
 # A backbone is built from the config and maps (embeddings (N, H), Edges) to features (N, H) in the edges'
@@ -126,6 +127,7 @@ class Potential(nn.Module):
             cutoff=self.config.cutoff,
             radial=self.config.radial,
             dtype=self.embedding.element.weight.dtype,
+            blocked=self.config.messages in BLOCKED_FORMS,
         )
         return edges, lengths
 
