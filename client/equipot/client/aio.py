@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
@@ -116,7 +116,7 @@ class AsyncClient:
         level_of_theory: str = "",
         model: str | None = None,
         timeout: float | None = None,
-    ) -> AsyncIterator[Prediction]:
+    ) -> AsyncGenerator[Prediction, None]:
         """As `Client.predict_iter`."""
         wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
         known, start = None, 0

@@ -81,6 +81,10 @@ class ServerError(ClientError):
         self.code = code
 
 
+class FileError(ClientError):
+    """A file of structures cannot be read or written."""
+
+
 class InvalidStructure(ClientError, ValueError):
     """Arrays that cannot be one structure.
 

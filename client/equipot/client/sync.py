@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
@@ -175,7 +175,7 @@ class Client:
         level_of_theory: str = "",
         model: str | None = None,
         timeout: float | None = None,
-    ) -> Iterator[Prediction]:
+    ) -> Generator[Prediction, None, None]:
         """As `predict`, one after the other while the structures are read: memory stays bounded."""
         wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
         known, start = None, 0

@@ -49,7 +49,7 @@ class ModelConfig:
     spin_multiplicities: tuple[int, ...] = (0,)
     """Spin multiplicities the model knows, ascending, 0 for "not stated"; embedded only when several."""
     mean_neighbors: float = 1.0
-    """Message sums are divided by this: the mean number of neighbours in the training split."""
+    """Mean number of neighbours in the training split; message sums are divided by its square root."""
 
     def __post_init__(self) -> None:
         for name in _TUPLES:

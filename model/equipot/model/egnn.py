@@ -24,7 +24,7 @@ def run_layer_directly(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
 
 
 class EGNNLayer(nn.Module):
-    """One round of messages: u_i = W_d silu(W_c h_i + W_g Σ_j m_ij / mean_neighbors + b) + b'."""
+    """One round of messages: u_i = W_d silu(W_c h_i + W_g Σ_j m_ij / √mean_neighbors + b) + b'."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -35,13 +35,15 @@ class EGNNLayer(nn.Module):
         self.gathered = nn.Linear(width, width, bias=False)
         self.down = nn.Linear(width, width)
         self.residual = config.residual
-        self.mean_neighbors = config.mean_neighbors
+        # The root keeps a sum of n independent messages at the size of one; dividing by n instead learned the
+        # forces of a molecule a third slower.
+        self.message_scale = config.mean_neighbors**-0.5
 
     def forward(self, stream: Tensor, edges: Edges) -> Tensor:
         """New features (N, H) from old; both in float32 or wider, the work in the weights' dtype."""
         dtype = edges.radial.dtype
         h = self.norm(stream.to(dtype))
-        gathered = (self.messages(h, edges) / self.mean_neighbors).to(dtype)
+        gathered = (self.messages(h, edges) * self.message_scale).to(dtype)
         update: Tensor = self.down(functional.silu(self.own(h) + self.gathered(gathered))).to(stream.dtype)
         return stream + update if self.residual else update
 

@@ -23,10 +23,12 @@ def envelope(distances: Tensor, cutoff: float) -> Tensor:
 
 
 def bessel_basis(distances: Tensor, cutoff: float, size: int) -> Tensor:
-    """(E, size) spherical Bessel functions √(2/cutoff)·sin(nπd/cutoff)/d, n = 1 … size (same paper).
+    """(E, size) spherical Bessel functions √(2/3)·sin(nπx)/x of x = d/cutoff, n = 1 … size (same paper).
 
+    The factor gives each a mean square of 1 over neighbours that fill the sphere evenly, as a network wants its
+    inputs; the paper's own √(2/cutoff)·sin(nπx)/d is four times smaller at 5 Å and learns much more slowly.
     Distances (E,) in Å must be positive: two atoms on one spot are refused before a graph gets here.
     """
     n = torch.arange(1, size + 1, dtype=distances.dtype, device=distances.device)
-    d = distances.unsqueeze(-1)
-    return math.sqrt(2.0 / cutoff) * torch.sin(d * (n * (math.pi / cutoff))) / d
+    x = (distances / cutoff).unsqueeze(-1)
+    return math.sqrt(2.0 / 3.0) * torch.sin(x * (math.pi * n)) / x

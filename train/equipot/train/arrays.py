@@ -86,7 +86,7 @@ def array_bytes(field: Field, rows: int) -> int:
 
 
 def map_rows(path: Path, rows: int) -> NDArray[Any]:
-    """The first `rows` rows, memory-mapped read-only. OSError or ValueError if the file is missing or short."""
+    """The first `rows` rows, mapped read-only. OSError or ValueError if the file is missing or short."""
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     if len(array) < rows:
         raise ValueError(f"holds {len(array)} rows, the manifest says {rows}")

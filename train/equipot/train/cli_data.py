@@ -48,9 +48,9 @@ def import_command(
     group_by: Annotated[
         str,
         typer.Option(
-            help="What stays together in a split: auto (by trajectory, mol_id, sid, material_id or the like if a "
-            "frame has one, else block:10), frame, formula, file, block:N (N consecutive frames of one composition), "
-            "info:KEY."
+            help="What stays together in a split: auto (by trajectory, mol_id, sid, material_id or the like "
+            "if a frame has one, else block:10), frame, formula, file, block:N (N consecutive frames of one "
+            "composition), info:KEY."
         ),
     ] = "auto",
     format: Annotated[
@@ -70,8 +70,8 @@ def import_command(
 ) -> None:
     """Packs labelled frames into a store; goes on where a killed import stopped.
 
-    Energies are total energies in eV, forces in eV/Å, stress in eV/Å³ positive in tension (ASE's units); a virial
-    is −stress × volume. Frames that cannot be used are left out and listed by file and index.
+    Energies are total energies in eV, forces in eV/Å, stress in eV/Å³ positive in tension (ASE's units); a
+    virial is −stress × volume. Frames that cannot be used are left out and listed by file and index.
     """
     options = ImportOptions(
         level_of_theory=level_of_theory,

@@ -37,7 +37,7 @@ def print_import(report: ImportReport, console: Console) -> None:
     console.print(_summary(manifest), soft_wrap=True, highlight=False)
     console.print(
         f"store: {escape(str(report.store))}\n"
-        f"next:  equipot data info {escape(str(report.store))}, then name it in a recipe and: equipot train RECIPE",
+        f"next:  equipot data info {escape(str(report.store))}, then equipot train RECIPE, which names it",
         soft_wrap=True,
         highlight=False,
     )
@@ -109,7 +109,8 @@ def _print_tallies(
 def _summary(m: Manifest) -> str:
     return (
         f"{m.structures} structures, {m.atoms} atoms of {escape(_elements(m))}; energy {m.with_energy}, "
-        f"forces {m.with_forces}, stress {m.with_stress}; {m.groups} groups by {escape(_counts(m.grouped_by))}; "
+        f"forces {m.with_forces}, stress {m.with_stress}; "
+        f"{m.groups} groups by {escape(_counts(m.grouped_by))}; "
         f"level of theory {escape(m.level_of_theory)}, licence {escape(m.licence)}"
     )
 

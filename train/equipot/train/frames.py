@@ -17,8 +17,8 @@ from equipot.train.store import Store
 def write_frames(stores: Sequence[Store], indices: NDArray[np.int64], path: Path) -> int:
     """Writes the structures (k, 2) of (store, structure) in their order; returns how many.
 
-    Each frame has energy, forces and stress where known, charge and spin_multiplicity where stated, and where it
-    comes from (level_of_theory, source_file, source_frame), all under names that the importer reads back.
+    Each frame has energy, forces and stress where known, charge and spin_multiplicity where stated, and
+    where it comes from (level_of_theory, source_file, source_frame), under names the importer reads back.
 
     Raises:
         DataError: nothing to write, or the file cannot be written.

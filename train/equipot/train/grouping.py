@@ -23,8 +23,8 @@ AUTO_KEYS = (
     "material_id",
     "mp_id",
 )
-"""Keys that name a trajectory, a molecule or a material. Keys that may name a single frame, as config_id, or a
-whole class of structures, as config_type, are not among them."""
+"""Keys that name a trajectory, a molecule or a material. Keys that may name a single frame, as config_id, or
+a whole class of structures, as config_type, are not among them."""
 AUTO_BLOCK = 10
 RULES = "auto, frame, formula, file, block:N or info:KEY"
 

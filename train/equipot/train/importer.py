@@ -22,7 +22,7 @@ class ImportOptions:
     """What to say of the data, and how to read it.
 
     Attributes:
-        level_of_theory: functional and basis, as "PBE/def2-SVP". Stores of one level share reference energies.
+        level_of_theory: functional and basis, as "PBE/def2-SVP"; stores of one level share references.
         licence: of the data.
         name: of the data set.
         group_by: a rule of `grouping.GroupRule`.
@@ -118,8 +118,8 @@ def import_files(
             return ImportReport(out, manifest, added, skipped, writer.resumed)
     except OSError as error:
         raise DataError(
-            f"{out}: cannot be written ({error.strerror or error}); what is committed stays: mend that, and run the "
-            "same command again"
+            f"{out}: cannot be written ({error.strerror or error}); what is committed stays: mend "
+            "that, and run the same command again"
         ) from error
 
 
@@ -182,8 +182,8 @@ class _Run:
                 if self._should_stop():
                     writer.commit(cursor)
                     raise ImportStopped(
-                        f"stopped after frame {item.index} of {self._sources[k].entry.file}; run the same command "
-                        "again to go on from there"
+                        f"stopped after frame {item.index} of {self._sources[k].entry.file}; run the same "
+                        "command again to go on from there"
                     )
         writer.commit({"source": len(self._sources), "frame": 0})
 
@@ -206,7 +206,7 @@ class _Run:
         self._writer.add(item, group, source)
 
     def _progress(self, k: int) -> Progress:
-        done = sum(source.entry.bytes for source in self._sources[:k])
+        done = float(sum(source.entry.bytes for source in self._sources[:k]))
         done += self._sources[k].entry.bytes * (self._sources[k].reader.fraction() or 0.0)
         entries = self._writer.manifest.sources[self._first :]
         read, kept = sum(e.frames_read for e in entries), sum(e.frames_kept for e in entries)

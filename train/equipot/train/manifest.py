@@ -140,7 +140,8 @@ class Manifest:
             raise DataError(f"{where}: is not the manifest of an equipot store")
         if body.get("version", 0) > VERSION:
             raise DataError(
-                f"{where}: store version {body['version']}, this equipot reads up to {VERSION}; upgrade equipot"
+                f"{where}: store version {body['version']}, this equipot reads up to {VERSION}; "
+                "upgrade equipot"
             )
         known = {key: value for key, value in body.items() if key not in ("format", "version", "units")}
         try:

@@ -1,4 +1,4 @@
-"""Reference energies per element and level of theory, and the scale of the rest, from the training split alone."""
+"""Reference energies per element and level of theory, and the scale of the rest."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from equipot.train.errors import DataError
 from equipot.train.store import N_ELEMENTS, Store
 
 RIDGE = 1e-9
-"""Relative to each element's own weight: bends a well-determined energy by 1e-9 of its distance from the mean."""
+"""Relative to each element's weight: bends a well-determined energy by 1e-9 of its distance from the mean."""
 _BLOCK = 65536
 
 

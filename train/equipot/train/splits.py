@@ -90,8 +90,8 @@ class Splits:
 def split(stores: Sequence[Store], *, fractions: Sequence[float], seed: int) -> Splits:
     """Deals whole groups out, so that frames of one trajectory or molecule stay together.
 
-    The groups are shuffled by the seed; validation and then test take every next group that brings them closer
-    to their share of the structures, training has the rest. Groups of different stores are different groups.
+    The groups are shuffled by the seed; validation and then test take every next group that brings them
+    closer to their share of the structures, training has the rest. Groups of different stores differ.
 
     Args:
         stores: in an order that the indices will refer to.
@@ -135,7 +135,7 @@ def _check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _groups(stores: Sequence[Store]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """((n, 2) store and structure, size of each group, (n,) group of each structure), in an order of the content."""
+    """((n, 2) store and structure, size of each group, (n,) group of each structure)."""
     where = [np.stack([np.full(len(s), k), np.arange(len(s))], axis=1) for k, s in enumerate(stores)]
     groups, sizes, first = [], [], 0
     for store in stores:

@@ -1,4 +1,4 @@
-"""The packed store, read: memory-mapped flat arrays; one structure is one slice. Writing is `store_writer`'s."""
+"""The packed store, read: memory-mapped flat arrays, one structure is one slice. `store_writer` writes it."""
 
 import bisect
 import hashlib
@@ -195,7 +195,7 @@ class Store:
     def _gather(
         self, name: str, wanted: NDArray[np.int64]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any], NDArray[np.int64]]]:
-        """Yields (rows of `wanted`, their atoms' values, which of these rows each atom is of), block by block."""
+        """Yields (rows of `wanted`, their atoms' values, which of these rows each atom is of) by blocks."""
         order = np.argsort(wanted, kind="stable")
         if len(wanted) and (wanted[order[0]] < 0 or wanted[order[-1]] >= len(self)):
             raise IndexError(
@@ -234,8 +234,8 @@ CHAINED = tuple(name for name in PER_STRUCTURE if name not in ("source", "frame"
 def link(chain: bytes, arrays: Sequence[NDArray[Any]]) -> bytes:
     """The next link of the running checksum: SHA-256 of the one before and a structure's bytes.
 
-    A chain, unlike one long hash, can be taken up again from 32 bytes after a kill, and does not depend on how
-    the structures are cut into shards.
+    A chain, unlike one long hash, can be taken up again from 32 bytes after a kill, and does not depend on
+    how the structures are cut into shards.
     """
     return hashlib.sha256(
         chain + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)

@@ -1,8 +1,8 @@
 """Writes a packed store so that a kill at any moment loses at most the frames since the last commit.
 
-Order of a commit: arrays are appended and synced, then the journal is replaced. What lies behind the rows that
-the journal (or, without one, the manifest) counts is cut off by the next append. The manifest is replaced last,
-when the import is done, so a store that is being added to stays readable as it was. Knows nothing of files.
+Order of a commit: arrays are appended and synced, then the journal is replaced. What lies behind the rows
+that the journal (or, without one, the manifest) counts is cut off by the next append. The manifest comes
+last, when the import is done, so a store that is being added to stays readable as it was. Knows no files.
 """
 
 import copy
@@ -25,7 +25,7 @@ from equipot.train.store import CHAINED, JOURNAL, MANIFEST, SHARDS, Store, link
 
 SHARD_STRUCTURES = 2**20
 SHARD_ATOMS = 2**25
-"""A shard is closed at either limit. Few large ones: each of its 13 arrays takes a file handle of its reader."""
+"""A shard is closed at either limit. Few large ones: each of its 13 arrays takes the reader a file handle."""
 COMMIT_STRUCTURES = 2048
 COMMIT_ATOMS = 2**17
 """Frames held in memory at most, and lost at most."""
@@ -91,8 +91,8 @@ class StoreWriter:
             ours, theirs = getattr(fresh, what), getattr(committed, what)
             if ours != theirs:
                 raise DataError(
-                    f"{self.path}: holds data of {what.replace('_', ' ')} {theirs!r}, not {ours!r}; if the new files "
-                    f"are of the same, say --{what.replace('_', '-')} {theirs!r}, else give another --out"
+                    f"{self.path}: holds data of {what.replace('_', ' ')} {theirs!r}, not {ours!r}; if "
+                    f"that is the same, say --{what.replace('_', '-')} {theirs!r}, else give another --out"
                 )
         return committed
 
@@ -113,8 +113,8 @@ class StoreWriter:
             if body.get("plan") != self._plan:
                 theirs = ", ".join(source["file"] for source in body.get("plan", {}).get("sources", []))
                 raise DataError(
-                    f"{self.path}: an import of {theirs} lies unfinished, with other files or options than these; "
-                    f"finish it with its own command, or drop it: rm -r {self._dropped()}"
+                    f"{self.path}: an import of {theirs} lies unfinished, with other files or options than "
+                    f"these; finish it with its own command, or drop it: rm -r {self._dropped()}"
                 )
             self.manifest = Manifest.from_json(body["manifest"], journal)
             self.cursor = body["cursor"]

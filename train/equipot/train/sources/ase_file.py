@@ -1,4 +1,4 @@
-"""Reads any labelled file that ASE reads. (Ext)xyz is cut into frames here, so that one bad frame costs one frame."""
+"""Reads any labelled file ASE reads. (Ext)xyz is cut into frames first: one bad frame costs one frame."""
 
 import io
 import warnings
@@ -204,7 +204,7 @@ class AseFile:
 
 
 def _all_values(atoms: ase.Atoms) -> dict[str, Any]:
-    """Every key of a frame: per-atom arrays, info, and the calculator's results as stored (no constraints)."""
+    """Every key of a frame: per-atom arrays, info, the calculator's results as stored (no constraints)."""
     results: Mapping[str, Any] = {} if atoms.calc is None else atoms.calc.results
     pairs: Mapping[str, Any] = atoms.info.get(
         "key_value_pairs", {}

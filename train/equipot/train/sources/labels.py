@@ -64,16 +64,16 @@ class FrameLabels:
     notes: tuple[Note, ...]
 
 
-def _number(key: str, value: Any) -> float:
+def _number(key: str, value: object) -> float:
     try:
-        return float(np.asarray(value, dtype=np.float64).reshape(()))
+        return float(_array(key, value).reshape(()))
     except (TypeError, ValueError):
         raise FrameError(Reason.WRONG_SHAPE, f"{key} is {value!r}, expected one number") from None
 
 
-def _array(key: str, value: Any) -> NDArray[np.float64]:
+def _array(key: str, value: object) -> NDArray[np.float64]:
     try:
-        return np.asarray(value, dtype=np.float64)
+        return np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
         raise FrameError(Reason.WRONG_SHAPE, f"{key} does not hold numbers: {value!r:.60}") from None
 

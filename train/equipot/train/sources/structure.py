@@ -1,4 +1,4 @@
-"""The checks every frame passes before it is stored, whatever file it came from: the model's own, and a reason."""
+"""The checks every frame passes before it is stored, whatever file it came from: the model's own."""
 
 import numpy as np
 

@@ -31,8 +31,14 @@ class Chunk:
 def open_stream(path: Path) -> tuple[BinaryIO, BinaryIO]:
     """Returns (stream of plain bytes, raw file): the second's position tells how much of the file is read."""
     raw = path.open("rb")
-    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix.lower())
-    return (raw if opener is None else cast(BinaryIO, opener(raw, "rb"))), raw
+    match path.suffix.lower():
+        case ".gz":
+            return cast(BinaryIO, gzip.GzipFile(fileobj=raw)), raw
+        case ".bz2":
+            return cast(BinaryIO, bz2.BZ2File(raw)), raw
+        case ".xz":
+            return cast(BinaryIO, lzma.LZMAFile(raw)), raw
+    return raw, raw
 
 
 def first_line(path: Path) -> bytes:

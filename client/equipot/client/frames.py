@@ -1,0 +1,202 @@
+"""Files of structures through ASE: frames in one by one, frames with results out. Knows no server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import numpy as np
+
+from equipot.client.errors import ClientError, FileError, describe
+from equipot.client.results import Prediction
+from equipot.wire.v1.codec import FloatArray
+
+try:
+    from ase import Atoms
+    from ase.calculators.singlepoint import SinglePointCalculator
+    from ase.io import iread, write
+except ModuleNotFoundError as error:
+    raise ClientError("`equipot predict` needs ASE: pip install 'equipot[ase]'") from error
+
+_RESULTS = ("energy", "free_energy", "forces", "stress")
+
+
+class FrameReader:
+    """The frames of any file ASE reads, one after the other.
+
+    A file that breaks in the middle ends there, so that what was read before it is not lost; `check` then
+    says so.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileError: it holds no frame that can be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.n_read = 0
+        self._path = path
+        self._error: Exception | None = None
+        self._frames = iread(path, index=":", do_not_split_by_at_sign=True)
+        self._first = self._read()
+        self.check()
+        if self._first is None:
+            raise FileError(f"{path} holds no structures")
+
+    @property
+    def first(self) -> Atoms:
+        """The first frame, to decide by."""
+        return self._first
+
+    def __iter__(self) -> Iterator[Atoms]:
+        """All frames, once."""
+        frame = self._first
+        while frame is not None:
+            yield frame
+            frame = self._read()
+
+    def check(self) -> None:
+        """Raises FileError if the file broke before its end."""
+        if self._error is not None:
+            where = f" after frame {self.n_read - 1}" if self.n_read else ""
+            what = f"{type(self._error).__name__}: {self._error}"
+            raise FileError(f"cannot read {self._path}{where}: {what}") from self._error
+
+    def _read(self) -> Atoms | None:
+        try:
+            frame = next(self._frames, None)
+        except Exception as error:  # ASE's readers raise whatever a broken file makes them stumble over
+            self._error = error
+            return None
+        self.n_read += frame is not None
+        return frame
+
+
+class FrameWriter:
+    """An extxyz file that gets its name when it is complete; what an interruption leaves is in `partial`.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.n_written = 0
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        """Opens the partial file."""
+        try:
+            self._file = self.partial.open("w", encoding="utf-8")
+        except OSError as error:
+            raise FileError(f"cannot write {self.partial}: {error.strerror}") from error
+        return self
+
+    def write(self, frame: Atoms) -> None:
+        """Appends one frame."""
+        try:
+            write(self._file, frame, format="extxyz")
+        except OSError as error:
+            raise FileError(f"cannot write {self.partial}: {error.strerror}") from error
+        self.n_written += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Names the file if all went well; keeps the partial file if it holds frames."""
+        assert self._file is not None
+        try:
+            self._file.close()
+            if error is None:
+                self.partial.replace(self.path)
+            elif not self.n_written:
+                self.partial.unlink()
+        except OSError as broken:
+            raise FileError(f"cannot write {self.path}: {broken.strerror}") from broken
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Labels:
+    """What a file says about a frame: energy in eV, forces (n, 3) in eV/Å; None where it says nothing."""
+
+    energy: float | None
+    forces: FloatArray | None
+
+
+def labels_of(frame: Atoms) -> Labels:
+    """The frame's own labels: those ASE took for a calculator's results, or REF_energy and REF_forces."""
+    results = frame.calc.results if frame.calc is not None else {}
+    energy = results.get("energy", frame.info.get("REF_energy", frame.info.get("reference_energy")))
+    forces = results.get("forces", frame.arrays.get("REF_forces", frame.arrays.get("reference_forces")))
+    has_energy = isinstance(energy, int | float | np.floating) and np.isfinite(energy)
+    has_forces = np.shape(forces) == (len(frame), 3) and np.isfinite(forces).all()
+    return Labels(
+        energy=float(energy) if has_energy else None,
+        forces=np.asarray(forces, dtype=np.float64) if has_forces else None,
+    )
+
+
+def with_results(frame: Atoms, prediction: Prediction) -> Atoms:
+    """A copy of the frame that carries the prediction, or the reason why there is none.
+
+    The file's own labels move to `reference_energy` and `reference_forces`, so that the two are not confused.
+    """
+    labels = labels_of(frame)
+    frame = frame.copy()
+    for name in _RESULTS:
+        frame.info.pop(name, None)
+        frame.arrays.pop(name, None)
+    if labels.energy is not None:
+        frame.info["reference_energy"] = labels.energy
+    if labels.forces is not None:
+        frame.arrays["reference_forces"] = labels.forces
+    for name in ("equipot_model", "equipot_level_of_theory", "equipot_failure"):
+        frame.info.pop(name, None)
+    if prediction.model is not None:
+        frame.info["equipot_model"] = prediction.model.pinned
+        frame.info["equipot_level_of_theory"] = prediction.model.level_of_theory
+    if prediction.failure is not None:
+        frame.info["equipot_failure"] = " ".join(describe(prediction.failure).split())
+        return frame
+    results: dict[str, Any] = {"energy": prediction.energy, "forces": prediction.forces}
+    if prediction.stress is not None and frame.pbc.all():
+        results["stress"] = prediction.stress
+    frame.calc = SinglePointCalculator(frame, **results)
+    return frame
+
+
+class Comparison:
+    """Mean absolute errors against the labels of a file, gathered frame by frame."""
+
+    def __init__(self) -> None:
+        self.n_energies = self.n_components = 0
+        self._energy = self._forces = 0.0
+
+    def add(self, labels: Labels, prediction: Prediction) -> None:
+        """Takes one frame into account, if it has labels and was predicted."""
+        if prediction.failure is not None or prediction.forces is None:
+            return
+        if labels.energy is not None:
+            self.n_energies += 1
+            self._energy += abs(prediction.energy - labels.energy) / len(prediction.forces)
+        if labels.forces is not None:
+            self.n_components += labels.forces.size
+            self._forces += float(np.abs(prediction.forces - labels.forces).sum())
+
+    @property
+    def energy(self) -> float:
+        """MAE of the energy in eV/atom; NaN without labels."""
+        return self._energy / self.n_energies if self.n_energies else float("nan")
+
+    @property
+    def forces(self) -> float:
+        """MAE of the force components in eV/Å; NaN without labels."""
+        return self._forces / self.n_components if self.n_components else float("nan")

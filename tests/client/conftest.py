@@ -1,0 +1,267 @@
+"""The reference server: a real gRPC server on a real port, analytic, and erring on demand."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.lj import LennardJones
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1 import potential_pb2_grpc
+from equipot.wire.v1.codec import (
+    Failure,
+    FailureReason,
+    PredictionArrays,
+    StructureArrays,
+    decode_structures,
+    encode_predictions,
+)
+
+LENNARD_JONES = {"sigma": 3.4, "epsilon": 0.0104, "rc": 8.0, "ro": 6.0, "smooth": True}
+UNSUPPORTED = 2
+"""Helium: the one element that the reference server does not know."""
+CHARGE_SHIFT, SPIN_SHIFT = 1.0, 0.125
+"""eV per charge and per unit of multiplicity, so that what was sent shows in the energy."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One Predict as the server saw it."""
+
+    model: str
+    n_atoms: list[int]
+    properties: list[int]
+    level_of_theory: str
+    time_left: float
+
+
+@dataclass
+class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
+    """Its fields may be changed while it serves."""
+
+    port: int
+    digest: str = "sha256:" + "ab" * 32
+    has_stress: bool = True
+    delay: float = 0.0
+    limits: pb.Limits = field(
+        default_factory=lambda: pb.Limits(
+            max_atoms_per_structure=500,
+            max_structures_per_request=100,
+            max_atoms_per_request=2000,
+            max_message_bytes=4 * 2**20,
+        )
+    )
+    faults: list[tuple[grpc.StatusCode, list[Any]]] = field(default_factory=list)
+    tamper: Callable[[pb.PredictResponse], None] = lambda response: None
+    seen: list[Seen] = field(default_factory=list)
+    model_calls: int = 0
+    most_at_once: int = 0
+    _at_once: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _server: grpc.Server | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def pinned(self) -> str:
+        return f"lennard-jones@{self.digest}"
+
+    def start(self) -> None:
+        self._server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
+        potential_pb2_grpc.add_PotentialServiceServicer_to_server(self, self._server)
+        checks = health.HealthServicer()
+        checks.set("", health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(checks, self._server)
+        assert self._server.add_insecure_port(self.address) == self.port
+        self._server.start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop(0).wait()
+            self._server = None
+
+    def fail(self, code: grpc.StatusCode, *details: Any, times: int = 1) -> None:
+        """The next calls of Predict fail so."""
+        self.faults += [(code, list(details))] * times
+
+    def Predict(self, request: pb.PredictRequest, context: Any) -> pb.PredictResponse:
+        arrays = decode_structures(request.structures)
+        with self._lock:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+            self.seen.append(
+                Seen(request.model, arrays.n_atoms.tolist(), list(request.properties),
+                     request.level_of_theory, context.time_remaining())
+            )  # fmt: skip
+            fault = self.faults.pop(0) if self.faults else None
+        try:
+            time.sleep(self.delay)
+            if fault is not None:
+                abort(context, *fault)
+            self._find(request.model, context)
+            response = pb.PredictResponse(
+                model=pb.ModelReference(
+                    name="lennard-jones", digest=self.digest, level_of_theory="LJ", dtype="float64"
+                )
+            )
+            encode_predictions(self._compute(arrays, list(request.properties)), response)
+            self.tamper(response)
+            return response
+        finally:
+            with self._lock:
+                self._at_once -= 1
+
+    def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[self._model()])
+
+    def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.Model:
+        self.model_calls += 1
+        self._find(request.model, context)
+        return self._model()
+
+    def _find(self, name: str, context: Any) -> None:
+        if name not in ("", "lennard-jones", self.pinned):
+            abort(context, grpc.StatusCode.NOT_FOUND, [], f"no model {name!r}: this server has {self.pinned}")
+
+    def _model(self) -> pb.Model:
+        return pb.Model(
+            name="lennard-jones", digest=self.digest, levels_of_theory=["LJ"], elements=[1, 6, 18],
+            charges=[-1, 0, 1], cutoff=8.0, force_mode="conservative" if self.has_stress else "direct",
+            has_stress=self.has_stress, dtype="float64", n_parameters=2, is_default=True, limits=self.limits,
+            card_json='{"sigma": 3.4}',
+        )  # fmt: skip
+
+    def _compute(self, arrays: StructureArrays, properties: list[int]) -> PredictionArrays:
+        offsets = arrays.offsets
+        energy = np.full(len(arrays), np.nan)
+        forces = np.full((len(arrays.positions), 3), np.nan)
+        stress = np.full((len(arrays), 3, 3), np.nan)
+        failures = []
+        for i in range(len(arrays)):
+            part = slice(offsets[i], offsets[i + 1])
+            numbers = arrays.atomic_numbers[part]
+            if UNSUPPORTED in numbers:
+                failures.append(
+                    Failure(i, FailureReason.UNSUPPORTED, "atomic_numbers", "helium (2) is unknown",
+                            "leave it out")
+                )  # fmt: skip
+                continue
+            atoms = Atoms(
+                numbers, arrays.positions[part], cell=arrays.cell[i], pbc=arrays.pbc[i],
+                calculator=LennardJones(**LENNARD_JONES),
+            )  # fmt: skip
+            shift = CHARGE_SHIFT * arrays.charge[i] + SPIN_SHIFT * arrays.spin_multiplicity[i]
+            energy[i] = atoms.get_potential_energy() + shift
+            forces[part] = atoms.get_forces()
+            if atoms.pbc.all():
+                stress[i] = atoms.get_stress(voigt=False)
+        return PredictionArrays(
+            energy=energy,
+            forces=forces if pb.PROPERTY_FORCES in properties else None,
+            stress=stress if pb.PROPERTY_STRESS in properties else None,
+            failures=tuple(failures),
+        )
+
+
+def abort(context: Any, code: grpc.StatusCode, details: list[Any], message: str = "as ordered") -> None:
+    """Ends a call with a rich status."""
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    context.abort_with_status(rpc_status.to_status(status))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def retry_info(seconds: float) -> Any:
+    detail = error_details_pb2.RetryInfo()
+    detail.retry_delay.FromMilliseconds(round(1000 * seconds))
+    return detail
+
+
+def bad_request(name: str) -> Any:
+    violation = error_details_pb2.BadRequest.FieldViolation(field=name, description="wrong")
+    return error_details_pb2.BadRequest(field_violations=[violation])
+
+
+@pytest.fixture
+def server() -> Iterator[ReferenceServer]:
+    server = ReferenceServer(free_port())
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def make_retry_info() -> Callable[[float], Any]:
+    return retry_info
+
+
+@pytest.fixture(scope="session")
+def make_bad_request() -> Callable[[str], Any]:
+    return bad_request
+
+
+@pytest.fixture(scope="session")
+def unused_address() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="session")
+def make_local() -> Callable[[], Any]:
+    """The reference server's potential as an ordinary ASE calculator."""
+    return lambda: LennardJones(**LENNARD_JONES)
+
+
+@pytest.fixture
+def cluster() -> Callable[..., Atoms]:
+    return make_cluster
+
+
+@pytest.fixture
+def crystal() -> Atoms:
+    atoms = bulk("Ar", "fcc", a=5.3, cubic=True) * (2, 2, 2)
+    atoms.rattle(0.05, seed=1)
+    return atoms
+
+
+def make_cluster(n_atoms: int = 4, seed: int = 0) -> Atoms:
+    """Argon atoms on a rattled cubic grid, none too close."""
+    side = int(np.ceil(n_atoms ** (1 / 3)))
+    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)[:n_atoms]
+    positions = 3.9 * grid + np.random.default_rng(seed).uniform(-0.2, 0.2, (n_atoms, 3))
+    return Atoms(f"Ar{n_atoms}", positions)
+
+
+@pytest.fixture
+def run_equipot() -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "equipot.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+    return run

@@ -1,0 +1,97 @@
+"""Puts the parts of a run together from its recipe and its card: data, order, model, engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from equipot.model.egnn import RunLayer
+from equipot.model.geometry import Edges
+from equipot.model.potential import Potential, count_parameters
+from equipot.train.checkpoint import Checkpoints, Parallelism
+from equipot.train.dataset import Dataset, Sizes, open_stores
+from equipot.train.ema import Ema
+from equipot.train.engine import Engine
+from equipot.train.loss import LossModule
+from equipot.train.recipe import Recipe
+from equipot.train.run_card import RunCard
+from equipot.train.run_directory import RunDirectory
+from equipot.train.sampler import Sampler
+from equipot.train.schedule import total_steps
+from equipot.train.splits import Splits
+from equipot.train.world import World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Parts:
+    """What a trainer works with."""
+
+    dataset: Dataset
+    sampler: Sampler
+    validation: NDArray[np.int64]
+    """(k, 2) store and structure index"""
+    validation_costs: NDArray[np.int64]
+    potential: Potential
+    engine: Engine
+    ema: Ema
+    checkpoints: Checkpoints
+    total_steps: int
+    summary: str
+    """One line for the user."""
+
+
+def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
+    """Build everything on this rank; the same on all ranks but for their shares.
+
+    Raises:
+        TrainError: a store is gone, or the batch is larger than the training split.
+    """
+    card, splits = RunCard.read(run.card), Splits.load(run.splits)
+    stores = open_stores(recipe.data.stores)
+    sizes = Sizes.of(stores, recipe.model.cutoff, progress=False)
+    sampler = Sampler(
+        splits.train, sizes.costs(splits.train), structures=recipe.batch.structures, seed=recipe.seed
+    )
+    total = total_steps(recipe.optimizer, sampler.steps_per_epoch)
+    potential = make_potential(recipe, card)
+    n_parameters = count_parameters(potential)  # before ZeRO-3 takes the weights apart
+    engine = Engine(LossModule(potential, recipe.loss), recipe, world)
+    parallelism = Parallelism(ranks=world.size, zero_stage=recipe.zero.stage, precision=recipe.precision)
+    split_sizes = ", ".join(f"{count} {name}" for name, count in card.split_sizes.items())
+    return Parts(
+        dataset=Dataset(stores, card.config, cache_mib=recipe.batch.cache_mib),
+        sampler=sampler,
+        validation=splits.validation,
+        validation_costs=sizes.costs(splits.validation),
+        potential=potential,
+        engine=engine,
+        ema=Ema(engine, recipe.ema.decay),
+        checkpoints=Checkpoints(run.checkpoints, world, keep=recipe.checkpoint.keep, parallelism=parallelism),
+        total_steps=total,
+        summary=(
+            f"{n_parameters:,} parameters; {split_sizes} structures; {sampler.steps_per_epoch} steps an "
+            f"epoch and {total} in all; {world.size} rank(s) on {world.device.type}, "
+            f"ZeRO stage {recipe.zero.stage}, {recipe.precision}"
+        ),
+    )
+
+
+def make_potential(recipe: Recipe, card: RunCard) -> Potential:
+    """The untrained potential, its weights drawn from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    potential = Potential(card.config, card.references)
+    if recipe.activation_checkpointing:
+        run_layer: RunLayer = _recomputed
+        potential.backbone.run_layer = run_layer  # type: ignore[assignment]  # nn.Module declares tensors
+    return potential
+
+
+def _recomputed(layer: nn.Module, h: torch.Tensor, edges: Edges) -> torch.Tensor:
+    # The re-entrant form cannot be differentiated twice, which conservative forces need.
+    output: torch.Tensor = recompute(layer, h, edges, use_reentrant=False)
+    return output

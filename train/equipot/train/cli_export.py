@@ -1,0 +1,30 @@
+"""``equipot export``: a checkpoint becomes a bundle that can be served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Directory of a run, as `equipot train --out` made it.")],
+    out: Annotated[Path, typer.Option(help="Directory of the bundle to be written.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="best (by validation), last, or a name as step-00000120.")
+    ] = "best",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model. [default: the bundle's directory]")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The weights themselves, not their moving average.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint of any ZeRO stage and number of ranks into a bundle, tested on the test split."""
+    from equipot.train.export import export_run
+
+    export_run(run, out, checkpoint=checkpoint, name=name or out.name, raw=raw)

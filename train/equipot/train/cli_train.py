@@ -1,0 +1,58 @@
+"""``equipot train``: checks the recipe, then starts the ranks or joins those that are there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from equipot.train.launch import in_a_launched_rank, launch
+from equipot.train.recipe import RecipeError, check_combination, load_recipe
+from equipot.train.run_directory import RunDirectory, RunError
+from equipot.train.worker import Job, StopRequest, end_with_parent, work
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="TOML recipe; its paths are relative to this directory.")],
+    ranks: Annotated[int, typer.Option(help="Processes to train with on this machine.", min=1)] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run. [default: runs/ and the recipe's name]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that directory.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as in optimizer.epochs=20."),
+    ] = None,
+) -> None:
+    """Train a potential as a recipe says.
+
+    Joins the ranks that torchrun or another launcher has started, if one has; else starts --ranks of its own.
+    Ctrl-C and SIGTERM save and end the run; --resume continues it.
+    """
+    directory = out or Path("runs") / recipe.stem
+    joining = in_a_launched_rank()
+    size = int(os.environ["WORLD_SIZE"]) if joining else ranks
+    settings = load_recipe(recipe, set_ or [])
+    check_combination(settings, size)
+    for store in settings.data.stores:
+        if not store.is_dir():
+            raise RecipeError(
+                f"{recipe}: data.stores names {store}, which is no directory (relative paths are relative to "
+                f"{Path.cwd()}); make it with `equipot data import`"
+            )
+    if not resume and RunDirectory(directory).card.exists() and not joining:
+        raise RunError(f"{directory} already holds a run; continue it with --resume, or choose another --out")
+    job = Job(recipe=settings, out=directory, resume=resume)
+    if joining or size == 1:
+        stop = StopRequest()
+        stop.listen()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent(os.getppid())
+        work(job, stop)
+    else:
+        launch("equipot.train.worker", [job.to_json()], ranks=ranks, logs=RunDirectory(directory).logs)

@@ -1,0 +1,49 @@
+"""An exponential moving average of the fp32 weights, divided among the ranks as the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from equipot.train.engine import Engine, Fragment
+
+
+class Ema:
+    """Average ← decay · average + (1 − decay) · weights after each step; early steps count for more.
+
+    The effective decay of step t is min(decay, (1 + t) / (10 + t)), so that the random initial weights are
+    soon forgotten (Karras et al., arXiv 2312.02696, discuss why averages should adapt to the length so far).
+    """
+
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self._engine = engine
+        self._decay = decay
+        self.parts: list[torch.Tensor] = []
+        """This rank's share: one flat fp32 tensor per parameter, as :meth:`Engine.fragments` gives them."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Make the average the present weights."""
+        self.parts = [fragment.values.clone() for fragment in self._engine.fragments()]
+
+    def update(self, step: int) -> None:
+        """Take in the weights after step number `step`, counted from 1."""
+        weight = 1.0 - min(self._decay, (1.0 + step) / (10.0 + step))
+        weights = [fragment.values for fragment in self._engine.fragments()]
+        if weights:
+            torch._foreach_lerp_(self.parts, weights, weight)
+
+    def load_parts(self, parts: Iterable[torch.Tensor]) -> None:
+        """Take up a share saved at the same world size and stage."""
+        for mine, saved in zip(self.parts, parts, strict=True):
+            mine.copy_(saved)
+
+    def load_whole(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take up whole averages by parameter name, saved at any world size."""
+        for part, fragment in zip(self.parts, self._engine.fragments(), strict=True):
+            part.copy_(_part_of(weights[fragment.name], fragment))
+
+
+def _part_of(whole: torch.Tensor, fragment: Fragment) -> torch.Tensor:
+    return whole.reshape(-1)[fragment.offset : fragment.offset + fragment.values.numel()]

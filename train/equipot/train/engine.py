@@ -1,0 +1,255 @@
+"""DeepSpeed's one room in training: ZeRO, precision, clipping, its share of a checkpoint. Knows no data."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+# DeepSpeed chooses its accelerator while it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from equipot.train.recipe import Recipe
+from equipot.train.world import World
+
+# Elements per communication bucket: DeepSpeed's default of 5e8 reserves gigabytes whatever the model's size.
+_LARGEST_BUCKET = 50_000_000
+_TAG = "deepspeed"
+
+
+def start_world() -> World:
+    """Join the other ranks by the environment's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    # Otherwise init_distributed compiles a C++ extension: a minute, and a crash where there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(hours=1),  # rank 0 may count the edges of a large store meanwhile
+    )
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def end_world() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fragment:
+    """This rank's part of one parameter's fp32 master copy, live: an optimizer step changes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int  # into the flattened parameter
+    values: torch.Tensor  # flat; empty if the rank has no part
+
+
+class CheckpointWriteError(OSError):
+    """DeepSpeed's part of a checkpoint could not be written on this rank; raised after all collectives."""
+
+
+class _PatientWriter(TorchCheckpointEngine):  # type: ignore[misc]
+    """Remembers a failed write instead of raising: at the barriers after it other ranks would hang."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: Exception | None = None
+
+    def save(self, state_dict: object, path: str) -> None:
+        try:
+            with Path(path).open("wb") as file:
+                torch.save(state_dict, file)
+        except (OSError, RuntimeError) as failure:
+            self.failure = failure
+
+
+class Engine:
+    """A module under DeepSpeed: `module(*inputs)` must return a tuple that begins with the loss."""
+
+    def __init__(self, module: nn.Module, recipe: Recipe, world: World) -> None:
+        self.world = world
+        self._stage = recipe.zero.stage
+        self._names = dict(module.named_parameters())
+        self._gradient_norm = 0.0
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(module, recipe.optimizer.weight_decay),
+            lr=recipe.optimizer.learning_rate,
+            betas=recipe.optimizer.betas,
+            fused=True,
+        )
+        n_elements = sum(parameter.numel() for parameter in module.parameters())
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=_configuration(recipe, n_elements),
+            dist_init_required=False,
+        )
+        self._writer = _PatientWriter()
+        self._engine.checkpoint_engine = self._writer
+        # DeepSpeed copies its conversion script beside every checkpoint; ours carry plain weights instead.
+        self._engine._copy_recovery_script = lambda path: None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module with its working weights (under ZeRO-3: fetched while it computes)."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def forward_backward(self, *inputs: object) -> tuple[torch.Tensor, ...]:
+        """One micro-batch: the module's outputs, detached. Ranks' gradients are averaged after the last."""
+        outputs: tuple[torch.Tensor, ...] = self._engine(*inputs)
+        # Micro-batches add up: what the loss is normalised by is the caller's affair.
+        self._engine.backward(outputs[0], scale_wrt_gas=False)
+        if self._engine.is_gradient_accumulation_boundary():
+            if self._stage == 0:
+                gradients = [p.grad for p in self._names.values() if p.grad is not None]
+                self._gradient_norm = float(nn.utils.get_total_norm(gradients))
+        else:
+            self._engine.step()  # counts the micro-batch
+        return tuple(output.detach() for output in outputs)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update the weights; returns the gradient's norm before clipping (inf: nothing is updated)."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        if self._stage == 0:
+            return self._gradient_norm
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's parts of the fp32 master weights, in the order of the module's parameters."""
+        for name, parameter in self._names.items():
+            yield self._fragment(name, parameter)
+
+    def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment:
+        if self._stage == 3:
+            shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+            part: torch.Tensor = self._optimizer.get_local_fp32_param(parameter)
+            offset = min(self.world.rank * part.numel(), shape_numel(shape))
+            length = min(part.numel(), shape_numel(shape) - offset)  # the last parts are padded
+            return Fragment(name, shape, offset, part[:length])
+        shape = tuple(parameter.shape)
+        if self._stage == 0:
+            # Every rank holds all of it: take an even share.
+            share = -(-parameter.numel() // self.world.size)
+            offset = min(self.world.rank * share, parameter.numel())
+            return Fragment(name, shape, offset, parameter.detach().view(-1)[offset : offset + share])
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Fragment(name, shape, 0, torch.empty(0, device=self.world.device))
+        return Fragment(name, shape, mapping.lp_fragment_address.start, mapping.hp_fragment.detach())
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Start from whole fp32 weights by name, given on every rank."""
+        for fragment in self.fragments():
+            whole = weights[fragment.name].reshape(-1).to(fragment.values)
+            fragment.values.copy_(whole[fragment.offset : fragment.offset + fragment.values.numel()])
+        if self._stage == 0:
+            with torch.no_grad():
+                for name, parameter in self._names.items():
+                    parameter.copy_(weights[name])
+        else:
+            self._set_working([fragment.values for fragment in self.fragments()])
+
+    @contextlib.contextmanager
+    def swapped(self, parts: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Inside the block the module has other weights, given in parts like :meth:`fragments`' values."""
+        kept = [p.detach().clone() for p in self._names.values()] if self._stage == 0 else []
+        self._set_working(parts)
+        try:
+            yield
+        finally:
+            if self._stage == 0:
+                for parameter, values in zip(self._names.values(), kept, strict=True):
+                    parameter.data.copy_(values)
+            else:
+                self._set_working([fragment.values for fragment in self.fragments()])
+
+    def _set_working(self, parts: Sequence[torch.Tensor]) -> None:
+        if self._stage == 3:
+            self._engine.empty_partition_cache()  # what is still gathered from the last forward is stale
+        # Where each part lies is asked before any weight changes: at stage 0 the parts are the weights.
+        places = [(fragment.shape, fragment.offset) for fragment in self.fragments()]
+        for parameter, part, (shape, offset) in zip(self._names.values(), parts, places, strict=True):
+            if self._stage == 3:
+                local = parameter.ds_tensor.data  # type: ignore[attr-defined]
+                local[: part.numel()].copy_(part)
+                continue
+            whole = torch.zeros(shape_numel(shape), device=self.world.device)
+            whole[offset : offset + part.numel()] = part
+            parameter.data.copy_(self.world.sum_tensor(whole).view(shape))
+
+    def save(self, directory: Path) -> None:
+        """Write DeepSpeed's state (weights, optimizer, every rank its part) into an existing directory.
+
+        Raises:
+            CheckpointWriteError: this rank's part could not be written; the other ranks are not left waiting.
+        """
+        self._writer.failure = None
+        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        if self._writer.failure is not None:
+            raise CheckpointWriteError(str(self._writer.failure)) from self._writer.failure
+
+    def load(self, directory: Path) -> None:
+        """Take up the state that :meth:`save` wrote at the same world size, stage and precision."""
+        self._engine.load_checkpoint(str(directory), tag=_TAG, load_lr_scheduler_states=False)
+
+
+def shape_numel(shape: Sequence[int]) -> int:
+    """Elements of a tensor of that shape."""
+    return torch.Size(shape).numel()
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
+    bucket = max(1024, min(n_elements, _LARGEST_BUCKET))
+    configuration: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": recipe.batch.accumulation,
+        "gradient_clipping": recipe.optimizer.clip,
+        "steps_per_print": 2**62,
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        "zero_optimization": {
+            "stage": recipe.zero.stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+    if recipe.zero.stage == 3:
+        # A parameter kept gathered on every rank would go stale when other weights are swapped in.
+        configuration["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        configuration["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
+    if recipe.precision == "bf16":
+        configuration["communication_data_type"] = "fp32"
+    return configuration

@@ -1,0 +1,165 @@
+"""Turns a checkpoint into a bundle: weights put together from the ranks' shares, provenance, test errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from equipot.model.bundle import write_bundle
+from equipot.model.potential import Potential
+from equipot.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    newest_valid,
+    read_checkpoint,
+    read_weights,
+    step_name,
+)
+from equipot.train.dataset import Dataset, Sizes, open_stores
+from equipot.train.errors import DataError
+from equipot.train.evaluate import Errors, evaluate, evaluate_references
+from equipot.train.run_card import RunCard
+from equipot.train.run_directory import RunDirectory
+from equipot.train.splits import Splits
+from equipot.train.world import World
+
+_PREFIX = "potential."  # the potential's name inside the trained module
+
+
+def export_run(run_path: Path, out: Path, *, checkpoint: str = "best", name: str, raw: bool = False) -> None:
+    """Write a bundle from a run's checkpoint and print how it does on the test split.
+
+    Args:
+        run_path: directory of the run.
+        out: directory of the bundle; must not exist, or be a bundle.
+        checkpoint: ``best``, ``last`` or a checkpoint's name.
+        name: of the model.
+        raw: the weights themselves instead of their moving average.
+
+    Raises:
+        TrainError: no such run or checkpoint, or a damaged one.
+        BundleError: the bundle cannot be written.
+    """
+    console = Console(highlight=False)
+    run = RunDirectory(run_path)
+    card, splits = RunCard.read(run.card), Splits.load(run.splits)
+    chosen = choose_checkpoint(run, checkpoint)
+    kind = "weights" if raw else "ema"
+    potential = Potential(card.config, card.references)
+    potential.load_state_dict(dict(named_tensors(chosen, kind)))
+    metrics: dict[str, Any] = {}
+    try:
+        metrics = _test(card, splits, potential, console)
+    except DataError as error:
+        console.print(
+            f"[yellow]warning:[/] exported without test errors: {escape(str(error))}", soft_wrap=True
+        )
+    written = write_bundle(
+        out,
+        name=name,
+        config=card.config,
+        references=card.references,
+        tensors=named_tensors(chosen, kind),
+        provenance=_provenance(card, chosen, kind),
+        metrics=metrics,
+    )
+    console.print(
+        escape(f"bundle {out}: {name}, {written.n_parameters:,} parameters, from {chosen.path}"),
+        soft_wrap=True,
+    )
+    console.print(escape(f"next: equipot serve {out}"), soft_wrap=True)
+
+
+def choose_checkpoint(run: RunDirectory, wanted: str) -> Checkpoint:
+    """The checkpoint called ``best``, ``last`` or by its name, checked.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if wanted not in ("best", "last"):
+        return read_checkpoint(run.checkpoints / wanted)
+    last, problems = newest_valid(run.checkpoints)
+    if last is None:
+        found = "; ".join(problems) or "none was saved yet"
+        raise CheckpointError(f"{run.path} has no usable checkpoint: {found}")
+    if wanted == "last" or last.state.best_step in (-1, last.state.step):
+        return last
+    return read_checkpoint(run.checkpoints / step_name(last.state.best_step))
+
+
+def named_tensors(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """The potential's fp32 tensors by name, one at a time; `kind` is ``ema`` or ``weights``."""
+    for name, tensor in read_weights(checkpoint.path, kind):
+        yield name.removeprefix(_PREFIX), tensor
+
+
+def _test(card: RunCard, splits: Splits, potential: Potential, console: Console) -> dict[str, Any]:
+    if not len(splits.test):
+        console.print("the test split is empty: exported without test errors")
+        return {}
+    stores = open_stores([Path(store.path) for store in card.stores])
+    splits.check_stores(stores)
+    dataset = Dataset(stores, card.config)
+    costs = Sizes.of(stores, card.config.cutoff, progress=True).costs(splits.test)
+    stress = potential.force_head is None and any(store.manifest.has_stress for store in stores)
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    tally = evaluate(potential, dataset, splits.test, costs, world, card.recipe.loss, stress=stress)
+    baseline = evaluate_references(
+        card.references, card.config.elements, dataset, splits.test, card.recipe.loss
+    )
+    levels = dict(enumerate(card.config.levels_of_theory))
+    _print_errors(console, tally.errors(), baseline.errors())
+    return {
+        "test": {
+            **tally.errors().to_json(),
+            "by_level_of_theory": {name: tally.errors(level).to_json() for level, name in levels.items()},
+            "baseline_references_zero_forces": baseline.errors().to_json(),
+        }
+    }
+
+
+def _print_errors(console: Console, model: Errors, baseline: Errors) -> None:
+    table = Table(
+        title=f"{model.structures} structures of the test split, mean absolute errors", title_justify="left"
+    )
+    columns = (
+        ("energy, meV/atom", "energy_mae"),
+        ("forces, eV/Å", "forces_mae"),
+        ("stress, eV/Å³", "stress_mae"),
+    )
+    shown = [(title, field) for title, field in columns if getattr(model, field) is not None]
+    table.add_column("")
+    for title, _ in shown:
+        table.add_column(title, justify="right")
+    for label, errors in (("model", model), ("reference energies, zero forces", baseline)):
+        table.add_row(label, *(f"{getattr(errors, field):.4g}" for _, field in shown))
+    console.print(table)
+
+
+def _provenance(card: RunCard, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
+    return {
+        "equipot_version": version("equipot"),
+        "recipe": card.recipe.model_dump(mode="json"),
+        "stores": [
+            # the path is of the machine that trained, and says nothing elsewhere
+            {key: value for key, value in store.to_json().items() if key != "path"}
+            for store in card.stores
+        ],
+        "splits": {"digest": card.splits_digest, **card.split_sizes},
+        "seeds": {"run": card.recipe.seed, "splits": card.recipe.data.seed},
+        "checkpoint": checkpoint.name,
+        "steps": checkpoint.state.step,
+        "epochs": checkpoint.state.epoch,
+        "training_seconds": round(checkpoint.state.seconds, 1),
+        "trained_with": asdict(checkpoint.parallelism),
+        "weights": "exponential moving average" if kind == "ema" else "last",
+    }

@@ -1,0 +1,210 @@
+"""Starts the ranks of a run on this machine and ends them together. Knows no torch.
+
+Each rank is a process of its own. If one fails the others are ended and the first failure is the one
+reported; if the launcher itself dies, the ranks notice (see :mod:`equipot.train.worker`) and end. Nothing
+waits for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from equipot.train.errors import TrainError
+
+_GRACE_SECONDS = 5.0  # for peers of a failed rank to say what they saw before they are killed
+_POLL_SECONDS = 0.05
+
+
+class RankFailed(TrainError):
+    """A rank ended abnormally: the message says which and why."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a failing rank leaves behind for the launcher."""
+
+    time: float
+    message: str
+    exit_code: int
+
+    def write(self, path: Path) -> None:
+        """Leave it at `path`, complete or not at all."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"time": self.time, "message": self.message, "code": self.exit_code}))
+        partial.rename(path)
+
+    @staticmethod
+    def read(path: Path) -> Failure | None:
+        """What a rank left at `path`, if it could leave anything."""
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text())
+        return Failure(time=record["time"], message=record["message"], exit_code=record["code"])
+
+
+def in_a_launched_rank() -> bool:
+    """Whether some launcher (ours, torchrun, deepspeed, …) has already made this process a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables by which torch.distributed and DeepSpeed find each other on one machine."""
+    threads = str(max(1, available_cores() // ranks))
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        # threads that spin while they wait made a step 14 times slower on cores that others use too
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        # gloo otherwise resolves the host's name, which need not resolve in a container
+        "GLOO_SOCKET_IFNAME": os.environ.get(
+            "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
+        ),
+    }
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def launch(module: str, arguments: Sequence[str], *, ranks: int, logs: Path) -> None:
+    """Run ``python -m module arguments`` as `ranks` ranks and wait for all of them.
+
+    SIGTERM and SIGINT are passed on as SIGTERM, upon which ranks save and end well; a second one kills them.
+    Rank 0 writes to this terminal, the others to ``logs/rank-N.log``.
+
+    Raises:
+        RankFailed: a rank failed; carries the exit code to end with.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="equipot-launch-") as scratch:
+        group = _Group(Path(scratch), logs)
+        restore = _forward_signals(group)
+        try:
+            port = free_port()
+            for rank in range(ranks):
+                group.start(rank, module, arguments, rank_environment(rank, ranks, port))
+            group.wait()
+        finally:
+            group.kill()
+            restore()
+
+
+class _Group:
+    def __init__(self, scratch: Path, logs: Path) -> None:
+        self._scratch = scratch
+        self._logs = logs
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.stopping = False
+
+    def start(self, rank: int, module: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        command = [sys.executable, "-m", module, *arguments, "--failure-file", str(self._failure_file(rank))]
+        command += ["--parent", str(os.getpid())]
+        with (self._logs / f"rank-{rank}.log").open("ab") as log:
+            self._processes[rank] = subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=None if rank == 0 else log,
+                stderr=None if rank == 0 else log,
+                # A terminal's Ctrl-C goes to the launcher alone, which passes it on once.
+                start_new_session=True,
+            )
+        if self.stopping:
+            self.signal(signal.SIGTERM)
+
+    def signal(self, number: signal.Signals) -> None:
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        for process in self._processes.values():
+            process.wait()
+
+    def wait(self) -> None:
+        deadline: float | None = None
+        while True:
+            codes = {rank: process.poll() for rank, process in self._processes.items()}
+            if all(code == 0 for code in codes.values()):
+                return
+            now = time.monotonic()
+            if deadline is None and any(codes.values()):
+                deadline = now + _GRACE_SECONDS
+            running = any(code is None for code in codes.values())
+            if deadline is not None and (not running or now > deadline):
+                failed = {rank: code for rank, code in codes.items() if code}
+                self.kill()
+                self._report(failed)
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _report(self, failed: dict[int, int]) -> None:
+        def first_to_fail(rank: int) -> tuple[bool, float]:
+            # A rank killed from outside cannot be the consequence of another's failure.
+            record = Failure.read(self._failure_file(rank))
+            return (record is not None, record.time if record else 0.0)
+
+        rank = min(failed, key=first_to_fail)
+        record = Failure.read(self._failure_file(rank))
+        if record is not None:
+            raise RankFailed(record.message, record.exit_code)
+        code = failed[rank]
+        if self.stopping and code == -signal.SIGTERM:
+            return  # asked to stop before it could begin: there is nothing to save
+        if code < 0:
+            name = signal.Signals(-code).name
+            why = " (out of memory is the usual cause)" if code == -signal.SIGKILL else ""
+            message = f"rank {rank} was killed by {name}{why}; the other ranks were ended"
+        else:
+            message = f"rank {rank} ended with code {code}; the other ranks were ended"
+        raise RankFailed(f"{message}. See {self._logs / f'rank-{rank}.log'}; --resume continues the run", 1)
+
+    def _failure_file(self, rank: int) -> Path:
+        return self._scratch / f"failure-{rank}.json"
+
+
+def _forward_signals(group: _Group) -> Callable[[], None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        if group.stopping:
+            group.signal(signal.SIGKILL)
+            raise KeyboardInterrupt
+        group.stopping = True
+        group.signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+    return restore

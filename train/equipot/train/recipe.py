@@ -1,0 +1,333 @@
+"""What a training run is made of, as a TOML file checked before anything starts. Knows no torch.
+
+A recipe is read with :func:`load_recipe`; every field carries its meaning, unit and default. Relative paths
+in a recipe are relative to the directory in which the command is run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from equipot.train.errors import TrainError
+
+# Keys that people look for and that are deliberately absent: the answer is better than "unknown key".
+_ELSEWHERE = {
+    "zero.tensor_parallel": "DeepSpeed's tensor parallelism gives wrong gradients for conservative forces, "
+    "and is not offered in training. zero.stage = 2 (or 3 with direct forces) divides the memory instead",
+    "zero.offload": "optimizer offload is not offered; use more ranks or a higher zero.stage",
+    "model.elements": "elements are read from the training split",
+    "model.mean_neighbors": "the mean number of neighbours is computed from the training split",
+}
+
+
+class RecipeError(TrainError):
+    """A recipe that cannot be run: the message names the key, the value and the remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataSection(_Section):
+    """[data]: which stores are trained on, and how they are split."""
+
+    stores: Annotated[tuple[Path, ...], Field(min_length=1)] = Field(
+        description="packed stores made by `equipot data import`; several are trained on together"
+    )
+    fractions: tuple[float, float, float] = Field(
+        default=(0.8, 0.1, 0.1), description="shares of training, validation and test; they add up to 1"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the split; groups of frames are never divided")
+
+    @model_validator(mode="after")
+    def _fractions_add_up(self) -> DataSection:
+        if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6 or self.fractions[0] == 0:
+            raise ValueError(
+                f"fractions = {list(self.fractions)} must be non-negative, add up to 1 and train on something"
+            )
+        return self
+
+
+class ModelSection(_Section):
+    """[model]: the network; elements, charges and mean neighbours come from the training split."""
+
+    architecture: Literal["egnn"] = Field(default="egnn", description="the kind of network")
+    width: int = Field(
+        default=128, ge=1, le=65536, description="channels per atom; parameters grow as width²"
+    )
+    layers: int = Field(default=3, ge=1, le=64, description="message-passing layers")
+    cutoff: float = Field(default=5.0, gt=0, le=20, description="radius of interaction, Å")
+    radial: int = Field(default=16, ge=1, le=512, description="radial basis functions")
+    forces: Literal["conservative", "direct"] = Field(
+        default="conservative", description="−∂E/∂positions, or a head of its own (cheaper, no stress)"
+    )
+    residual: bool = Field(default=True, description="layers add to their input")
+    normalisation: Literal["layer", "none"] = Field(
+        default="layer", description="layer norm of node features"
+    )
+    messages: Literal["split", "plain"] = Field(
+        default="split", description="two evaluation orders of one function; plain is the slow reference"
+    )
+
+
+class BatchSection(_Section):
+    """[batch]: how many structures make a step."""
+
+    structures: int = Field(
+        default=32,
+        ge=1,
+        description="structures per optimizer step, over all ranks and micro-batches together",
+    )
+    accumulation: int = Field(
+        default=1, ge=1, description="micro-batches per step and rank: less memory at the same result"
+    )
+    cache_mib: int = Field(
+        default=512, ge=0, description="memory per rank for keeping neighbour lists between epochs, MiB"
+    )
+
+
+class OptimizerSection(_Section):
+    """[optimizer]: AdamW with linear warm-up, then a cosine down to a fraction of the peak rate."""
+
+    learning_rate: float = Field(
+        default=1e-3, gt=0, le=1, description="peak learning rate, reached after warm-up"
+    )
+    final_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="learning rate at the last step, as a fraction of the peak"
+    )
+    warmup_steps: int = Field(default=100, ge=0, description="steps of linear warm-up from zero")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="decoupled weight decay of matrices (not of biases and norms)"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's decay rates of its moments")
+    epochs: int | None = Field(default=None, ge=0, description="length of training in epochs")
+    steps: int | None = Field(
+        default=None, ge=0, description="length in optimizer steps; with epochs too, what ends first"
+    )
+    clip: float = Field(
+        default=10.0, ge=0, description="the gradient's norm is clipped to this; 0 leaves it as it is"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> OptimizerSection:
+        if self.epochs is None and self.steps is None:
+            raise ValueError("the length of training is missing: give epochs, or steps")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)} must each lie in [0, 1)")
+        return self
+
+
+class LossSection(_Section):
+    """[loss]: weighted sum of means over the whole global batch; absent labels count for nothing."""
+
+    kind: Literal["huber", "mse", "mae"] = Field(default="huber", description="penalty of one residual")
+    huber_delta: float = Field(
+        default=0.05, gt=0, description="where huber turns from square to linear: eV/atom, eV/Å, eV/Å³"
+    )
+    energy: float = Field(default=1.0, ge=0, description="weight of the energy per atom, eV/atom")
+    forces: float = Field(default=10.0, ge=0, description="weight of the force components, eV/Å")
+    stress: float = Field(
+        default=0.0, ge=0, description="weight of the stress components, eV/Å³; needs conservative forces"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> LossSection:
+        if self.energy + self.forces + self.stress == 0:
+            raise ValueError("all of energy, forces and stress weigh 0: give at least one a positive weight")
+        return self
+
+
+class ZeroSection(_Section):
+    """[zero]: what DeepSpeed's ZeRO divides among the ranks."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        description="0 nothing, 1 optimizer states, 2 gradients too, 3 weights too (direct forces only)",
+    )
+
+
+class EmaSection(_Section):
+    """[ema]: an exponential moving average of the weights, used for validation and export."""
+
+    decay: float = Field(
+        default=0.999, ge=0, lt=1, description="weight of the past; 0 switches averaging off"
+    )
+
+
+class ValidationSection(_Section):
+    """[validation]: how often the validation split is evaluated, and when that ends training."""
+
+    every_epochs: int = Field(default=1, ge=1, description="epochs between two validations")
+    patience: int | None = Field(
+        default=None, ge=1, description="stop after so many validations without improvement; absent: never"
+    )
+
+
+class CheckpointSection(_Section):
+    """[checkpoint]: when the run is saved. The best one and the one at the end are always kept."""
+
+    every_epochs: int | None = Field(default=1, ge=1, description="epochs between two checkpoints")
+    every_steps: int | None = Field(default=None, ge=1, description="steps between two checkpoints, besides")
+    keep: int = Field(default=2, ge=1, description="how many of the newest are kept, besides the best")
+
+
+class Recipe(_Section):
+    """One training run. Top-level keys stand before the first [section] of the file."""
+
+    seed: int = Field(
+        default=0, ge=0, description="seed of the initial weights and of the order of structures"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="of the network's arithmetic; master weights are always fp32"
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="recompute each layer in the backward pass: less memory, about a third slower",
+    )
+    data: DataSection
+    model: ModelSection = ModelSection()
+    batch: BatchSection = BatchSection()
+    optimizer: OptimizerSection
+    loss: LossSection = LossSection()
+    zero: ZeroSection = ZeroSection()
+    ema: EmaSection = EmaSection()
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe, apply ``section.key=value`` overrides and check it.
+
+    Raises:
+        RecipeError: no such file, not TOML, an unknown key or a value out of range; each named, on one line.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; give the path of a TOML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"{path}: cannot be read as text ({error}); give the path of a TOML file"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: Mapping[str, object], source: str) -> Recipe:
+    """Check a recipe given as plain values; `source` is how error messages call it."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(dict(item)) for item in error.errors()]
+        raise RecipeError(f"{source}: " + "; ".join(problems)) from None
+
+
+def check_combination(recipe: Recipe, ranks: int) -> None:
+    """Refuse what cannot work together, with the reason and the nearest thing that does.
+
+    Raises:
+        RecipeError: naming the keys in conflict.
+    """
+    conservative = recipe.model.forces == "conservative"
+    if recipe.zero.stage == 3 and conservative:
+        raise RecipeError(
+            'zero.stage = 3 cannot be combined with model.forces = "conservative": ZeRO-3 releases weights '
+            "before the force loss is differentiated again. Nearest: zero.stage = 2, or "
+            'model.forces = "direct"'
+        )
+    if recipe.precision == "bf16" and recipe.zero.stage == 0:
+        raise RecipeError(
+            'precision = "bf16" cannot be combined with zero.stage = 0, which keeps no fp32 master weights. '
+            "Nearest: zero.stage = 1 (the same result, less memory)"
+        )
+    if recipe.loss.stress > 0 and not conservative:
+        raise RecipeError(
+            f'loss.stress = {recipe.loss.stress:g} cannot be combined with model.forces = "direct": stress '
+            'is a derivative of the energy. Nearest: loss.stress = 0, or model.forces = "conservative"'
+        )
+    parts = ranks * recipe.batch.accumulation
+    if recipe.batch.structures < parts:
+        raise RecipeError(
+            f"batch.structures = {recipe.batch.structures} cannot be divided among {ranks} rank(s) × "
+            f"{recipe.batch.accumulation} micro-batch(es). Nearest: batch.structures = {parts}"
+        )
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise RecipeError(f"--set {override}: write it as section.key=value, e.g. optimizer.epochs=10")
+    try:
+        value: object = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set precision=bf16
+    section = values
+    for name in names[:-1]:
+        inner = section.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override}: {name} is a value, not a section")
+        section = inner
+    section[names[-1]] = value
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        return _explain_unknown(location)
+    if problem["type"] == "value_error":
+        return f"{key}: " + str(problem["msg"]).removeprefix("Value error, ")
+    meaning = _describe(location)
+    hint = f" ({meaning})" if meaning else ""
+    if problem["type"] == "missing":
+        return f"{key} is missing{hint}; add it to the recipe"
+    return f"{key} = {_show(problem.get('input'))}: {str(problem['msg']).lower()}{hint}"
+
+
+def _explain_unknown(location: Sequence[str]) -> str:
+    key = ".".join(location)
+    for prefix, answer in _ELSEWHERE.items():
+        if key == prefix or key.startswith(prefix):
+            return f"unknown key {key}: {answer}"
+    section = _section_model(location[:-1])
+    names = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(location[-1], names, n=1)
+    if close:
+        return f"unknown key {key}: did you mean {'.'.join([*location[:-1], close[0]])}?"
+    return f"unknown key {key}: remove it, or use one of {', '.join(names)}"
+
+
+def _section_model(location: Sequence[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] = Recipe
+    for name in location:
+        field = model.model_fields.get(name)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return None
+        model = inner
+    return model
+
+
+def _describe(location: Sequence[str]) -> str | None:
+    for depth in range(len(location), 0, -1):
+        section = _section_model(location[: depth - 1])
+        if section and location[depth - 1] in section.model_fields:
+            return section.model_fields[location[depth - 1]].description
+    return None
+
+
+def _show(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

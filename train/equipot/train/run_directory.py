@@ -1,0 +1,54 @@
+"""Where a training run keeps what. Knows no content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from equipot.train.errors import TrainError
+
+
+class RunError(TrainError):
+    """A run directory that cannot be begun, continued or read."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Where a run keeps what."""
+
+    path: Path
+
+    @property
+    def card(self) -> Path:
+        """The resolved recipe and what was derived from the data."""
+        return self.path / "recipe.resolved.json"
+
+    @property
+    def splits(self) -> Path:
+        """Which structures are trained on, validated on, tested on."""
+        return self.path / "splits.npz"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per step, validation columns where there was one."""
+        return self.path / "metrics.csv"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same numbers for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def learning_curve(self) -> Path:
+        """The same numbers as a picture."""
+        return self.path / "learning-curve.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One directory per checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """What ranks other than the first had to say."""
+        return self.path / "log"

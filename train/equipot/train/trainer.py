@@ -1,0 +1,309 @@
+"""The training loop: steps, validations, checkpoints, and how a run ends. Every rank runs it in step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from equipot.train.assemble import assemble
+from equipot.train.checkpoint import Checkpoint, CheckpointError, newest_valid
+from equipot.train.console import Display
+from equipot.train.engine import end_world, start_world
+from equipot.train.errors import TrainError
+from equipot.train.evaluate import Errors, evaluate
+from equipot.train.launch import available_cores
+from equipot.train.loader import Loader, StepBatches
+from equipot.train.loss import Counts, weighted
+from equipot.train.metrics import Metrics, Row
+from equipot.train.plots import plot_learning_curve
+from equipot.train.prepare import prepare
+from equipot.train.recipe import Recipe, check_combination
+from equipot.train.run_directory import RunDirectory
+from equipot.train.schedule import learning_rate
+from equipot.train.state import TrainerState
+from equipot.train.world import World
+
+
+class NonFiniteError(TrainError):
+    """A loss or gradient that is not a number; training cannot go on."""
+
+
+class Stop(Protocol):
+    """Tells whether this process was asked to save and end."""
+
+    requested: bool
+
+
+def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop) -> None:
+    """Train as one rank of the world that the environment describes, until the run is over or was stopped.
+
+    Raises:
+        TrainError: with a message for the user, on every rank alike where the cause is common.
+    """
+    torch.set_num_threads(_threads())
+    world = start_world()
+    try:
+        check_combination(recipe, world.size)
+        run = RunDirectory(out)
+        with Display(silent=not world.is_first) as display:
+            for note in _prepare_together(recipe, run, world, resume=resume):
+                display.warn(note)
+            Trainer(recipe, run, world, display, stop).run()
+    finally:
+        end_world()
+
+
+def _threads() -> int:
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    return (
+        int(wanted) if wanted else max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    )
+
+
+def _prepare_together(recipe: Recipe, run: RunDirectory, world: World, *, resume: bool) -> list[str]:
+    problem: TrainError | None = None
+    notes: list[str] = []
+    if world.is_first:
+        try:
+            notes = prepare(recipe, run, resume=resume)
+        except TrainError as error:
+            problem = error
+    agreed = world.agree(None if problem is None else str(problem))
+    if agreed is not None:
+        raise problem or TrainError(agreed)
+    return notes
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, world: World, display: Display, stop: Stop) -> None:
+        self._recipe, self._run, self._world, self._display, self._stop = recipe, run, world, display, stop
+        self._parts = assemble(recipe, run, world)
+        self._total = self._parts.total_steps
+        self._state = TrainerState()
+        self._saved: TrainerState | None = None
+        self._began = time.monotonic()
+        self._metrics: Metrics | None = None  # on the first rank alone
+        self._last_errors: Errors | None = None
+
+    def run(self) -> None:
+        """Train to the end, or until asked to stop."""
+        self._parts.checkpoints.tidy()
+        self._restore()
+        self._began = time.monotonic() - self._state.seconds
+        with contextlib.ExitStack() as stack:
+            if self._world.is_first:
+                self._metrics = stack.enter_context(Metrics(self._run, step=self._state.step))
+            self._display.note(self._parts.summary)
+            finished = self._loop()
+            if self._state.differs_from(self._saved):
+                self._save(final=True)
+            if self._metrics is not None:
+                self._metrics.flush()
+                plot_learning_curve(self._run.metrics, self._run.learning_curve)
+                self._conclude(finished)
+
+    def _loop(self) -> bool:
+        """Steps and what comes between them; false if it was ended by a request to stop."""
+        loader = Loader(
+            self._parts.dataset,
+            self._parts.sampler,
+            self._world,
+            accumulation=self._recipe.batch.accumulation,
+            first_step=self._state.step,
+            steps=self._total,
+        )
+        self._display.begin(self._state.step, self._total)
+        with loader:
+            steps = iter(loader)
+            while True:
+                if self._validation_is_due():
+                    self._validate()
+                if self._state.step >= self._total or self._is_out_of_patience:
+                    return True
+                if self._checkpoint_is_due():
+                    self._save(final=False)
+                if not self._step(steps):
+                    return False
+
+    def _step(self, steps: Iterator[StepBatches]) -> bool:
+        """One update; false if some rank was asked to stop instead."""
+        start = time.monotonic()
+        batches = next(steps).batches
+        labels = np.sum([Counts.of(batch.targets) for batch in batches], axis=0)
+        asked, *counted = self._world.sum([float(self._stop.requested), *labels])
+        if asked:
+            return False
+        counts = Counts(*counted)
+        self._parts.engine.module.train()
+        terms = torch.zeros(3, dtype=torch.float64)
+        spoiled = []
+        for batch in batches:
+            _, part = self._parts.engine.forward_backward(
+                batch.systems, batch.targets, counts, self._world.size
+            )
+            terms += part.sum(1).cpu()
+            spoiled.append(batch.keys[~torch.isfinite(part).all(0).cpu().numpy()])
+        # One NaN on one rank makes the sum NaN on all of them, so that all of them stop.
+        totals = torch.tensor(self._world.sum(terms.tolist()), dtype=torch.float64)
+        if not torch.isfinite(totals).all():
+            self._refuse(np.concatenate(spoiled), "the loss")
+        rate = learning_rate(self._state.step, self._total, self._recipe.optimizer)
+        norm = self._parts.engine.step(rate)
+        if not np.isfinite(norm):
+            self._refuse(np.concatenate([batch.keys for batch in batches]), "the gradient")
+        position = self._parts.sampler.position(self._state.step + 1)
+        self._state = self._state.after_step(position.epoch, position.offset)
+        self._parts.ema.update(self._state.step)
+        self._record(totals, counts, rate, norm, time.monotonic() - start)
+        return True
+
+    def _record(self, totals: torch.Tensor, counts: Counts, rate: float, norm: float, seconds: float) -> None:
+        if self._metrics is None:
+            return
+        loss = float(weighted(totals, self._recipe.loss, counts))
+        present = (counts.energy, counts.forces, counts.stress)
+        means = [float(total) / n if n else None for total, n in zip(totals, present, strict=True)]
+        speed = self._recipe.batch.structures / seconds
+        row = Row(
+            step=self._state.step,
+            epoch=self._epoch,
+            loss=loss,
+            energy_loss=means[0],
+            forces_loss=means[1],
+            stress_loss=means[2],
+            learning_rate=rate,
+            gradient_norm=norm,
+            structures_per_second=speed,
+        )
+        self._metrics.add(row)
+        self._display.step(row.step, self._total, row.epoch, f"loss {loss:.4g}  {speed:.0f} structures/s")
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        return self._state.is_out_of_patience(self._recipe.validation.patience)
+
+    @property
+    def _epoch(self) -> float:
+        return self._state.step / self._parts.sampler.steps_per_epoch
+
+    def _validation_is_due(self) -> bool:
+        step = self._state.step
+        every = self._recipe.validation.every_epochs * self._parts.sampler.steps_per_epoch
+        due = step >= self._total or (step > 0 and step % every == 0)
+        return due and self._state.validated_step != step
+
+    def _checkpoint_is_due(self) -> bool:
+        step, settings = self._state.step, self._recipe.checkpoint
+        epochs = (settings.every_epochs or 0) * self._parts.sampler.steps_per_epoch
+        due = any(every and step % every == 0 for every in (epochs, settings.every_steps or 0))
+        return step > 0 and (due or self._state.is_best) and self._state.differs_from(self._saved)
+
+    def _validate(self) -> None:
+        """Errors of the averaged weights on the validation split; keeps count of the best."""
+        if not len(self._parts.validation):
+            self._state = self._state.after_validation(None)
+            return
+        with self._parts.engine.swapped(self._parts.ema.parts):
+            tally = evaluate(
+                self._parts.potential,
+                self._parts.dataset,
+                self._parts.validation,
+                self._parts.validation_costs,
+                self._world,
+                self._recipe.loss,
+                stress=self._recipe.loss.stress > 0,
+            )
+        self._last_errors = errors = tally.errors()
+        self._state = self._state.after_validation(tally.loss())
+        if self._metrics is None:
+            return
+        row = Row(
+            step=self._state.step,
+            epoch=self._epoch,
+            validation_loss=tally.loss(),
+            validation_energy_mae_mev_per_atom=errors.energy_mae,
+            validation_forces_mae_ev_per_angstrom=errors.forces_mae,
+            validation_stress_mae_ev_per_cubic_angstrom=errors.stress_mae,
+        )
+        self._metrics.add(row)
+        self._display.validation(row.step, self._total, row.epoch, f"validation {errors.in_words()}")
+
+    def _save(self, *, final: bool) -> None:
+        self._state = replace(self._state, seconds=time.monotonic() - self._began)
+        if self._metrics is not None:
+            self._metrics.flush()
+        try:
+            self._parts.checkpoints.save(self._state, self._parts.engine, self._parts.ema)
+        except CheckpointError as error:
+            if final:
+                raise CheckpointError(
+                    f"{error}. Training ends without its last steps being saved; make room and continue from "
+                    f"the checkpoint before with: {self._resume_command}"
+                ) from None
+            self._display.warn(f"{error}. Training goes on; earlier checkpoints are untouched")
+        else:
+            self._saved = self._state
+
+    def _restore(self) -> None:
+        found: tuple[Checkpoint | None, list[str]] = (None, [])
+        if self._world.is_first:
+            found = newest_valid(self._run.checkpoints)
+        checkpoint, problems = self._world.from_first(found)
+        for problem in problems:
+            self._display.warn(f"a damaged checkpoint is passed over: {problem}")
+        if checkpoint is None:
+            return
+        exact = self._parts.checkpoints.restore(checkpoint, self._parts.engine, self._parts.ema)
+        self._state = checkpoint.state
+        self._saved = self._state
+        self._display.note(f"resumed from {checkpoint.path}: step {self._state.step} of {self._total}")
+        if not exact:
+            was = checkpoint.parallelism
+            self._display.warn(
+                f"the checkpoint is of {was.ranks} rank(s), ZeRO stage {was.zero_stage}, {was.precision}: "
+                "weights and their average are taken over, the optimizer's moments begin anew"
+            )
+
+    def _refuse(self, mine: NDArray[np.int64], what: str) -> None:
+        gathered = self._world.gather(mine)
+        keys = np.concatenate([np.asarray(part, dtype=np.int64).reshape(-1, 2) for part in gathered])
+        raise NonFiniteError(
+            f"{what} of step {self._state.step + 1} is not a finite number, from structures "
+            f"{self._parts.dataset.describe(keys)}. Look at their labels and distances, or lower "
+            "optimizer.learning_rate; earlier checkpoints are untouched, and this continues from the newest: "
+            f"{self._resume_command}"
+        )
+
+    def _conclude(self, finished: bool) -> None:
+        state, path = self._state, self._run.path
+        if not finished:
+            self._display.note(
+                f"stopped as asked at step {state.step} of {self._total} and saved; "
+                f"continue with: {self._resume_command}"
+            )
+            return
+        early = state.validations_without_improvement if self._is_out_of_patience else 0
+        why = f", ended early: no improvement in {early} validations" if early else ""
+        self._display.note(f"trained {state.step} steps in {state.seconds:.0f} s{why}")
+        if self._last_errors is not None:
+            best = f"best at step {state.best_step}"
+            self._display.note(f"validation: {self._last_errors.in_words()}; {best}")
+        files = f"{self._run.learning_curve.name}, {self._run.metrics.name}, checkpoints/, tensorboard/"
+        self._display.note(f"results in {path}: {files}")
+        self._display.note(f"next: equipot export {path} --out {path / 'bundle'}")
+
+    @property
+    def _resume_command(self) -> str:
+        ranks = f" --ranks {self._world.size}" if self._world.size > 1 else ""
+        return f"equipot train RECIPE --out {self._run.path}{ranks} --resume"
