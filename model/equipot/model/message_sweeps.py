@@ -118,11 +118,12 @@ def push(
         if y_kept is None:
             torch.mm(tall, x.w_down.t(), out=tall_y)
             y.add_(x.b_down)
+            if kept is not None:
+                rows_of(kept, block).copy_(t_y)
         else:
             y = rows_of(y_kept, block)
+            t_y = t_y if kept is None else rows_of(kept, block)
             torch.mm(t_hidden, x.w_down.t(), out=t_y)
-        if kept is not None:
-            rows_of(kept, block).copy_(t_y)
         silu_and_slope(y, value, slope_y)
         message = slope_y.mul_(t_y).mul_(rows_of(x.envelope, block))
         if t.envelope is not None:

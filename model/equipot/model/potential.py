@@ -71,7 +71,9 @@ class Potential(nn.Module):
         for module in outputs:
             nn.init.normal_(module.weight, std=_OUTPUT_GAIN / math.sqrt(module.in_features))
 
-    def forward(self, batch: SystemBatch, *, forces: bool = True, stress: bool = False) -> Prediction:
+    def forward(
+        self, batch: SystemBatch, *, forces: bool = True, stress: bool = False, deterministic: bool = False
+    ) -> Prediction:
         """Predicts total energies, and forces and stress where asked for.
 
         In training mode, and where gradients are enabled, everything can be back-propagated, conservative
@@ -82,6 +84,9 @@ class Potential(nn.Module):
             batch: structures that passed `validate`; unknown elements raise IndexError here.
             forces: whether to compute forces.
             stress: whether to compute stress.
+            deterministic: evaluate every system alone, so that it gets the same bits whatever batch it is in,
+                on the same machine with as many threads. A matrix product's rounding depends on its number
+                of rows, so a common batch cannot promise that.
 
         Raises:
             ModelError: stress was asked of a model with direct forces.
@@ -91,6 +96,8 @@ class Potential(nn.Module):
                 "stress: this model has direct forces, which belong to no energy, so it has no stress; "
                 "use a model with forces = 'conservative'"
             )
+        if deterministic:
+            return _joined([self(one, forces=forces, stress=stress) for one in batch.alone()])
         by_gradient = stress or (forces and self.force_head is None)
         differentiable = self.training and torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable or by_gradient):
@@ -194,6 +201,18 @@ def _detached(prediction: Prediction) -> Prediction:
         energy=prediction.energy.detach(),
         forces=None if prediction.forces is None else prediction.forces.detach(),
         stress=None if prediction.stress is None else prediction.stress.detach(),
+    )
+
+
+def _joined(parts: list[Prediction]) -> Prediction:
+    def join(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
+
+    return Prediction(
+        energy=torch.cat([part.energy for part in parts]),
+        forces=join([part.forces for part in parts]),
+        stress=join([part.stress for part in parts]),
     )
 
 
