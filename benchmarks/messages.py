@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/messages.py [--widths 256 1024] [--repeats 5] [--out FILE]
 
 Rounds go through all forms in turn, and the median of CPU-seconds counts: on a machine with other work the
-ratios hold where times do not. Activations are the most bytes alive during a step beyond those at its start, with
-the buffers of the parameters' gradients already there. Efficiency is the rate of the step's matrix products on
-edges, as if nothing else took time, over the rate of one such product alone.
+ratios hold where times do not. Activations are the most bytes alive during a step beyond those at its start,
+with the buffers of the parameters' gradients already there. Efficiency is the rate of the step's matrix products
+on edges, as if nothing else took time, over the rate of one such product alone.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def make_step(model: Potential, batch: SystemBatch, task: str) -> Callable[[], T
         assert prediction.forces is not None
         loss = prediction.energy.square().mean() + (prediction.forces - target).square().mean()
         model.zero_grad(set_to_none=False)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def predict() -> Tensor:
