@@ -2,16 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/messages.py [--widths 256 1024] [--repeats 5] [--out FILE]
 
-Rounds go through all forms in turn, and the median of CPU-seconds counts: on a machine with other work the
-ratios hold where times do not. Activations are the most bytes alive during a step beyond those at its start,
-with the buffers of the parameters' gradients already there. Efficiency is the rate of the step's matrix products
-on edges, as if nothing else took time, over the rate of one such product alone.
+Rounds go through all variants in turn, and the least CPU-seconds of each count: on a machine with other
+work the ratios hold where times do not. Activations are the most bytes alive during a step beyond those at its
+start, with the buffers of the parameters' gradients already there. Efficiency is the rate of the step's matrix
+products on edges and atoms, as if nothing else took time, over the rate of one product alone.
 """
 
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,28 +23,30 @@ from torch import Tensor
 
 from equipot.model.batch import System, SystemBatch, build_graph, collate
 from equipot.model.config import ModelConfig
+from equipot.model.kernels import available, kernel_status, pure_torch
 from equipot.model.potential import Potential, Prediction
 from equipot.model.references import References
 
-FORMS = ("plain", "split", "fast", "lean")
+# Name in the report, form of the messages, whether compiled kernels may do the work.
+VARIANTS = {
+    "plain": ("plain", False),
+    "split": ("split", False),
+    "fast": ("fast", False),
+    "lean": ("lean", False),
+    "fast, compiled": ("fast", True),
+    "lean, compiled": ("lean", True),
+}
 LAYERS = 3
 
 # Products (E, H) × (H, H) per layer of one step: forward, gradients by inputs, by weights, and second order.
 # The plain form's first product counts twice, as its rows are twice as long.
-PRODUCTS = {
-    ("direct", "plain"): 9,
-    ("direct", "split"): 3,
-    ("direct", "fast"): 3,
-    ("direct", "lean"): 4,
-    ("conservative", "plain"): 18,
-    ("conservative", "split"): 6,
-    ("conservative", "fast"): 6,
-    ("conservative", "lean"): 11,
-    ("inference", "plain"): 6,
-    ("inference", "split"): 2,
-    ("inference", "fast"): 2,
-    ("inference", "lean"): 3,
+EDGE_PRODUCTS = {
+    "direct": {"plain": 9, "split": 3, "fast": 3, "lean": 4},
+    "conservative": {"plain": 18, "split": 6, "fast": 6, "lean": 11},
+    "inference": {"plain": 6, "split": 2, "fast": 2, "lean": 3},
 }
+# Products (N, H) × (H, H): five per layer and pass, of which the plain form does two on edges.
+ATOM_PASSES = {"direct": 3, "conservative": 6, "inference": 2}
 
 
 def make_batch(n_systems: int, n_atoms: int, dtype: torch.dtype) -> SystemBatch:
@@ -79,7 +80,7 @@ def make_model(width: int, form: str, forces: str, batch: SystemBatch) -> Potent
     return Potential(config, references).to(batch.positions.dtype)
 
 
-def make_step(model: Potential, batch: SystemBatch, task: str) -> Callable[[], Tensor]:
+def make_step(model: Potential, batch: SystemBatch, task: str, *, compiled: bool) -> Callable[[], Tensor]:
     """One training step up to the gradients, or one prediction."""
     target = torch.randn_like(batch.positions)
 
@@ -97,7 +98,13 @@ def make_step(model: Potential, batch: SystemBatch, task: str) -> Callable[[], T
         return prediction.forces
 
     model.train(task != "inference")
-    return predict if task == "inference" else train
+    step = predict if task == "inference" else train
+
+    def in_pure_torch() -> Tensor:
+        with pure_torch():
+            return step()
+
+    return step if compiled else in_pure_torch
 
 
 def peak_bytes(step: Callable[[], Tensor]) -> int:
@@ -136,35 +143,39 @@ def product_seconds(edges: int, width: int, dtype: torch.dtype) -> float:
 
 
 def compare(width: int, task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per form."""
+    """One row per variant."""
     batch = make_batch(args.systems, args.atoms, torch.float32)
     forces = "direct" if task == "direct" else "conservative"
-    steps = {form: make_step(make_model(width, form, forces, batch), batch, task) for form in FORMS}
+    steps = {
+        name: make_step(make_model(width, form, forces, batch), batch, task, compiled=compiled)
+        for name, (form, compiled) in VARIANTS.items()
+        if available() or not compiled
+    }
     for step in steps.values():
         step()
-    memory = {form: peak_bytes(step) for form, step in steps.items()}
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    memory = {name: peak_bytes(step) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     product = []
     for _ in range(args.repeats):
-        for form, step in steps.items():
-            times[form].append(cpu_seconds(step))
+        for name, step in steps.items():
+            times[name].append(cpu_seconds(step))
         product.append(product_seconds(batch.n_edges, width, torch.float32))
     rows = []
-    for form in FORMS:
-        seconds = statistics.median(times[form])
-        # Ratios within a round, then their median: load changes from round to round.
-        ratio = statistics.median(t / p for t, p in zip(times[form], times["plain"], strict=True))
-        products = PRODUCTS[task, form] * LAYERS * statistics.median(product)
+    for name in steps:
+        seconds, form = min(times[name]), VARIANTS[name][0]
+        on_atoms = (3 if form == "plain" else 5) * ATOM_PASSES[task] * batch.n_atoms / batch.n_edges
+        products = (EDGE_PRODUCTS[task][form] + on_atoms) * LAYERS * min(product)
         rows.append(
             {
                 "task": task,
                 "width": width,
                 "edges": batch.n_edges,
-                "form": form,
+                "atoms": batch.n_atoms,
+                "variant": name,
                 "cpu_ms": round(1e3 * seconds, 1),
-                "time_ratio": round(ratio, 3),
-                "activations_mb": round(memory[form] / 1e6, 1),
-                "activations_ratio": round(memory[form] / memory["plain"], 3),
+                "time_ratio": round(seconds / min(times["plain"]), 3),
+                "activations_mb": round(memory[name] / 1e6, 1),
+                "activations_ratio": round(memory[name] / memory["plain"], 3),
                 "gemm_efficiency": round(products / seconds, 2),
             }
         )
@@ -172,7 +183,7 @@ def compare(width: int, task: str, args: argparse.Namespace) -> list[dict[str, A
 
 
 def main() -> None:
-    """Prints the report as JSON, one row per form, width and task."""
+    """Prints the report as JSON, one row per variant, width and task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 1024])
     parser.add_argument(
@@ -195,6 +206,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "processor": platform.processor() or platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": "compiled" if available() else kernel_status(),
         "threads": 1,
         "torch": torch.__version__,
         "rows": rows,

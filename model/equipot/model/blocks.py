@@ -32,6 +32,11 @@ class BlockedEdges:
     blocks: tuple[Block, ...]
 
     @property
+    def bounds(self) -> list[int]:
+        """Where blocks start, and the end of the last: blocks follow each other without a gap."""
+        return [0, *(block.stop for block in self.blocks)]
+
+    @property
     def longest(self) -> int:
         """Most edges in one block."""
         return max((block.stop - block.start for block in self.blocks), default=0)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from equipot.model import message_sweeps as sweeps
 from equipot.model.block_work import Inputs, Wanted
 from equipot.model.blocks import BlockedEdges
+from equipot.model.kernels import Sweeps, sweeps_for
 from equipot.model.message_sweeps import Direction
 
 T = TypeVar("T")
@@ -67,6 +67,7 @@ class _Job:
     edges: BlockedEdges
     keep: bool
     stash: _Stash
+    sweeps: Sweeps
 
 
 class _Context(FunctionCtx):
@@ -92,7 +93,7 @@ def sum_messages(x: Inputs, edges: BlockedEdges, *, keep: bool) -> Tensor:
         RuntimeError: in a backward pass that asks for what is not provided: third derivatives, second ones
             where the first were by parameters, or a pass after one that ended halfway.
     """
-    job = _Job(edges, keep, _Stash())
+    job = _Job(edges, keep, _Stash(), sweeps_for(x))
     out: Tensor = _Messages.apply(job, *x)[0]  # type: ignore[no-untyped-call]
     return out
 
@@ -103,7 +104,7 @@ class _Messages(torch.autograd.Function):
         x = Inputs(*tensors)
         ctx.set_materialize_grads(False)
         ctx.job = job
-        out, y = _without_autocast(x, lambda: sweeps.forward(x, job.edges, keep=job.keep))
+        out, y = _without_autocast(x, lambda: job.sweeps.forward(x, job.edges, keep=job.keep))
         # An output without numbers: `_Pull` takes it as an input, so autograd runs `_Pull` before this node.
         link = out.new_empty(0)
         ctx.save_for_backward(*x, y, link)
@@ -148,7 +149,7 @@ class _Pull(torch.autograd.Function):
         ctx.job = job
         by = Wanted._make([*wanted, False, False])
         grads, g_hidden = _without_autocast(
-            x, lambda: sweeps.reverse(x, job.edges, g_out, by, y_kept=y, keep=job.keep)
+            x, lambda: job.sweeps.reverse(x, job.edges, g_out, by, y_kept=y, keep=job.keep)
         )
         ctx.save_for_backward(g_out, g_hidden, y, *x)
         return grads[:4]
@@ -160,7 +161,7 @@ class _Pull(torch.autograd.Function):
         g_push, g_hidden, y, *tensors = ctx.saved_tensors
         x, direction, job = Inputs(*tensors), Direction(*t), ctx.job
         pushed, t_y = _without_autocast(
-            x, lambda: sweeps.push(x, job.edges, direction, y_kept=y, keep=job.keep)
+            x, lambda: job.sweeps.push(x, job.edges, direction, y_kept=y, keep=job.keep)
         )
         job.stash.put(_Deferred(g_push, direction, t_y, g_hidden))
         return (None, None, pushed.to(g_push.dtype), *(None,) * 9)
@@ -171,7 +172,7 @@ def _sum_up(
 ) -> list[Tensor | None]:
     total: list[Tensor | None] = [None] * len(x)
     for entry in job.stash.take():
-        more = sweeps.reverse_push(
+        more = job.sweeps.reverse_push(
             x,
             job.edges,
             g_out,
@@ -185,7 +186,7 @@ def _sum_up(
         total = [_add(a, b) for a, b in zip(total, more, strict=True)]
         g_out = None
     if g_out is not None:
-        more, _ = sweeps.reverse(x, job.edges, g_out, wanted, y_kept=y)
+        more, _ = job.sweeps.reverse(x, job.edges, g_out, wanted, y_kept=y)
         total = [_add(a, b) for a, b in zip(total, more, strict=True)]
     return total
 
