@@ -143,7 +143,7 @@ def by_engine(engine: LocalEngine, system: System) -> float:
     """Energy and forces in this process."""
     graph = engine.prepare(system)
     assert not hasattr(graph, "reason")
-    (result,) = engine.compute([graph], forces=True, stress=False)  # type: ignore[list-item]
+    (result,) = engine.compute([graph], forces=True, stress=False)
     assert isinstance(result, Result)
     return 0.0
 

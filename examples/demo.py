@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from ase import Atoms, units
 from ase.io import read
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
@@ -205,7 +205,7 @@ def run_dynamics(address: str, out: Path) -> None:
         atoms = ethanol()
         atoms.calc = calculator
         BFGS(atoms, logfile=None).run(fmax=0.05, steps=300)
-        MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=np.random.default_rng(7))
+        thermalize_momenta(atoms, temperature_K=300, rng=np.random.default_rng(7))
         Stationary(atoms)
         ZeroRotation(atoms)
         dynamics = VelocityVerlet(atoms, timestep=step)

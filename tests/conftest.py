@@ -14,7 +14,7 @@ def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("client-only")
     subprocess.run([sys.executable, "-m", "venv", home / "venv"], check=True)
     python = home / "venv" / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     installed = subprocess.run(
         [*command, "-c", ROOT / "constraints.txt", ROOT],
         capture_output=True,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,6 +22,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from equipot.cli.main import main
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1 import potential_pb2_grpc
 from equipot.wire.v1.codec import (
@@ -39,6 +39,15 @@ UNSUPPORTED = 2
 """Helium: the one element that the reference server does not know."""
 CHARGE_SHIFT, SPIN_SHIFT = 1.0, 0.125
 """eV per charge and per unit of multiplicity, so that what was sent shows in the energy."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 @dataclass(frozen=True)
@@ -259,9 +268,16 @@ def make_cluster(n_atoms: int = 4, seed: int = 0) -> Atoms:
 
 
 @pytest.fixture
-def run_equipot() -> Callable[..., subprocess.CompletedProcess[str]]:
-    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "equipot.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+def run_equipot(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Done]:
+    """Runs one `equipot` command in the test's own folder; the interpreter's start is saved."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        written = capsys.readouterr()
+        return Done(code, written.out, written.err)
 
     return run

@@ -37,4 +37,4 @@ def test_without_ase_predict_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: `equipot predict` needs ASE: pip install 'equipot[ase]'"]
+    assert done.stderr.splitlines() == ["error: `equipot predict` needs ase: pip install 'equipot[ase]'"]

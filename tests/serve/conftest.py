@@ -91,6 +91,12 @@ class Bundles:
     poisoned: Path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models compute no faster with more, and wait for cores that others use."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     folder = tmp_path_factory.mktemp("bundles")
@@ -180,21 +186,21 @@ class Process:
         return self.stderr.read_text()
 
 
-def launch(*words: object, stderr: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def launch(*words: object, stderr: Path) -> subprocess.Popen[str]:
     with stderr.open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "equipot.cli", "serve", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
 
 @contextlib.contextmanager
-def running(*words: object, stderr: Path) -> Iterator[Process]:
-    """A server on free ports, killed at the end unless it has ended by itself."""
-    popen = launch(*words, "--port", 0, "--metrics-port", 0, stderr=stderr)
+def running(*words: object, stderr: Path, port: int = 0) -> Iterator[Process]:
+    """A server, on free ports by default, killed at the end unless it has ended by itself."""
+    popen = launch(*words, "--port", port, "--metrics-port", 0, stderr=stderr)
     try:
         assert popen.stdout is not None
         lines = []
@@ -257,7 +263,7 @@ async def inside(config: ServeConfig) -> AsyncIterator[Inside]:
     metrics = Metrics()
     server = GrpcServer(config, metrics)
     port = await server.start()
-    await server.open(Registry.load(config))
+    server.open(Registry.load(config))
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield Inside(server, cast("PotentialServiceAsyncStub", PotentialServiceStub(channel)), metrics)

@@ -164,6 +164,14 @@ class TestDoor:
         batcher.open("m", now=50.0, expected_edges=1, deadline=51.0)
         batcher.open("m", now=50.0, expected_edges=500, deadline=500.0)
 
+    def test_batches_bound_by_overhead_say_nothing_of_the_speed(self) -> None:
+        batcher = Batcher(BUDGET)
+        for _ in range(10):
+            queue(batcher, [1])
+            take(batcher, seconds=10.0)
+        queue(batcher, [100] * 10)
+        batcher.open("m", now=0.0, expected_edges=500, deadline=1.0)
+
     def test_a_deadline_that_has_passed_leaves_the_queue(self) -> None:
         batcher = Batcher(BUDGET)
         ticket = batcher.open("m", now=0.0, expected_edges=10, deadline=5.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ VERBS: dict[str, Verb] = {
 }
 
 
+# What each extra brings that its verbs cannot do without, as import names.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "": (),
+    "ase": ("ase",),
+    "train": ("torch", "vesin", "safetensors", "ase", "deepspeed", "pydantic", "matplotlib"),
+    "serve": ("torch", "vesin", "safetensors", "grpc_health", "grpc_reflection", "prometheus_client"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code is 0 done, 1 partly done, 2 a mistake that the message explains."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -48,16 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         errors.print(f"[red]error:[/] no such command: {escape(name)}; one of {', '.join(VERBS)}")
         return 2
-    try:
-        app = getattr(importlib.import_module(verb.module), verb.app)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith(verb.module):
-            raise
-        wanted = f"equipot\\[{verb.extra}]" if verb.extra else "equipot"
-        errors.print(
-            f"[red]error:[/] `equipot {name}` needs the package {escape(error.name)}: pip install '{wanted}'"
-        )
+    missing = [package for package in EXTRAS[verb.extra] if importlib.util.find_spec(package) is None]
+    if missing:
+        needed = f"`equipot {name}` needs {escape(', '.join(missing))}"
+        errors.print(f"[red]error:[/] {needed}: pip install '{_wanted(verb)}'", soft_wrap=True)
         return 2
+    app = getattr(importlib.import_module(verb.module), verb.app)
     return _run(app, name, rest, errors)
 
 
@@ -87,6 +93,9 @@ def _overview() -> Table:
     for column in ("verb", "what it does", "install"):
         table.add_column(column)
     for name, verb in VERBS.items():
-        wanted = f"equipot\\[{verb.extra}]" if verb.extra else "equipot"
-        table.add_row(f"[bold]{name}[/]", verb.summary, f"pip install '{wanted}'")
+        table.add_row(f"[bold]{name}[/]", verb.summary, f"pip install '{_wanted(verb)}'")
     return table
+
+
+def _wanted(verb: Verb) -> str:
+    return escape(f"equipot[{verb.extra}]") if verb.extra else "equipot"

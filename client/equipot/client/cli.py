@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from equipot.client.errors import ClientError, InvalidRequest
@@ -158,6 +161,39 @@ class Report:
         _say(console, f"results: {path}")
 
 
+class Interruption:
+    """Turns the first Ctrl-C into a wish to stop between two frames; the second one stops at once.
+
+    An exception out of nowhere is not safe in what runs here: numpy may lose it while ASE writes, and a gRPC
+    channel that was interrupted while it sent may never close.
+    """
+
+    def __init__(self, errors: Console) -> None:
+        self._errors = errors
+        self._came = False
+
+    def __enter__(self) -> Self:
+        """Listens, unless whoever started this process had it ignore Ctrl-C."""
+        self._former = signal.getsignal(signal.SIGINT)
+        if self._former is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Listens no more."""
+        signal.signal(signal.SIGINT, self._former)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if one came."""
+        if self._came:
+            raise KeyboardInterrupt
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+        signal.signal(signal.SIGINT, self._former)
+        _say(self._errors, "stopping when the next answer is here; Ctrl-C again stops at once")
+
+
 def _first_contact(client: Client, timeout: float) -> ModelInfo:
     """The model, at once or not at all: whoever mistyped an address should not wait for the retries."""
     hurry = RetryPolicy(attempts=3)
@@ -183,18 +219,31 @@ def _run(
             waiting.append(frame)
             yield frame
 
-    progress_columns = (SpinnerColumn(), TextColumn("{task.completed} frames"), TimeElapsedColumn())
-    with Progress(*progress_columns, console=Console(stderr=True), transient=True) as progress:
+    errors = Console(stderr=True)
+    progress_columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        TextColumn("{task.completed} frames"),
+        TimeElapsedColumn(),
+    )
+    answers = client.predict_iter(
+        frames(), stress=stress, level_of_theory=level_of_theory, model=f"{info.name}@{info.digest}"
+    )
+    with (
+        Interruption(errors) as interruption,
+        Progress(
+            *progress_columns, console=errors, transient=True, disable=not errors.is_terminal
+        ) as progress,
+        closing(answers),
+    ):
         task = progress.add_task("frames", total=None)
-        answers = client.predict_iter(
-            frames(), stress=stress, level_of_theory=level_of_theory, model=f"{info.name}@{info.digest}"
-        )
         for prediction in answers:
             frame = waiting.popleft()
             report.comparison.add(labels_of(frame), prediction)
             report.add(frame, prediction)
             writer.write(with_results(frame, prediction))
             progress.advance(task)
+            interruption.check()
 
 
 def _say(console: Console, text: str) -> None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO, StringIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import iread, write
 
-from equipot.client.errors import ClientError, FileError, describe
+from equipot.client.errors import FileError, describe
 from equipot.client.results import Prediction
 from equipot.wire.v1.codec import FloatArray
-
-try:
-    from ase import Atoms
-    from ase.calculators.singlepoint import SinglePointCalculator
-    from ase.io import iread, write
-except ModuleNotFoundError as error:
-    raise ClientError("`equipot predict` needs ASE: pip install 'equipot[ase]'") from error
 
 _RESULTS = ("energy", "free_energy", "forces", "stress")
 
@@ -87,22 +84,31 @@ class FrameWriter:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.n_written = 0
-        self._file: TextIO | None = None
+        self._complete = 0
+        self._file: FileIO | None = None
 
     def __enter__(self) -> Self:
         """Opens the partial file."""
         try:
-            self._file = self.partial.open("w", encoding="utf-8")
+            self._file = self.partial.open("wb", buffering=0)
         except OSError as error:
             raise FileError(f"cannot write {self.partial}: {error.strerror}") from error
         return self
 
     def write(self, frame: Atoms) -> None:
         """Appends one frame."""
+        assert self._file is not None
+        text = StringIO()
+        write(text, frame, format="extxyz")
+        raw = text.getvalue().encode()
+        unwritten = memoryview(raw)
         try:
-            write(self._file, frame, format="extxyz")
+            # Not buffered, so that a full disk is met by the frame that found it full.
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
         except OSError as error:
             raise FileError(f"cannot write {self.partial}: {error.strerror}") from error
+        self._complete += len(raw)
         self.n_written += 1
 
     def __exit__(
@@ -114,6 +120,9 @@ class FrameWriter:
         """Names the file if all went well; keeps the partial file if it holds frames."""
         assert self._file is not None
         try:
+            if error is not None:
+                # An interruption may have come in the middle of a frame.
+                self._file.truncate(self._complete)
             self._file.close()
             if error is None:
                 self.partial.replace(self.path)
@@ -132,10 +141,15 @@ class Labels:
 
 
 def labels_of(frame: Atoms) -> Labels:
-    """The frame's own labels: those ASE took for a calculator's results, or REF_energy and REF_forces."""
-    results = frame.calc.results if frame.calc is not None else {}
-    energy = results.get("energy", frame.info.get("REF_energy", frame.info.get("reference_energy")))
-    forces = results.get("forces", frame.arrays.get("REF_forces", frame.arrays.get("reference_forces")))
+    """The frame's own labels: what it calls its reference, or what ASE took for a calculator's results."""
+    # What an earlier prediction left is no label.
+    labelled = frame.calc is not None and "equipot_model" not in frame.info
+    results = frame.calc.results if labelled else {}
+    energy: Any = results.get("energy")
+    forces: Any = results.get("forces")
+    for prefix in ("REF", "reference"):
+        energy = frame.info.get(f"{prefix}_energy", energy)
+        forces = frame.arrays.get(f"{prefix}_forces", forces)
     has_energy = isinstance(energy, int | float | np.floating) and np.isfinite(energy)
     has_forces = np.shape(forces) == (len(frame), 3) and np.isfinite(forces).all()
     return Labels(

@@ -241,7 +241,7 @@ def _finite(field: str, value: npt.ArrayLike, shape: tuple[int, ...]) -> FloatAr
 
 def _three_bools(field: str, value: npt.ArrayLike) -> BoolArray:
     array = _array(field, value)
-    if array.shape not in ((), (3,)) or not np.isin(array, (0, 1)).all():
+    if array.shape not in ((), (3,)) or ((array != 0) & (array != 1)).any():
         raise InvalidStructure(field, f"is {value!r}", "give one bool or three")
     return np.broadcast_to(array.astype(np.bool_), (3,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -41,10 +42,10 @@ class _Pending(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _UnderWay:
-    """A part of a batch on its way; `pending` is None if nothing of it had to be sent."""
+    """A part of a batch; without `request` nothing of it is to be sent, without `pending` it is not yet."""
 
     part: Part
-    request: pb.PredictRequest
+    request: pb.PredictRequest | None
     pending: _Pending | None
     deadline: Deadline
 
@@ -225,9 +226,15 @@ class Client:
             max_message_bytes=self._settings.max_message_bytes,
         )
         queue: deque[_UnderWay] = deque()
+        first, second = next(parts, None), next(parts, None)
+        if first is not None and second is None:
+            # With nothing to overlap, a blocking call is faster than a future: it changes no thread.
+            yield self._receive(wish, self._send(wish, first, timeout, at_once=False))
+            return
         try:
-            for part in parts:
-                queue.append(self._send(wish, part, timeout))
+            for part in itertools.chain((first, second), parts):
+                if part is not None:
+                    queue.append(self._send(wish, part, timeout, at_once=True))
                 if len(queue) == self._settings.in_flight:
                     yield self._receive(wish, queue.popleft())
             while queue:
@@ -237,24 +244,26 @@ class Client:
                 if sent.pending is not None:
                     sent.pending.cancel()
 
-    def _send(self, wish: Wish, part: Part, timeout: float) -> _UnderWay:
+    def _send(self, wish: Wish, part: Part, timeout: float, *, at_once: bool) -> _UnderWay:
         deadline = Deadline(timeout)
-        if not part.structures:
-            return _UnderWay(part, pb.PredictRequest(), None, deadline)
-        request = wish.request(part.structures)
-        pending = self._connected().Predict.future(request, timeout=deadline.remaining)
+        request = wish.request(part.structures) if part.structures else None
+        pending: _Pending | None = None
+        if request is not None and at_once:
+            pending = self._connected().Predict.future(request, timeout=deadline.remaining)
         return _UnderWay(part, request, pending, deadline)
 
     def _receive(self, wish: Wish, sent: _UnderWay) -> Predictions:
-        if sent.pending is None:
+        request = sent.request
+        if request is None:
             return sent.part.merge(wish, None)
         predict = self._connected().Predict
+
+        def attempt() -> pb.PredictResponse:
+            return predict(request, timeout=sent.deadline.require())
+
+        first = attempt if sent.pending is None else sent.pending.result
         try:
-            response = self._persist(
-                sent.pending.result,
-                lambda: predict(sent.request, timeout=sent.deadline.require()),
-                sent.deadline,
-            )
+            response = self._persist(first, attempt, sent.deadline)
         except LimitExceeded:
             # Another server with other limits may stand at the address by now.
             self._limits.pop(wish.model, None)

@@ -185,6 +185,8 @@ class _ShardWriter:
         shards = []
         for k, name in enumerate(names):
             file = (self.folder / f"part-{k}").rename(self.folder / name)
+            # safetensors makes files for their owner alone, like mkdtemp its folder below.
+            file.chmod(0o644)
             _sync(file)
             shards.append(Shard(file=name, bytes=file.stat().st_size, sha256=_sha256(file)))
         index = {

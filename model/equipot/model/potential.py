@@ -172,8 +172,8 @@ class Potential(nn.Module):
     def _references_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._reference_tensors:
             self._reference_tensors[device] = (
-                torch.from_numpy(self.references.energy).to(device),
-                torch.from_numpy(self.references.scale).to(device),
+                torch.tensor(self.references.energy, device=device),
+                torch.tensor(self.references.scale, device=device),
             )
         return self._reference_tensors[device]
 

@@ -25,8 +25,8 @@ def envelope(distances: Tensor, cutoff: float) -> Tensor:
 def bessel_basis(distances: Tensor, cutoff: float, size: int) -> Tensor:
     """(E, size) spherical Bessel functions √(2/3)·sin(nπx)/x of x = d/cutoff, n = 1 … size (same paper).
 
-    The factor gives each a mean square of 1 over neighbours that fill the sphere evenly, as a network wants its
-    inputs; the paper's own √(2/cutoff)·sin(nπx)/d is four times smaller at 5 Å and learns much more slowly.
+    The factor gives each a mean square of 1 over neighbours that fill the sphere evenly, as a network wants
+    its inputs; the paper's own √(2/cutoff)·sin(nπx)/d is six times smaller at 5 Å and learns more slowly.
     Distances (E,) in Å must be positive: two atoms on one spot are refused before a graph gets here.
     """
     n = torch.arange(1, size + 1, dtype=distances.dtype, device=distances.device)

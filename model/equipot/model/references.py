@@ -25,8 +25,10 @@ class References:
     """(n_levels,) eV; positive."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "energy", np.array(self.energy, dtype=np.float64))
-        object.__setattr__(self, "scale", np.array(self.scale, dtype=np.float64))
+        for name in ("energy", "scale"):
+            array = np.array(getattr(self, name), dtype=np.float64)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
         if self.energy.ndim != 2 or self.scale.shape != self.energy.shape[:1]:
             raise ModelError(
                 f"references: energy has shape {self.energy.shape} and scale {self.scale.shape}; "

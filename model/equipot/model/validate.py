@@ -1,4 +1,4 @@
-"""Refuses structures that have no meaningful energy, with the field, the value and a remedy. Knows no torch."""
+"""Refuses structures without a meaningful energy, naming field, value and remedy. Knows no torch."""
 
 import dataclasses
 
@@ -84,15 +84,12 @@ def check_supported(system: System, config: ModelConfig) -> System:
         raise _unsupported(
             "level_of_theory", system.level_of_theory, config.levels_of_theory, "an index into this list"
         )
-    if system.spin_multiplicity == 0 and len(config.spin_multiplicities) == 1:
-        return dataclasses.replace(system, spin_multiplicity=config.spin_multiplicities[0])
-    if system.spin_multiplicity not in config.spin_multiplicities:
-        raise _unsupported(
-            "spin_multiplicity",
-            system.spin_multiplicity,
-            config.spin_multiplicities,
-            "2S + 1, 0 if not stated",
-        )
+    known_spins = config.spin_multiplicities
+    if system.spin_multiplicity == 0 and len(known_spins) == 1 and known_spins != (0,):
+        return dataclasses.replace(system, spin_multiplicity=known_spins[0])
+    if system.spin_multiplicity not in known_spins:
+        meaning = "2S + 1, 0 if not stated"
+        raise _unsupported("spin_multiplicity", system.spin_multiplicity, known_spins, meaning)
     return system
 
 

@@ -22,6 +22,9 @@ RATE_MEMORY = 0.2
 REFUSAL_MARGIN = 2.0
 """A deadline is refused at the door if the expected wait is this many times longer: it comes from a mean."""
 
+FULL = 0.5
+"""Part of the edge budget from which a batch tells the engine's speed: small ones are bound by overhead."""
+
 FIRST_RETRY = 1.0
 """Seconds that a refused caller is told to wait while the engine's speed is not known yet."""
 
@@ -112,15 +115,15 @@ class Batcher:
         self._virtual = 0.0
         self._rate: float | None = None
         self._running = 0
+        self._waiting = 0
         self._atoms = 0
         self._edges = 0
         self._expected = 0
 
     @property
     def depth(self) -> Depth:
-        """What waits now."""
-        waiting = sum(1 for request in self._requests.values() if request.items)
-        return Depth(waiting, self._atoms, self._edges)
+        """What waits now; may be read from any thread."""
+        return Depth(self._waiting, self._atoms, self._edges)
 
     @property
     def backlog(self) -> int:
@@ -182,11 +185,13 @@ class Batcher:
             return
         if not request.items:
             request.virtual = max(request.virtual, self._virtual)
+        was_waiting = bool(request.items)
         for index, n_atoms, n_edges in items:
             request.items.append(Item(ticket, index, n_atoms, n_edges, now))
             request.queued_edges += n_edges
             self._edges += n_edges
             self._atoms += n_atoms
+        self._waiting += bool(request.items) - was_waiting
         self._expected += expected_edges - request.expected
         request.expected = expected_edges
 
@@ -195,6 +200,7 @@ class Batcher:
         request = self._requests.pop(ticket, None)
         if request is None:
             return
+        self._waiting -= bool(request.items)
         self._expected -= request.expected
         self._edges -= request.queued_edges
         self._atoms -= sum(item.n_atoms for item in request.items)
@@ -238,6 +244,8 @@ class Batcher:
             taken.append(item)
             if request.items:
                 heapq.heappush(order, (request.virtual, request.ticket))
+            else:
+                self._waiting -= 1
         self._edges -= edges
         self._atoms -= atoms
         self._virtual += (edges + atoms) / n_waiting
@@ -247,7 +255,7 @@ class Batcher:
     def finished(self, batch: Batch, seconds: float) -> None:
         """Notes that the engine is idle again, and how long the batch took it."""
         self._running = 0
-        if seconds > 0:
+        if seconds > 0 and batch.cost >= FULL * self._budget.batch_edges:
             rate = batch.cost / seconds
             self._rate = rate if self._rate is None else self._rate + RATE_MEMORY * (rate - self._rate)
 

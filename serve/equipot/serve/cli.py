@@ -12,8 +12,14 @@ from typing import Annotated
 import typer
 
 from equipot.serve.batcher import Budget
-from equipot.serve.config import DEFAULT_BUDGET, DEFAULT_LIMITS, RequestLimits, ServeConfig
-from equipot.serve.server import run
+from equipot.serve.config import (
+    BATCH_ATOMS,
+    DEFAULT_LIMITS,
+    DEFAULT_QUEUE_EDGES,
+    RequestLimits,
+    ServeConfig,
+    default_budget,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -50,11 +56,11 @@ def serve(
         int, typer.Option(help="Most atoms in one request.")
     ] = DEFAULT_LIMITS.request_atoms,
     max_batch_edges: Annotated[
-        int, typer.Option(help="Most edges computed together; bounds memory, and how long others wait.")
-    ] = DEFAULT_BUDGET.batch_edges,
+        int | None, typer.Option(help="Most edges computed together; by default what suits the device.")
+    ] = None,
     max_queue_edges: Annotated[
         int, typer.Option(help="Edges that may wait before requests are refused.")
-    ] = DEFAULT_BUDGET.queue_edges,
+    ] = DEFAULT_QUEUE_EDGES,
     max_message_mb: Annotated[int, typer.Option(help="Most MiB in one request message.")] = (
         DEFAULT_LIMITS.message_bytes // 2**20
     ),
@@ -76,8 +82,8 @@ def serve(
         threads=threads,
         drain_seconds=drain_seconds,
         budget=Budget(
-            batch_edges=max_batch_edges,
-            batch_atoms=DEFAULT_BUDGET.batch_atoms,
+            batch_edges=default_budget(device).batch_edges if max_batch_edges is None else max_batch_edges,
+            batch_atoms=BATCH_ATOMS,
             queue_edges=max_queue_edges,
         ),
         limits=RequestLimits(
@@ -88,4 +94,7 @@ def serve(
             message_bytes=max_message_mb * 2**20,
         ),
     )
+    # Only now: torch takes seconds to import, and neither help nor a wrong word should wait for it.
+    from equipot.serve.server import run
+
     asyncio.run(run(config, typer.echo))

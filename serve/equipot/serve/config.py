@@ -33,8 +33,20 @@ class RequestLimits:
     message_bytes: int = 64 * 2**20
 
 
-DEFAULT_BUDGET = Budget(batch_edges=32_768, batch_atoms=16_384, queue_edges=8_000_000)
+BATCH_ATOMS = 16_384
+"""Far more atoms than edges would let in, unless the atoms are isolated."""
+
+DEFAULT_QUEUE_EDGES = 8_000_000
 DEFAULT_LIMITS = RequestLimits()
+
+
+def default_budget(device: str) -> Budget:
+    """A processor computes no more edges a second from 4,000 on, and larger batches only make others wait."""
+    batch_edges = 8_192 if device == "cpu" else 131_072
+    return Budget(batch_edges=batch_edges, batch_atoms=BATCH_ATOMS, queue_edges=DEFAULT_QUEUE_EDGES)
+
+
+CPU_BUDGET = default_budget("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +77,7 @@ class ServeConfig:
     device: str = "cpu"
     threads: int | None = None
     drain_seconds: float = 30.0
-    budget: Budget = DEFAULT_BUDGET
+    budget: Budget = CPU_BUDGET
     limits: RequestLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:

@@ -15,13 +15,12 @@ from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, DeadlinePassed, Fault
 from equipot.serve.job import Answer, Job, Key, Work
 from equipot.serve.metrics import OK, Metrics
-from equipot.wire.v1.codec import FailureReason
 
-INLINE_ATOMS = 256
+INLINE_ATOMS = 128
 """A request with no more atoms is prepared in the event loop: the hop to a thread would cost as much."""
 
 CHUNK_ATOMS = 1024
-"""Atoms prepared in one go in a thread: a large request's first batch starts when so many are ready."""
+"""Atoms prepared in one go in a thread, some 10 ms; the first batch starts when they are ready."""
 
 PREFETCH = 2
 """How many batches of one request may be prepared and wait; the rest of it costs no memory yet."""
@@ -40,6 +39,7 @@ class Dispatcher:
         self._budget = budget
         self._batcher = Batcher(budget)
         self._metrics = metrics
+        metrics.watch_queue(lambda: self._batcher.depth)
         self._jobs: dict[int, Job] = {}
         self._computing = False
         self._quiet = asyncio.Event()
@@ -67,7 +67,7 @@ class Dispatcher:
         job = self._jobs[ticket] = Job(work)
         self._quiet.clear()
         try:
-            if work.n_atoms <= INLINE_ATOMS and len(work.structures) <= INLINE_ATOMS:
+            if work.effort <= INLINE_ATOMS:
                 self._accept(ticket, job, 0, *_timed_prepare(work, 0, len(work.structures)))
             else:
                 await self._feed(ticket, job)
@@ -75,7 +75,6 @@ class Dispatcher:
         finally:
             del self._jobs[ticket]
             self._batcher.remove(ticket)
-            self._metrics.queue(self._batcher.depth)
             if not self._jobs:
                 self._quiet.set()
         return job.result()
@@ -114,7 +113,6 @@ class Dispatcher:
     ) -> None:
         """Queues what was prepared, answers what cannot be computed, and starts the engine if it is idle."""
         model = job.work.key.model.name
-        self._metrics.prepare_seconds.labels(model).observe(seconds)
         items = []
         for index, graph in enumerate(prepared, start):
             if isinstance(graph, Fault):
@@ -126,6 +124,7 @@ class Dispatcher:
         rest = _expected_edges(job.work, from_structure=start + len(prepared))
         self._batcher.add(ticket, items, now=time.monotonic(), expected_edges=rest)
         self._pump()
+        self._metrics.prepare_seconds.labels(model).observe(seconds)
 
     def _pump(self) -> None:
         """Starts the next batch if the engine is idle."""
@@ -135,7 +134,6 @@ class Dispatcher:
         for ticket in self._batcher.expire(now):
             self._jobs[ticket].fail(DeadlinePassed("the deadline passed while the request waited"))
         batch = self._batcher.next_batch()
-        self._metrics.queue(self._batcher.depth)
         if batch is None:
             return
         graphs = []
@@ -155,9 +153,10 @@ class Dispatcher:
         begun = time.perf_counter()
         try:
             results = key.model.engine.compute(graphs, forces=key.forces, stress=key.stress)
+            assert len(results) == len(graphs)
         except Exception:
             logger.exception("the engine of %s failed on a batch of %d", key.model.name, len(graphs))
-            fault = Fault(FailureReason.INTERNAL, "", "the engine failed", "the server's log has the reason")
+            fault = Fault("internal", "", "the engine failed", "the server's log has the reason")
             results = [fault] * len(graphs)
         seconds = time.perf_counter() - begun
         self._loop.call_soon_threadsafe(self._finish, batch, key, results, started, seconds)
@@ -172,22 +171,22 @@ class Dispatcher:
         for ticket in {item.ticket for item in batch.items}:
             if job := self._jobs.get(ticket):
                 job.computed(seconds)
-        outcomes = Counter[str]()
-        atoms = edges = 0
         for item, result in zip(batch.items, results, strict=True):
-            if isinstance(result, Fault):
-                outcomes[result.reason] += 1
-            else:
-                outcomes[OK] += 1
-                atoms += item.n_atoms
-                edges += item.n_edges
             if job := self._jobs.get(item.ticket):
                 job.answer(item.index, result)
+        # Once the answers have left: counting is not what callers wait for.
+        self._loop.call_soon(self._count, batch, key.model.name, results, started, seconds)
+
+    def _count(
+        self, batch: Batch, model: str, results: list[Result | Fault], started: float, seconds: float
+    ) -> None:
+        both = zip(batch.items, results, strict=True)
+        answered = [item for item, result in both if isinstance(result, Result)]
         self._metrics.batch_done(
-            key.model.name,
-            outcomes=outcomes,
-            atoms=atoms,
-            edges=edges,
+            model,
+            outcomes=Counter(result.reason if isinstance(result, Fault) else OK for result in results),
+            atoms=sum(item.n_atoms for item in answered),
+            edges=sum(item.n_edges for item in answered),
             waits=[started - item.arrival for item in batch.items],
             batch_edges=batch.n_edges,
             seconds=seconds,
@@ -202,5 +201,5 @@ def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Faul
 
 def _expected_edges(work: Work, from_structure: int = 0) -> int:
     """What is not prepared yet counts by the neighbours that the model's training data had."""
-    n_atoms = int(work.structures.n_atoms[from_structure:].sum())
+    n_atoms = work.offsets[-1] - work.offsets[from_structure]
     return round(n_atoms * work.key.model.card.config.mean_neighbors)

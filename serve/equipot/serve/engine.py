@@ -21,7 +21,6 @@ from equipot.model.validate import check_graph, check_supported, check_system
 from equipot.serve.config import RequestLimits
 from equipot.serve.errors import Fault, ServeError
 from equipot.serve.footprint import footprint
-from equipot.wire.v1.codec import FailureReason
 
 ESTIMATE_MARGIN = 2.0
 """A structure is refused unbuilt if its estimated edges are this many times the limit."""
@@ -101,7 +100,22 @@ class LocalEngine:
         """
         check_device(device)
         potential, card = load_potential(path, dtype=_DTYPES[dtype] if dtype else None, device=device)
-        return cls(potential, card, dtype=dtype or card.dtype, limits=limits)
+        engine = cls(potential, card, dtype=dtype or card.dtype, limits=limits)
+        engine.warm_up()
+        return engine
+
+    def warm_up(self) -> None:
+        """Computes one atom pair, so that no caller waits for what torch does only once."""
+        config = self.card.config
+        pair = System(
+            atomic_numbers=np.full(2, config.elements[0]),
+            positions=np.array([[0.0, 0.0, 0.0], [config.cutoff / 2, 0.0, 0.0]]),
+            cell=np.zeros((3, 3)),
+            pbc=np.zeros(3, dtype=np.bool_),
+            charge=config.charges[0],
+            spin_multiplicity=config.spin_multiplicities[0],
+        )
+        self.compute([build_graph(pair, config.cutoff)], forces=True, stress=False)
 
     def prepare(self, system: System) -> Graph | Fault:
         """Checks one structure, refuses it if it is too large, and finds its edges."""
@@ -117,7 +131,7 @@ class LocalEngine:
                 return self._too_many_edges(graph.n_edges, "")
             check_graph(graph)
         except StructureError as error:
-            return Fault(FailureReason(error.reason), error.field, error.message, error.remedy)
+            return Fault(error.reason, error.field, error.message, error.remedy)
         return graph
 
     def compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
@@ -160,7 +174,7 @@ class LocalEngine:
         if n_atoms <= limit:
             return None
         return Fault(
-            FailureReason.TOO_LARGE,
+            "too_large",
             "n_atoms",
             f"has {n_atoms} atoms, the limit is {limit}",
             "split it, or raise the server's --max-atoms",
@@ -175,7 +189,7 @@ class LocalEngine:
 
     def _too_many_edges(self, n_edges: float, about: str) -> Fault:
         return Fault(
-            FailureReason.TOO_LARGE,
+            "too_large",
             "positions",
             f"has {about}{n_edges:.3g} pairs of atoms within {self.card.config.cutoff:g} Å,"
             f" the limit is {self._limits.structure_edges}",
@@ -211,7 +225,7 @@ def _not_finite(result: Result, graph: Graph) -> Fault | None:
     else:
         return None
     return Fault(
-        FailureReason.NOT_FINITE,
+        "not_finite",
         "",
         f"the model's {what} is not a finite number",
         "the structure is far from what the model was trained on: check its geometry",
@@ -220,7 +234,7 @@ def _not_finite(result: Result, graph: Graph) -> Fault | None:
 
 def _internal(graph: Graph, error: Exception) -> Fault:
     return Fault(
-        FailureReason.INTERNAL,
+        "internal",
         "",
         f"the server failed on this structure of {graph.n_atoms} atoms and {graph.n_edges} edges:"
         f" {type(error).__name__}",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from equipot.wire.v1.codec import FailureReason
+FaultReason = Literal["invalid_structure", "unsupported", "too_large", "not_finite", "internal"]
 
 
 class ServeError(RuntimeError):
@@ -20,13 +20,13 @@ class Fault:
     """Why one structure of a request cannot be answered, while the others are.
 
     Attributes:
-        reason: the kind of fault, as on the wire.
+        reason: the kind of fault, as on the wire in lower case.
         field: the field at fault as the .proto names it, empty if none is.
         message: what is wrong, with the value and the limit.
         remedy: what the caller can do about it.
     """
 
-    reason: FailureReason
+    reason: FaultReason
     field: str
     message: str
     remedy: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,7 +12,10 @@ from equipot.model.batch import Graph, System
 from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, Fault
 from equipot.serve.models import ServedModel
-from equipot.wire.v1.codec import Failure, PredictionArrays, StructureArrays
+from equipot.wire.v1.codec import Failure, FailureReason, PredictionArrays, StructureArrays
+
+LEAST_EFFORT = 32
+"""A structure of fewer atoms takes as long to prepare as one of so many: calls cost more than atoms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +36,28 @@ class Work:
         structures: to be answered, S of them.
         level: index of the level of theory.
         deadline: by `time.monotonic`; None if the caller waits for ever.
+        offsets: S+1 places where each structure's atoms begin, and where the last one's end.
     """
 
     key: Key
     structures: StructureArrays
     level: int
     deadline: float | None
+    offsets: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", self.structures.offsets.tolist())
 
     @property
-    def n_atoms(self) -> int:
-        """Atoms of all structures."""
-        return len(self.structures.positions)
+    def effort(self) -> int:
+        """What it takes to prepare all structures, in atoms."""
+        return sum(_effort(count) for count in self.structures.n_atoms.tolist())
 
     def chunks(self, n_atoms: int) -> Iterator[tuple[int, int]]:
-        """Ranges of structures (start, stop) that end once they hold this many atoms."""
+        """Ranges of structures (start, stop), each about as much effort as this many atoms."""
         start = atoms = 0
         for stop, count in enumerate(self.structures.n_atoms.tolist(), 1):
-            # An empty structure is work too: its answer is a failure.
-            atoms += max(1, count)
+            atoms += _effort(count)
             if atoms >= n_atoms:
                 yield start, stop
                 start, atoms = stop, 0
@@ -62,10 +69,9 @@ class Work:
         return [self.key.model.engine.prepare(system) for system in self._systems(start, stop)]
 
     def _systems(self, start: int, stop: int) -> Iterator[System]:
-        arrays = self.structures.slice(start, stop)
-        offsets = arrays.offsets.tolist()
-        for index in range(len(arrays)):
-            atoms = slice(offsets[index], offsets[index + 1])
+        arrays = self.structures
+        for index in range(start, stop):
+            atoms = slice(self.offsets[index], self.offsets[index + 1])
             yield System(
                 atomic_numbers=arrays.atomic_numbers[atoms].astype(np.int64),
                 positions=arrays.positions[atoms],
@@ -102,7 +108,6 @@ class Job:
         self.room = asyncio.Event()
         self.graphs: dict[int, Graph] = {}
         self._open = len(work.structures)
-        self._offsets = work.structures.offsets.tolist()
         self._energy = np.full(self._open, np.nan)
         self._forces = np.full(work.structures.positions.shape, np.nan) if work.key.forces else None
         self._stress = np.full((self._open, 3, 3), np.nan) if work.key.stress else None
@@ -115,11 +120,14 @@ class Job:
     def answer(self, index: int, result: Result | Fault) -> None:
         """Notes one structure's answer; the last one resolves `done`."""
         if isinstance(result, Fault):
-            self._failures.append(Failure(index, result.reason, result.field, result.message, result.remedy))
+            self._failures.append(
+                Failure(index, FailureReason(result.reason), result.field, result.message, result.remedy)
+            )
         else:
             self._energy[index] = result.energy
             if self._forces is not None:
-                self._forces[self._offsets[index] : self._offsets[index + 1]] = result.forces
+                offsets = self.work.offsets
+                self._forces[offsets[index] : offsets[index + 1]] = result.forces
             if self._stress is not None:
                 self._stress[index] = result.stress
         self._open -= 1
@@ -147,3 +155,7 @@ class Job:
         failures = tuple(sorted(self._failures, key=lambda failure: failure.index))
         predictions = PredictionArrays(self._energy, self._forces, self._stress, failures)
         return Answer(predictions, self._queue_seconds, self._compute_seconds)
+
+
+def _effort(n_atoms: int) -> int:
+    return max(LEAST_EFFORT, n_atoms)

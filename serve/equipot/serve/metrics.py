@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
 
 from equipot.serve.batcher import Depth
 from equipot.serve.errors import ServeError
@@ -28,19 +35,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         by_outcome = ["model", "outcome"]
         self.requests = self._counter("requests", "Calls of Predict, by how they ended", by_outcome)
         self.structures = self._counter("structures", "Structures, by how they ended", by_outcome)
         self.atoms = self._counter("atoms", "Atoms of answered structures", ["model"])
         self.edges = self._counter("edges", "Edges of answered structures", ["model"])
         self.batches = self._counter("batches", "Batches computed", ["model"])
-        self.failed_batches = self._counter(
-            "failed_batches", "Batches that failed and were halved", ["model"]
-        )
         self.in_flight = self._gauge("in_flight_requests", "Calls of Predict not answered yet")
-        self.queue_requests = self._gauge("queue_requests", "Requests that wait for the engine")
-        self.queue_atoms = self._gauge("queue_atoms", "Atoms that wait for the engine")
-        self.queue_edges = self._gauge("queue_edges", "Edges that wait for the engine")
         self.wait_seconds = self._histogram("wait_seconds", "A structure's wait for the engine", SECONDS)
         self.prepare_seconds = self._histogram("prepare_seconds", "Checks and neighbour lists", SECONDS)
         self.compute_seconds = self._histogram("compute_seconds", "A batch in the engine", SECONDS)
@@ -58,11 +60,14 @@ class Metrics:
         """Announces a served model."""
         self._info.labels(model=name, digest=digest, dtype=dtype, force_mode=force_mode).set(1)
 
-    def queue(self, depth: Depth) -> None:
-        """Notes what waits."""
-        self.queue_requests.set(depth.requests)
-        self.queue_atoms.set(depth.atoms)
-        self.queue_edges.set(depth.edges)
+    def watch_queue(self, depth: Callable[[], Depth]) -> None:
+        """Reports what waits; `depth` is called from the endpoint's thread whenever somebody asks."""
+        requests = self._gauge("queue_requests", "Requests that wait for the engine")
+        atoms = self._gauge("queue_atoms", "Atoms that wait for the engine")
+        edges = self._gauge("queue_edges", "Edges that wait for the engine")
+        requests.set_function(lambda: depth().requests)
+        atoms.set_function(lambda: depth().atoms)
+        edges.set_function(lambda: depth().edges)
 
     def batch_done(
         self,

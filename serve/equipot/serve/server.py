@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -14,9 +15,10 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from equipot.serve import health
 from equipot.serve.config import ServeConfig
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.engine import use_threads
@@ -59,6 +61,7 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
+                logger.info("stopped while loading")
                 # The thread that loads cannot be interrupted, and nobody waits for what it loads.
                 leave(0)
             registry = loading.result()
@@ -69,13 +72,19 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
                     dtype=model.engine.dtype,
                     force_mode=model.card.config.forces,
                 )
-            await server.open(registry)
+            # What is loaded stays: else each full collection would walk torch's objects, for tens of ms.
+            gc.collect()
+            gc.freeze()
+            server.open(registry)
             names = ", ".join(model.name for model in registry)
             announce(f"serving {names} on {_address(config.host, port)}")
             await stopping
             await server.drain(config.drain_seconds)
         finally:
             await server.stop()
+    if server.computing:
+        # What computes can only be abandoned with the process; nobody waits for it any more.
+        leave(0)
 
 
 class GrpcServer:
@@ -87,7 +96,7 @@ class GrpcServer:
         self._dispatcher = Dispatcher(
             config.budget, metrics, in_compute_thread=lambda: use_threads(config.threads)
         )
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = health.Health([SERVICE])
         self._server = grpc.aio.server(
             options=[
                 # Else two servers on one port would share its connections, and neither would know.
@@ -99,8 +108,13 @@ class GrpcServer:
         servicer = PotentialServicer(self._gate, self._dispatcher, metrics, config.limits)
         servicer.add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, health.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
+
+    @property
+    def computing(self) -> bool:
+        """Whether a batch is in the engine, which cannot be interrupted."""
+        return self._dispatcher.computing
 
     async def start(self) -> int:
         """Listens, refusing calls until `open`; returns the port.
@@ -114,20 +128,19 @@ class GrpcServer:
             bound = self._server.add_insecure_port(_address(host, port))
         except RuntimeError as error:
             raise ServeError(f"cannot listen on {_address(host, port)}: {error}") from error
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         return bound
 
-    async def open(self, registry: Registry) -> None:
+    def open(self, registry: Registry) -> None:
         """Serves these models."""
         self._gate.open(registry)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(serving=True)
 
     async def drain(self, seconds: float) -> None:
         """Refuses new calls and waits for the accepted ones; those still open after `seconds` are ended."""
         logger.info("draining: new calls are refused, accepted ones have %g s", seconds)
         self._gate.close()
-        await self._health.enter_graceful_shutdown()
+        self._health.set(serving=False)
         try:
             await asyncio.wait_for(self._dispatcher.quiet(), seconds)
         except TimeoutError:
@@ -138,16 +151,10 @@ class GrpcServer:
 
     async def stop(self) -> None:
         """Ends every connection."""
+        self._health.close()
         await self._server.stop(LAST_ANSWERS_SECONDS)
         self._dispatcher.close()
         logger.info("stopped")
-        if self._dispatcher.computing:
-            # What computes can only be abandoned with the process; nobody waits for it any more.
-            leave(0)
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", SERVICE):
-            await self._health.set(name, status)
 
 
 def leave(code: int) -> NoReturn:

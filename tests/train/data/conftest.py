@@ -48,7 +48,10 @@ def make_frames() -> MakeFrames:
             n = sizes[k % len(sizes)]
             grid = np.argwhere(np.ones((3, 3, 3)))[rng.permutation(27)[:n]] * 1.5
             atoms = ase.Atoms(
-                rng.choice([1, 6, 8], n), grid + rng.uniform(-0.2, 0.2, (n, 3)), cell=np.eye(3) * 6, pbc=periodic
+                rng.choice([1, 6, 8], n),
+                grid + rng.uniform(-0.2, 0.2, (n, 3)),
+                cell=np.eye(3) * 6,
+                pbc=periodic,
             )
             results = {"energy": float(rng.normal(-5 * n)), "forces": rng.normal(size=(n, 3))}
             if periodic:
@@ -92,7 +95,7 @@ def run_import(tmp_path: Path) -> Import:
 def make_store(run_import: Import, write_frames_to: WriteFrames, tmp_path: Path) -> Callable[..., Store]:
     def make(frames: Sequence[ase.Atoms], name: str = "made", **options: str) -> Store:
         file = write_frames_to(frames, f"{name}.extxyz")
-        report = run_import(file, out=tmp_path / name, **options)  # type: ignore[arg-type]
+        report = run_import(file, out=tmp_path / name, **options)
         return Store.open(report.store)
 
     return make
@@ -102,7 +105,9 @@ def make_store(run_import: Import, write_frames_to: WriteFrames, tmp_path: Path)
 def tree_bytes() -> Callable[[Path], dict[str, bytes]]:
     def read(folder: Path) -> dict[str, bytes]:
         return {
-            str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
         }
 
     return read

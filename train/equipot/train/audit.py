@@ -25,7 +25,7 @@ from equipot.train.store import N_ELEMENTS, Labels, Store
 
 HARTREE = 27.211386245988
 """eV, CODATA 2018."""
-_ANCHORS, _REACH = 120, 40
+_ANCHORS, _REACH = 80, 25
 _SAMPLE = 3000
 _MIN_PAIRS = 12
 _NEAR = 0.3  # Å RMS; beyond, the surface is no longer quadratic between two frames
@@ -64,7 +64,7 @@ def _judge_slope(found: Slope) -> list[str]:
         f"the forces (correlation {found.correlation:.2f}), 1 is right"
     )
     per_atom = 1 / found.n_atoms
-    if found.slope < 0.6 and 0.5 < found.slope / per_atom < 2:
+    if found.slope < 0.6 and 0.7 < found.slope / per_atom < 1.4:
         return [
             f"the energies look like energies per atom: {evidence}, 1/n_atoms is {per_atom:.3g}; {_ADVICE}"
         ]
@@ -194,7 +194,8 @@ def _judge_binding(store: Store, sample: NDArray[np.int64]) -> str | None:
     each = float(np.median(np.abs(store.energies[large]) / store.n_atoms[large]))
     if each < 0.3 and 0.5 < total < 20:
         return (
-            f"the energies are small for totals of periodic structures: {total:.3g} eV, {each:.2g} eV an atom "
-            f"in the median, where a solid is bound by 1 to 10; are they per atom, or relative? {_ADVICE}"
+            f"the energies are small for totals of periodic structures: in the median {total:.3g} eV, "
+            f"{each:.2g} eV per atom, where a solid is bound by 1 to 10; are they per atom, or relative to "
+            f"something? {_ADVICE}"
         )
     return None

@@ -17,16 +17,19 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from equipot.train.ema import Ema
-from equipot.train.engine import Engine, shape_numel
 from equipot.train.errors import TrainError
 from equipot.train.state import TrainerState
 from equipot.train.world import World
+
+if TYPE_CHECKING:  # export reads checkpoints and needs no DeepSpeed, which takes seconds to import
+    from equipot.train.ema import Ema
+    from equipot.train.engine import Engine
 
 _COMMITTED = "COMMITTED.json"
 _STATE = "trainer.json"
@@ -241,7 +244,7 @@ def read_weights(path: Path, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         files = [stack.enter_context(safe_open(share, framework="pt")) for share in shares]
         places = [json.loads(file.metadata()["places"]) for file in files]
         for name, (_, shape) in places[0].items():
-            whole = torch.empty(shape_numel(shape))
+            whole = torch.empty(torch.Size(shape).numel())
             for file, place in zip(files, places, strict=True):
                 part = file.get_tensor(f"{kind}/{name}")
                 offset = place[name][0]

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from equipot.train.importer import ImportReport
 from equipot.train.manifest import Manifest, Tally
-from equipot.train.store import Store
+from equipot.train.store import JOURNAL, Store
 
 _SHOWN = 12
 
@@ -66,6 +66,8 @@ def print_store(store: Store, console: Console, *, verified: bool) -> None:
     for key, value in rows.items():
         table.add_row(key, escape(value))
     console.print(table)
+    if (store.path / JOURNAL).exists():
+        console.print("an import into this store lies unfinished: run its command again to finish it")
     files = Table("file", "format", "frames read", "kept", "sha256", title="Sources", title_justify="left")
     for entry in m.sources:
         files.add_row(

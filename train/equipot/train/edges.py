@@ -1,5 +1,6 @@
 """Edges per structure within a cutoff, counted once and kept beside the store. Knows nothing of batches."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -52,10 +53,13 @@ def _cached(path: Path, n: int) -> NDArray[np.int32] | None:
 
 def _keep(path: Path, counts: NDArray[np.int32]) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with contextlib.suppress(
+        OSError
+    ):  # a read-only or full store still trains, it only counts again next time
         path.parent.mkdir(exist_ok=True)
-        with aside.open("wb") as file:
-            np.save(file, counts)
-        aside.replace(path)
-    except OSError:  # a read-only or full store still trains, it only counts again next time
-        aside.unlink(missing_ok=True)
+        try:
+            with aside.open("wb") as file:
+                np.save(file, counts)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)

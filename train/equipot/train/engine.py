@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import importlib
 import logging
 import os
 import warnings
@@ -22,6 +24,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from equipot.train.recipe import Recipe
@@ -33,7 +36,10 @@ _TAG = "deepspeed"
 
 
 def start_world() -> World:
-    """Join the other ranks by the environment's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+    """Join the other ranks by the environment's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Once a process: DeepSpeed keeps the groups it made, so a second call is answered with the same world.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     # Otherwise init_distributed compiles a C++ extension: a minute, and a crash where there is no compiler.
@@ -42,19 +48,29 @@ def start_world() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(hours=1),  # rank 0 may count the edges of a large store meanwhile
-    )
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(hours=1),  # rank 0 may count the edges of a large store meanwhile
+        )
+        atexit.register(dist.destroy_process_group)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 
-def end_world() -> None:
-    """Leave the other ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _import_optimizers() -> None:
+    """Import an optimizer of DeepSpeed's that decorates itself with torch.compile, without that decorator.
+
+    DeepSpeed imports it to recognise it; ours is another, and loading torch's compiler takes seconds a rank.
+    """
+    decorator = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # older DeepSpeeds have none
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = decorator
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +116,7 @@ class Engine:
             betas=recipe.optimizer.betas,
             fused=True,
         )
+        _import_optimizers()
         n_elements = sum(parameter.numel() for parameter in module.parameters())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
@@ -150,8 +167,8 @@ class Engine:
         if self._stage == 3:
             shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
             part: torch.Tensor = self._optimizer.get_local_fp32_param(parameter)
-            offset = min(self.world.rank * part.numel(), shape_numel(shape))
-            length = min(part.numel(), shape_numel(shape) - offset)  # the last parts are padded
+            offset = min(self.world.rank * part.numel(), torch.Size(shape).numel())
+            length = min(part.numel(), torch.Size(shape).numel() - offset)  # the last parts are padded
             return Fragment(name, shape, offset, part[:length])
         shape = tuple(parameter.shape)
         if self._stage == 0:
@@ -200,7 +217,7 @@ class Engine:
                 local = parameter.ds_tensor.data  # type: ignore[attr-defined]
                 local[: part.numel()].copy_(part)
                 continue
-            whole = torch.zeros(shape_numel(shape), device=self.world.device)
+            whole = torch.zeros(torch.Size(shape).numel(), device=self.world.device)
             whole[offset : offset + part.numel()] = part
             parameter.data.copy_(self.world.sum_tensor(whole).view(shape))
 
@@ -218,11 +235,6 @@ class Engine:
     def load(self, directory: Path) -> None:
         """Take up the state that :meth:`save` wrote at the same world size, stage and precision."""
         self._engine.load_checkpoint(str(directory), tag=_TAG, load_lr_scheduler_states=False)
-
-
-def shape_numel(shape: Sequence[int]) -> int:
-    """Elements of a tensor of that shape."""
-    return torch.Size(shape).numel()
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from equipot.model.batch import SystemBatch
 from equipot.model.potential import Potential, Prediction
 from equipot.model.references import References
 from equipot.train.dataset import Batch, Dataset
-from equipot.train.loss import Counts, Residuals, penalty, residuals
+from equipot.train.loss import Counts, Residuals, penalty, predict, residuals
 from equipot.train.recipe import LossSection
 from equipot.train.sampler import divide
 from equipot.train.world import World
@@ -152,7 +152,7 @@ def evaluate(
     potential.eval()
     for mine in evaluation_batches(costs, world):
         batch = dataset.batch(keys[mine.rows], device=world.device)
-        prediction = potential(batch.systems, forces=True, stress=stress)
+        prediction = predict(potential, batch.systems, forces=True, stress=stress)
         if mine.counts:
             tally.add(residuals(prediction, batch.targets, batch.systems), batch.systems)
     tally.merge(world)
@@ -170,7 +170,7 @@ def evaluate_references(
     tally = Tally(len(references.scale), loss)
     columns = np.full(119, -1)
     columns[list(elements)] = np.arange(len(elements))
-    table = torch.from_numpy(references.energy)
+    table = torch.tensor(references.energy)
     for rows in np.array_split(np.arange(len(keys)), max(1, -(-len(keys) // 256))):
         if not len(rows):
             continue

@@ -78,13 +78,17 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
-        # threads that spin while they wait made a step 14 times slower on cores that others use too
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "OMP_WAIT_POLICY": wait_policy(),
         # gloo otherwise resolves the host's name, which need not resolve in a container
         "GLOO_SOCKET_IFNAME": os.environ.get(
             "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
         ),
     }
+
+
+def wait_policy() -> str:
+    """How OpenMP's threads wait: spinning made a step 14 times slower on cores that others use too."""
+    return os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def free_port() -> int:

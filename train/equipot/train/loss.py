@@ -89,6 +89,14 @@ def terms_per_structure(found: Residuals, systems: SystemBatch, loss: LossSectio
     return torch.stack([energy, forces, stress])
 
 
+def predict(potential: Potential, systems: SystemBatch, *, forces: bool, stress: bool) -> Prediction:
+    """Call a potential that may be under ZeRO-3, whose hooks on a module cannot take its output apart.
+
+    The potential holds no weights itself; the modules inside, which do, are called with their hooks.
+    """
+    return potential.forward(systems, forces=forces, stress=stress)
+
+
 class LossModule(nn.Module):
     """A potential and its loss as one module, as DeepSpeed wants them."""
 
@@ -107,7 +115,7 @@ class LossModule(nn.Module):
         DeepSpeed averages gradients over ranks; the factor makes that a sum.
         """
         wants_stress = self._loss.stress > 0
-        prediction: Prediction = self.potential(systems, forces=self._forces, stress=wants_stress)
+        prediction = predict(self.potential, systems, forces=self._forces, stress=wants_stress)
         found = residuals(prediction, targets, systems)
         terms = terms_per_structure(found, systems, self._loss)
         loss = (terms.sum(1) * _weights(self._loss, counts, terms)).sum()

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
+import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from equipot.train.console import Display
 from equipot.train.run_directory import RunDirectory
 
 
@@ -33,46 +39,94 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
+_FLUSH_SECONDS = 5.0
 
 
 class Metrics:
-    """Appends rows; use as a context manager.
+    """Collects rows and appends them to the files on :meth:`flush`; use as a context manager.
+
+    A disk that is full costs no training: rows wait for the next flush, and the user is told once.
 
     Args:
         run: where to.
+        display: tells the user.
         step: rows after this step are dropped: they are about to be made again.
     """
 
-    def __init__(self, run: RunDirectory, *, step: int) -> None:
+    def __init__(self, run: RunDirectory, display: Display, *, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, needed on the first rank alone
 
+        self._path = run.metrics
+        self._display = display
+        self._waiting: list[Row] = []
+        self._told = False
+        self._flushed = time.monotonic()
         _keep_up_to(run.metrics, step)
-        self._file = run.metrics.open("a", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file)
-        if self._file.tell() == 0:
-            self._writer.writerow(COLUMNS)
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        self._board: SummaryWriter | None = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._board.close()
+        self.flush()
+        if self._board is not None:
+            self._guard(self._board.close)
 
     def add(self, row: Row) -> None:
-        """Append a row."""
-        values = [getattr(row, name) for name in COLUMNS]
-        self._writer.writerow(["" if value is None else f"{value:.9g}" for value in values])
-        for name, value in zip(COLUMNS[2:], values[2:], strict=True):
-            if value is not None:
-                group = "validation" if name.startswith("validation_") else "train"
-                self._board.add_scalar(f"{group}/{name.removeprefix('validation_')}", value, row.step)
+        """Take in a row."""
+        self._waiting.append(row)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         """Bring everything to disk, so that a checkpoint is never ahead of its rows."""
-        self._file.flush()
+        self._flushed = time.monotonic()
+        if self._guard(self._append):
+            rows, self._waiting = self._waiting, []
+            if self._board is not None and not self._guard(lambda: self._show(rows)):
+                self._board = None
+
+    def _append(self) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text)
+        # unbuffered: what a full disk leaves of a row can be taken back, and nothing is tried again behind us
+        with self._path.open("ab", buffering=0) as file:
+            before = file.tell()
+            if not before:
+                writer.writerow(COLUMNS)
+            writer.writerows(_cells(row) for row in self._waiting)
+            data = text.getvalue().encode()
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
+
+    def _show(self, rows: list[Row]) -> None:
+        assert self._board is not None
+        for row in rows:
+            for name in COLUMNS[2:]:
+                value = getattr(row, name)
+                if value is not None:
+                    group = "validation" if name.startswith("validation_") else "train"
+                    self._board.add_scalar(f"{group}/{name.removeprefix('validation_')}", value, row.step)
         self._board.flush()
+
+    def _guard(self, write: Callable[[], object]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            if not self._told:
+                self._display.warn(f"{self._path} or TensorBoard's files could not be written: {error}")
+            self._told = True
+            return False
+        return True
+
+
+def _cells(row: Row) -> list[str]:
+    values = [getattr(row, name) for name in COLUMNS]
+    return ["" if value is None else f"{value:.9g}" for value in values]
 
 
 def read_rows(path: Path) -> list[Row]:

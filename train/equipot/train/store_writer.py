@@ -79,7 +79,8 @@ class StoreWriter:
     def _look(self, fresh: Manifest) -> Manifest | None:
         journal = self.path / JOURNAL
         if not (self.path / MANIFEST).exists():
-            if not journal.exists() and any(self.path.iterdir()):
+            begun = f"{JOURNAL}.part"  # all that a kill in the very first step leaves
+            if not journal.exists() and any(entry.name != begun for entry in self.path.iterdir()):
                 raise DataError(
                     f"{self.path}: holds other files and is no store; give an empty or a new folder as --out"
                 )

@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from equipot.train.assemble import assemble
 from equipot.train.checkpoint import Checkpoint, CheckpointError, newest_valid
 from equipot.train.console import Display
-from equipot.train.engine import end_world, start_world
+from equipot.train.engine import start_world
 from equipot.train.errors import TrainError
 from equipot.train.evaluate import Errors, evaluate
 from equipot.train.launch import available_cores
 from equipot.train.loader import Loader, StepBatches
 from equipot.train.loss import Counts, weighted
 from equipot.train.metrics import Metrics, Row
-from equipot.train.plots import plot_learning_curve
 from equipot.train.prepare import prepare
 from equipot.train.recipe import Recipe, check_combination
 from equipot.train.run_directory import RunDirectory
@@ -51,22 +50,19 @@ def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop) -> None:
     """
     torch.set_num_threads(_threads())
     world = start_world()
-    try:
-        check_combination(recipe, world.size)
-        run = RunDirectory(out)
-        with Display(silent=not world.is_first) as display:
-            for note in _prepare_together(recipe, run, world, resume=resume):
-                display.warn(note)
-            Trainer(recipe, run, world, display, stop).run()
-    finally:
-        end_world()
+    check_combination(recipe, world.size)
+    run = RunDirectory(out)
+    with Display(silent=not world.is_first) as display:
+        for note in _prepare_together(recipe, run, world, resume=resume):
+            display.warn(note)
+        Trainer(recipe, run, world, display, stop).run()
 
 
 def _threads() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS")
-    return (
-        int(wanted) if wanted else max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    )
+    # torchrun's name for it, then the deepspeed launcher's
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return int(wanted) if wanted else max(1, available_cores() // int(ranks_here))
 
 
 def _prepare_together(recipe: Recipe, run: RunDirectory, world: World, *, resume: bool) -> list[str]:
@@ -77,6 +73,8 @@ def _prepare_together(recipe: Recipe, run: RunDirectory, world: World, *, resume
             notes = prepare(recipe, run, resume=resume)
         except TrainError as error:
             problem = error
+        except OSError as error:
+            problem = TrainError(f"{run.path} cannot be written: {error}")
     agreed = world.agree(None if problem is None else str(problem))
     if agreed is not None:
         raise problem or TrainError(agreed)
@@ -88,8 +86,8 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, run: RunDirectory, world: World, display: Display, stop: Stop) -> None:
         self._recipe, self._run, self._world, self._display, self._stop = recipe, run, world, display, stop
-        self._parts = assemble(recipe, run, world)
-        self._total = self._parts.total_steps
+        self.parts = assemble(recipe, run, world)
+        self._total = self.parts.total_steps
         self._state = TrainerState()
         self._saved: TrainerState | None = None
         self._began = time.monotonic()
@@ -98,26 +96,25 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, or until asked to stop."""
-        self._parts.checkpoints.tidy()
+        self.parts.checkpoints.tidy()
         self._restore()
         self._began = time.monotonic() - self._state.seconds
         with contextlib.ExitStack() as stack:
             if self._world.is_first:
-                self._metrics = stack.enter_context(Metrics(self._run, step=self._state.step))
-            self._display.note(self._parts.summary)
+                self._metrics = stack.enter_context(Metrics(self._run, self._display, step=self._state.step))
+            self._display.note(self.parts.summary)
             finished = self._loop()
             if self._state.differs_from(self._saved):
                 self._save(final=True)
             if self._metrics is not None:
-                self._metrics.flush()
-                plot_learning_curve(self._run.metrics, self._run.learning_curve)
+                self._draw(self._metrics)
                 self._conclude(finished)
 
     def _loop(self) -> bool:
         """Steps and what comes between them; false if it was ended by a request to stop."""
         loader = Loader(
-            self._parts.dataset,
-            self._parts.sampler,
+            self.parts.dataset,
+            self.parts.sampler,
             self._world,
             accumulation=self._recipe.batch.accumulation,
             first_step=self._state.step,
@@ -145,11 +142,11 @@ class Trainer:
         if asked:
             return False
         counts = Counts(*counted)
-        self._parts.engine.module.train()
+        self.parts.engine.module.train()
         terms = torch.zeros(3, dtype=torch.float64)
         spoiled = []
         for batch in batches:
-            _, part = self._parts.engine.forward_backward(
+            _, part = self.parts.engine.forward_backward(
                 batch.systems, batch.targets, counts, self._world.size
             )
             terms += part.sum(1).cpu()
@@ -158,13 +155,18 @@ class Trainer:
         totals = torch.tensor(self._world.sum(terms.tolist()), dtype=torch.float64)
         if not torch.isfinite(totals).all():
             self._refuse(np.concatenate(spoiled), "the loss")
-        rate = learning_rate(self._state.step, self._total, self._recipe.optimizer)
-        norm = self._parts.engine.step(rate)
+        rate = learning_rate(
+            self._state.step,
+            self._total,
+            self._recipe.optimizer,
+            moments_since=self._state.moments_since,
+        )
+        norm = self.parts.engine.step(rate)
         if not np.isfinite(norm):
             self._refuse(np.concatenate([batch.keys for batch in batches]), "the gradient")
-        position = self._parts.sampler.position(self._state.step + 1)
+        position = self.parts.sampler.position(self._state.step + 1)
         self._state = self._state.after_step(position.epoch, position.offset)
-        self._parts.ema.update(self._state.step)
+        self.parts.ema.update(self._state.step)
         self._record(totals, counts, rate, norm, time.monotonic() - start)
         return True
 
@@ -195,31 +197,31 @@ class Trainer:
 
     @property
     def _epoch(self) -> float:
-        return self._state.step / self._parts.sampler.steps_per_epoch
+        return self._state.step / self.parts.sampler.steps_per_epoch
 
     def _validation_is_due(self) -> bool:
         step = self._state.step
-        every = self._recipe.validation.every_epochs * self._parts.sampler.steps_per_epoch
+        every = self._recipe.validation.every_epochs * self.parts.sampler.steps_per_epoch
         due = step >= self._total or (step > 0 and step % every == 0)
         return due and self._state.validated_step != step
 
     def _checkpoint_is_due(self) -> bool:
         step, settings = self._state.step, self._recipe.checkpoint
-        epochs = (settings.every_epochs or 0) * self._parts.sampler.steps_per_epoch
+        epochs = (settings.every_epochs or 0) * self.parts.sampler.steps_per_epoch
         due = any(every and step % every == 0 for every in (epochs, settings.every_steps or 0))
         return step > 0 and (due or self._state.is_best) and self._state.differs_from(self._saved)
 
     def _validate(self) -> None:
         """Errors of the averaged weights on the validation split; keeps count of the best."""
-        if not len(self._parts.validation):
+        if not len(self.parts.validation):
             self._state = self._state.after_validation(None)
             return
-        with self._parts.engine.swapped(self._parts.ema.parts):
+        with self.parts.engine.swapped(self.parts.ema.parts):
             tally = evaluate(
-                self._parts.potential,
-                self._parts.dataset,
-                self._parts.validation,
-                self._parts.validation_costs,
+                self.parts.potential,
+                self.parts.dataset,
+                self.parts.validation,
+                self.parts.validation_costs,
                 self._world,
                 self._recipe.loss,
                 stress=self._recipe.loss.stress > 0,
@@ -244,7 +246,7 @@ class Trainer:
         if self._metrics is not None:
             self._metrics.flush()
         try:
-            self._parts.checkpoints.save(self._state, self._parts.engine, self._parts.ema)
+            self.parts.checkpoints.save(self._state, self.parts.engine, self.parts.ema)
         except CheckpointError as error:
             if final:
                 raise CheckpointError(
@@ -255,6 +257,15 @@ class Trainer:
         else:
             self._saved = self._state
 
+    def _draw(self, metrics: Metrics) -> None:
+        from equipot.train.plots import plot_learning_curve  # matplotlib: for one rank, at the end
+
+        metrics.flush()
+        try:
+            plot_learning_curve(self._run.metrics, self._run.learning_curve)
+        except OSError as error:
+            self._display.warn(f"{self._run.learning_curve} could not be written: {error}")
+
     def _restore(self) -> None:
         found: tuple[Checkpoint | None, list[str]] = (None, [])
         if self._world.is_first:
@@ -264,15 +275,15 @@ class Trainer:
             self._display.warn(f"a damaged checkpoint is passed over: {problem}")
         if checkpoint is None:
             return
-        exact = self._parts.checkpoints.restore(checkpoint, self._parts.engine, self._parts.ema)
-        self._state = checkpoint.state
-        self._saved = self._state
+        exact = self.parts.checkpoints.restore(checkpoint, self.parts.engine, self.parts.ema)
+        self._saved = self._state = checkpoint.state
         self._display.note(f"resumed from {checkpoint.path}: step {self._state.step} of {self._total}")
         if not exact:
+            self._state = replace(self._state, moments_since=self._state.step)
             was = checkpoint.parallelism
             self._display.warn(
                 f"the checkpoint is of {was.ranks} rank(s), ZeRO stage {was.zero_stage}, {was.precision}: "
-                "weights and their average are taken over, the optimizer's moments begin anew"
+                "weights and their average are taken over, the optimizer's moments begin anew, with a warm-up"
             )
 
     def _refuse(self, mine: NDArray[np.int64], what: str) -> None:
@@ -280,7 +291,7 @@ class Trainer:
         keys = np.concatenate([np.asarray(part, dtype=np.int64).reshape(-1, 2) for part in gathered])
         raise NonFiniteError(
             f"{what} of step {self._state.step + 1} is not a finite number, from structures "
-            f"{self._parts.dataset.describe(keys)}. Look at their labels and distances, or lower "
+            f"{self.parts.dataset.describe(keys)}. Look at their labels and distances, or lower "
             "optimizer.learning_rate; earlier checkpoints are untouched, and this continues from the newest: "
             f"{self._resume_command}"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from equipot.train.errors import TrainError
-from equipot.train.launch import Failure, free_port, in_a_launched_rank, rank_environment
+from equipot.train.launch import Failure, free_port, in_a_launched_rank, rank_environment, wait_policy
 from equipot.train.recipe import Recipe
 
 
@@ -66,16 +66,18 @@ class StopRequest:
 
 def work(job: Job, stop: StopRequest) -> None:
     """Be one rank of the run; alone in the world if no launcher made this process a rank."""
-    alone = not in_a_launched_rank()
-    added = rank_environment(0, 1, free_port()) if alone else {}
-    os.environ.update(added)
+    before = dict(os.environ)
+    if not in_a_launched_rank():
+        os.environ.update(rank_environment(0, 1, free_port()))
+    os.environ["OMP_WAIT_POLICY"] = wait_policy()  # read by OpenMP when torch is imported
     try:
         from equipot.train.trainer import train  # torch and deepspeed: seconds, and only where needed
 
         train(job.recipe, job.out, resume=job.resume, stop=stop)
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        # a process that goes on must not look like a rank to what it starts
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from equipot.train.sources.labels import find_charge_and_spin, find_labels
 from equipot.train.sources.structure import check_structure
 
 XYZ_FORMATS = ("extxyz", "xyz")
+_LOOKED_AT = 100  # frames that are searched for a key the user named before it is called absent
 
 
 def open_ase_file(path: Path, options: ReadOptions) -> "AseFile":
-    """Opens a file and looks at its first frame.
+    """Opens a file and looks at its first frames.
 
     Raises:
-        DataError: missing, empty, of a kind ASE does not read, not what its name says, or the first frame has
-            no such key as the options name.
+        DataError: missing, empty, of a kind ASE does not read, not what its name says, or without the
+            keys that the options name.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
@@ -39,14 +41,17 @@ def open_ase_file(path: Path, options: ReadOptions) -> "AseFile":
 
 def _detect(path: Path) -> str:
     try:
-        return str(ase.io.formats.filetype(str(path)))
+        format = str(ase.io.formats.filetype(str(path)))
     except ase.io.formats.UnknownFileTypeError:
+        format = ""
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); is it really what its name says?") from None
+    if format not in ase.io.formats.ioformats:  # ASE takes an unknown extension for a format
         raise DataError(
             f"{path}: neither its name nor its first bytes say what it is; name ASE's format with --format "
             "(extxyz, traj, vasp-xml, …)"
-        ) from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is it really what its name says?") from None
+        )
+    return format
 
 
 class AseFile:
@@ -83,20 +88,25 @@ class AseFile:
                 raise self._not_what_it_says(str(error)) from None
             if not xyz_chunks.is_header(line):
                 raise self._not_what_it_says(f"its first line is {line[:40]!r}, not an atom count")
-        atoms = next(self._atoms(0), None)
-        if atoms is None:
+        first = list(islice(self._atoms(0), 1 if self._named_keys() == {} else _LOOKED_AT))
+        if not first:
             raise DataError(f"{self._path}: holds no frame")
-        if isinstance(atoms, Rejected):
-            return
-        values = _all_values(atoms)
-        for option, key in (
-            ("--energy-key", self._options.energy_key),
-            ("--forces-key", self._options.forces_key),
-            ("--stress-key", self._options.stress_key),
-        ):
-            if key is not None and key not in values:
-                there = ", ".join(sorted(k for k in values if k not in ("numbers", "positions"))) or "none"
-                raise DataError(f"{self._path}: frame 0 has no {key!r} ({option}); keys there: {there}")
+        keys = {key for atoms in first if not isinstance(atoms, Rejected) for key in _all_values(atoms)}
+        for option, key in self._named_keys().items():
+            if keys and key not in keys:
+                there = ", ".join(sorted(keys - {"numbers", "positions"})) or "none"
+                raise DataError(
+                    f"{self._path}: none of its first {len(first)} frame(s) has {key!r} ({option}); "
+                    f"keys there: {there}"
+                )
+
+    def _named_keys(self) -> dict[str, str]:
+        named = {
+            "--energy-key": self._options.energy_key,
+            "--forces-key": self._options.forces_key,
+            "--stress-key": self._options.stress_key,
+        }
+        return {option: key for option, key in named.items() if key is not None}
 
     def _not_what_it_says(self, why: str) -> DataError:
         with self._path.open("rb") as file:

@@ -1,0 +1,64 @@
+"""grpc.health.v1 for a server whose services rise and fall together.
+
+grpcio's own servicer leaves watchers waiting when the server stops: they hold it up for the whole grace
+period and end with a traceback. Here they are told, and then let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from equipot.serve.status import Context
+
+SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated, without types
+    """One state for the given services and for the server as a whole, whose name is empty."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._services = {"", *services}
+        self._serving = False
+        self._closed = False
+        self._change = asyncio.Event()
+
+    def set(self, *, serving: bool) -> None:
+        """Changes the state and tells the watchers."""
+        self._serving = serving
+        self._tell()
+
+    def close(self) -> None:
+        """Lets the watchers go; the server stops."""
+        self._closed = True
+        self._tell()
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        """The state now."""
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service[:200]!r} here")
+        return self._response(request)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The state now and whenever it changes."""
+        while not self._closed:
+            change = self._change
+            yield self._response(request)
+            await change.wait()
+
+    def _tell(self) -> None:
+        self._change.set()
+        self._change = asyncio.Event()
+
+    def _response(self, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse:
+        states = health_pb2.HealthCheckResponse
+        if request.service not in self._services:
+            return states(status=states.SERVICE_UNKNOWN)
+        return states(status=states.SERVING if self._serving else states.NOT_SERVING)

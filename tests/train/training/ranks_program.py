@@ -1,0 +1,21 @@
+"""What each rank runs in test_ranks.py: `equipot train` once per set of changes to a recipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from equipot.cli.main import main
+
+
+def run(recipe: str, jobs: dict[str, list[str]]) -> int:
+    """Train every job, named by its run directory; the worst exit code."""
+    codes = []
+    for out, changes in jobs.items():
+        overrides = [word for change in changes for word in ("--set", change)]
+        codes.append(main(["train", recipe, "--out", out, *overrides]))
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1], json.loads(sys.argv[2])))
