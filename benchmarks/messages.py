@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/messages.py [--widths 256 1024] [--repeats 5] [--out FILE]
 
 Rounds go through all variants in turn, and the least CPU-seconds of each count: on a machine with other
-work the ratios hold where times do not. Activations are the most bytes alive during a step beyond those at its
-start, with the buffers of the parameters' gradients already there. Efficiency is the rate of the step's matrix
-products on edges and atoms, as if nothing else took time, over the rate of one product alone.
+work the ratios hold where times do not. Activations are the most bytes alive during a step beyond those
+at its start, with the buffers of the parameters' gradients already there. Efficiency is the rate of the
+step's matrix products on edges and atoms, as if nothing else took time, over that of one product alone.
 """
 
 import argparse
