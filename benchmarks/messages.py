@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--systems", type=int, default=16)
     parser.add_argument("--atoms", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--machine", help="its class and load, for the report")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -202,9 +203,11 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr)
     report = {
-        "command": "python benchmarks/messages.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/messages.py "
+        + f"--widths {' '.join(map(str, args.widths))} --tasks {' '.join(args.tasks)} "
+        + f"--systems {args.systems} --atoms {args.atoms} --repeats {args.repeats}",
         "date": time.strftime("%Y-%m-%d"),
-        "processor": platform.processor() or platform.machine(),
+        "machine": args.machine or platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "kernels": "compiled" if available() else kernel_status(),
         "threads": 1,
