@@ -37,7 +37,7 @@ def test_json_round_trip() -> None:
         ("mean_neighbors", 0.0),
         ("forces", "gradient"),
         ("normalisation", "batch"),
-        ("messages", "fast"),
+        ("messages", "quick"),
         ("residual", "yes"),
         ("architecture", ""),
         ("elements", ()),

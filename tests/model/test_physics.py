@@ -12,7 +12,7 @@ from equipot.model.testing import CHECKS, CONSERVATIVE_CHECKS, Check, check_rota
 KINDS = ("molecules", "crystals", "mixed")
 
 
-@pytest.mark.parametrize("messages", ["split", "plain"])
+@pytest.mark.parametrize("messages", ["fast", "lean", "split", "plain"])
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -27,7 +27,7 @@ def test_symmetries_and_limits(
     check(make_model(forces=forces, messages=messages), structures[kind])
 
 
-@pytest.mark.parametrize("messages", ["split", "plain"])
+@pytest.mark.parametrize("messages", ["fast", "lean", "split", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("check", CONSERVATIVE_CHECKS, ids=lambda check: check.__name__)
 def test_forces_and_stress_are_the_energys_gradient(

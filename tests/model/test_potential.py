@@ -37,7 +37,7 @@ def backward(loss: Tensor) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("messages", ["split", "plain"])
+@pytest.mark.parametrize("messages", ["fast", "lean", "split", "plain"])
 def test_gradient_of_the_loss_is_its_finite_difference(
     forces: str, messages: str, make_model: MakeModel, structures: Structures
 ) -> None:

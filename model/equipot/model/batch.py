@@ -1,6 +1,6 @@
 """Structures, structures with edges, and batches of them. Numpy up to `collate`, torch from there on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,6 +150,28 @@ class SystemBatch:
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
         return SystemBatch(*(move(getattr(self, name)) for name in self.__slots__))
+
+    def alone(self) -> "Iterator[SystemBatch]":
+        """Each system as a batch of its own, in new tensors, as if it had been collated alone."""
+        counts = torch.bincount(self.system_idx, minlength=self.n_systems)
+        edge_counts = torch.bincount(self.system_idx[self.receivers], minlength=self.n_systems)
+        atom = edge = 0
+        for s, (n_atoms, n_edges) in enumerate(zip(counts.tolist(), edge_counts.tolist(), strict=True)):
+            atoms, edges = slice(atom, atom + n_atoms), slice(edge, edge + n_edges)
+            yield SystemBatch(
+                atomic_numbers=self.atomic_numbers[atoms].clone(),
+                positions=self.positions[atoms].clone(),
+                cell=self.cell[s : s + 1].clone(),
+                pbc=self.pbc[s : s + 1].clone(),
+                system_idx=torch.zeros_like(self.system_idx[atoms]),
+                level_idx=self.level_idx[s : s + 1].clone(),
+                charge=self.charge[s : s + 1].clone(),
+                spin_multiplicity=self.spin_multiplicity[s : s + 1].clone(),
+                senders=self.senders[edges] - atom,
+                receivers=self.receivers[edges] - atom,
+                cell_shifts=self.cell_shifts[edges].clone(),
+            )
+            atom, edge = atom + n_atoms, edge + n_edges
 
 
 def build_graph(system: System, cutoff: float) -> Graph:

@@ -12,7 +12,7 @@ from equipot.model.errors import ModelError
 _CHOICES = {
     "forces": ("conservative", "direct"),
     "normalisation": ("layer", "none"),
-    "messages": ("split", "plain"),
+    "messages": ("fast", "lean", "split", "plain"),
 }
 _TUPLES = ("elements", "levels_of_theory", "charges", "spin_multiplicities")
 
@@ -37,8 +37,9 @@ class ModelConfig:
     """Whether a layer adds to the atoms' features or replaces them."""
     normalisation: Literal["layer", "none"] = "layer"
     """LayerNorm before each layer and before the heads, or nothing."""
-    messages: Literal["split", "plain"] = "split"
-    """Order of evaluation of the messages: the same function of the same parameters."""
+    messages: Literal["fast", "lean", "split", "plain"] = "fast"
+    """Order of evaluation of the messages: the same function of the same parameters, in more or less time and
+    memory; see `messages`."""
     elements: tuple[int, ...]
     """Atomic numbers the model knows, ascending."""
     levels_of_theory: tuple[str, ...]

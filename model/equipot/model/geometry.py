@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equipot.model.blocks import BlockedEdges, block_edges
 from equipot.model.radial import bessel_basis, envelope
 
 
@@ -21,6 +22,8 @@ class Edges:
     envelope: Tensor
     """(E, 1) smooth cutoff"""
     n_atoms: int
+    blocked: BlockedEdges | None
+    """the same senders and receivers in blocks, for the forms of the messages that work by blocks"""
 
 
 def edge_lengths(vectors: Tensor) -> Tensor:
@@ -38,6 +41,7 @@ def make_edges(
     cutoff: float,
     radial: int,
     dtype: torch.dtype,
+    blocked: bool,
 ) -> Edges:
     """Expands distances (E,) in Å; computed in their dtype, then rounded once to the network's."""
     return Edges(
@@ -46,6 +50,7 @@ def make_edges(
         radial=bessel_basis(distances, cutoff, radial).to(dtype),
         envelope=envelope(distances, cutoff).to(dtype).unsqueeze(-1),
         n_atoms=n_atoms,
+        blocked=block_edges(senders, receivers, n_atoms) if blocked else None,
     )
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional
 from equipot.model.batch import SystemBatch
 from equipot.model.config import ModelConfig
 from equipot.model.geometry import Edges, sum_by_index
-from equipot.model.messages import PairLinear
+from equipot.model.messages import PairLinear, edge_strengths
 
 
 class Lookup(nn.Module):
@@ -89,6 +89,6 @@ class ForceHead(nn.Module):
             directions: (E, 3) unit vectors.
             edge_level: (E,) level of theory of each edge's system.
         """
-        strength = self.down(functional.silu(self.up(h, edges)) * edges.envelope)
+        strength = edge_strengths(self.up, self.down, h, edges)
         strength = strength.gather(-1, edge_level.unsqueeze(-1)).to(directions.dtype)
         return sum_by_index(strength * directions, edges.receivers, edges.n_atoms)

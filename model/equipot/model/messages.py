@@ -1,4 +1,4 @@
-"""The messages between atoms: the hot spot of the model, in two orders of evaluation.
+"""The messages between atoms: the hot spot of the model, in four orders of evaluation.
 
 With h the atoms' features, i an edge's receiver and j its sender:
 
@@ -8,7 +8,9 @@ With h the atoms' features, i an edge's receiver and j its sender:
 "plain" joins [h_i, h_j, rbf] on every edge and multiplies once by [W_a W_b W_r]: the form of the EGNN paper
 (Satorras, Hoogeboom, Welling, "E(n) equivariant graph neural networks", 2021) and the reference for tests.
 "split" multiplies on every atom, then gathers and adds: the same numbers for a fraction of the work, as a
-structure has tens of edges per atom. A faster evaluation replaces the functions here and nothing else.
+structure has tens of edges per atom. "lean" does so block by block of edges and forgets what it computed, to
+compute it again for derivatives: memory no longer grows with edges × width. "fast" is lean, but keeps the one
+to three tensors (E, H) whose recomputation costs a matrix product. All have the same parameters.
 """
 
 from typing import Literal
@@ -17,7 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from equipot.model.block_work import Inputs
 from equipot.model.geometry import Edges, sum_by_index
+from equipot.model.messages_blocked import sum_messages
+from equipot.model.strengths_blocked import strengths_of_edges
+
+MessageForm = Literal["fast", "lean", "split", "plain"]
+BLOCKED_FORMS = ("fast", "lean")
 
 
 class PairLinear(nn.Module):
@@ -26,7 +34,7 @@ class PairLinear(nn.Module):
     Slicing one joint weight instead would make a gradient buffer of the joint size for each slice.
     """
 
-    def __init__(self, width: int, radial: int, *, form: Literal["split", "plain"]) -> None:
+    def __init__(self, width: int, radial: int, *, form: MessageForm) -> None:
         super().__init__()
         self.receiver = nn.Linear(width, width)
         self.sender = nn.Linear(width, width, bias=False)
@@ -52,13 +60,31 @@ class PairLinear(nn.Module):
 class MessageSum(nn.Module):
     """Σ_j m_ij for every atom i."""
 
-    def __init__(self, width: int, radial: int, *, form: Literal["split", "plain"]) -> None:
+    def __init__(self, width: int, radial: int, *, form: MessageForm) -> None:
         super().__init__()
         self.up = PairLinear(width, radial, form=form)
         self.down = nn.Linear(width, width)
 
     def forward(self, h: Tensor, edges: Edges) -> Tensor:
         """Sums (N, H), in float32 or wider, from the atoms' features (N, H)."""
+        if edges.blocked is not None:
+            at_receiver, at_sender = self.up.receiver(h), self.up.sender(h)
+            others = edges.radial, edges.envelope, self.up.radial.weight, self.down.weight, self.down.bias
+            # Under autocast the linears above decide the dtype, and everything else has to follow.
+            inputs = Inputs(at_receiver, at_sender, *(t.to(at_receiver.dtype) for t in others))
+            return sum_messages(inputs, edges.blocked, keep=self.up.form == "fast")
         hidden = functional.silu(self.up(h, edges))
         messages = functional.silu(self.down(hidden)) * edges.envelope
         return sum_by_index(messages, edges.receivers, edges.n_atoms)
+
+
+def edge_strengths(up: PairLinear, down: nn.Linear, h: Tensor, edges: Edges) -> Tensor:
+    """Numbers (E, outputs) φ_ij = W (envelope · silu(z_ij)), for direct forces, from features (N, H)."""
+    if edges.blocked is not None:
+        at_receiver, at_sender = up.receiver(h), up.sender(h)
+        others = edges.radial, up.radial.weight, down.weight
+        radial, w_radial, w_out = (tensor.to(at_receiver.dtype) for tensor in others)
+        blocked = edges.blocked
+        return strengths_of_edges(at_receiver, at_sender, radial, w_radial, w_out, blocked) * edges.envelope
+    out: Tensor = down(functional.silu(up(h, edges)) * edges.envelope)
+    return out

@@ -12,6 +12,7 @@ from equipot.model.egnn import EGNN
 from equipot.model.errors import ModelError
 from equipot.model.geometry import Edges, edge_lengths, make_edges, sum_by_index
 from equipot.model.heads import Embedding, EnergyHead, ForceHead
+from equipot.model.messages import BLOCKED_FORMS
 from equipot.model.references import References
 
 # A backbone is built from the config and maps (embeddings (N, H), Edges) to features (N, H) in the edges'
@@ -70,7 +71,9 @@ class Potential(nn.Module):
         for module in outputs:
             nn.init.normal_(module.weight, std=_OUTPUT_GAIN / math.sqrt(module.in_features))
 
-    def forward(self, batch: SystemBatch, *, forces: bool = True, stress: bool = False) -> Prediction:
+    def forward(
+        self, batch: SystemBatch, *, forces: bool = True, stress: bool = False, deterministic: bool = False
+    ) -> Prediction:
         """Predicts total energies, and forces and stress where asked for.
 
         In training mode, and where gradients are enabled, everything can be back-propagated, conservative
@@ -81,6 +84,9 @@ class Potential(nn.Module):
             batch: structures that passed `validate`; unknown elements raise IndexError here.
             forces: whether to compute forces.
             stress: whether to compute stress.
+            deterministic: evaluate every system alone, so that it gets the same bits whatever batch it is in,
+                on the same machine with as many threads. A matrix product's rounding depends on its number
+                of rows, so a common batch cannot promise that.
 
         Raises:
             ModelError: stress was asked of a model with direct forces.
@@ -90,6 +96,8 @@ class Potential(nn.Module):
                 "stress: this model has direct forces, which belong to no energy, so it has no stress; "
                 "use a model with forces = 'conservative'"
             )
+        if deterministic:
+            return _joined([self(one, forces=forces, stress=stress) for one in batch.alone()])
         by_gradient = stress or (forces and self.force_head is None)
         differentiable = self.training and torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable or by_gradient):
@@ -126,6 +134,7 @@ class Potential(nn.Module):
             cutoff=self.config.cutoff,
             radial=self.config.radial,
             dtype=self.embedding.element.weight.dtype,
+            blocked=self.config.messages in BLOCKED_FORMS,
         )
         return edges, lengths
 
@@ -192,6 +201,18 @@ def _detached(prediction: Prediction) -> Prediction:
         energy=prediction.energy.detach(),
         forces=None if prediction.forces is None else prediction.forces.detach(),
         stress=None if prediction.stress is None else prediction.stress.detach(),
+    )
+
+
+def _joined(parts: list[Prediction]) -> Prediction:
+    def join(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
+
+    return Prediction(
+        energy=torch.cat([part.energy for part in parts]),
+        forces=join([part.forces for part in parts]),
+        stress=join([part.stress for part in parts]),
     )
 
 

@@ -72,8 +72,9 @@ class ModelSection(_Section):
     normalisation: Literal["layer", "none"] = Field(
         default="layer", description="layer norm of node features"
     )
-    messages: Literal["split", "plain"] = Field(
-        default="split", description="two evaluation orders of one function; plain is the slow reference"
+    messages: Literal["fast", "lean", "split", "plain"] = Field(
+        default="fast",
+        description="evaluation orders of one function; lean saves memory, plain is the slow reference",
     )
 
 

@@ -1,0 +1,224 @@
+"""Time and memory of the forms of the message function, against the plain one, in one process.
+
+    OMP_NUM_THREADS=1 python benchmarks/messages.py [--widths 256 1024] [--repeats 5] [--out FILE]
+
+Rounds go through all variants in turn, and the least CPU-seconds of each count: on a machine with other
+work the ratios hold where times do not. Activations are the most bytes alive during a step beyond those
+at its start, with the buffers of the parameters' gradients already there. Efficiency is the rate of the
+step's matrix products on edges and atoms, as if nothing else took time, over that of one product alone.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equipot.model.batch import System, SystemBatch, build_graph, collate
+from equipot.model.config import ModelConfig
+from equipot.model.kernels import available, kernel_status, pure_torch
+from equipot.model.potential import Potential, Prediction
+from equipot.model.references import References
+
+# Name in the report, form of the messages, whether compiled kernels may do the work.
+VARIANTS = {
+    "plain": ("plain", False),
+    "split": ("split", False),
+    "fast": ("fast", False),
+    "lean": ("lean", False),
+    "fast, compiled": ("fast", True),
+    "lean, compiled": ("lean", True),
+}
+LAYERS = 3
+
+# Products (E, H) × (H, H) per layer of one step: forward, gradients by inputs, by weights, and second order.
+# The plain form's first product counts twice, as its rows are twice as long.
+EDGE_PRODUCTS = {
+    "direct": {"plain": 9, "split": 3, "fast": 3, "lean": 4},
+    "conservative": {"plain": 18, "split": 6, "fast": 6, "lean": 11},
+    "inference": {"plain": 6, "split": 2, "fast": 2, "lean": 3},
+}
+# Products (N, H) × (H, H): five per layer and pass, of which the plain form does two on edges.
+ATOM_PASSES = {"direct": 3, "conservative": 6, "inference": 2}
+
+
+def make_batch(n_systems: int, n_atoms: int, dtype: torch.dtype) -> SystemBatch:
+    """Clusters of atoms at a molecule's density: about 19 neighbours within 5 Å for 20 atoms."""
+    rng = np.random.default_rng(0)
+    graphs = []
+    for _ in range(n_systems):
+        # A jittered grid has no two atoms on one spot.
+        side = int(np.ceil(n_atoms ** (1 / 3)))
+        grid = np.stack(np.meshgrid(*[np.arange(side)] * 3), -1).reshape(-1, 3)[:n_atoms]
+        positions = 1.7 * grid + rng.uniform(-0.3, 0.3, (n_atoms, 3))
+        numbers = rng.choice([1, 6, 7, 8], n_atoms)
+        system = System(numbers, positions, np.zeros((3, 3)), np.zeros(3, dtype=bool))
+        graphs.append(build_graph(system, 5.0))
+    return collate(graphs, dtype=dtype)
+
+
+def make_model(width: int, form: str, forces: str, batch: SystemBatch) -> Potential:
+    """The same weights whatever the form."""
+    config = ModelConfig(
+        width=width,
+        layers=LAYERS,
+        forces=forces,  # type: ignore[arg-type]
+        messages=form,  # type: ignore[arg-type]
+        elements=(1, 6, 7, 8),
+        levels_of_theory=("none",),
+        mean_neighbors=batch.n_edges / batch.n_atoms,
+    )
+    torch.manual_seed(0)
+    references = References(energy=np.zeros((1, 4)), scale=np.ones(1))
+    return Potential(config, references).to(batch.positions.dtype)
+
+
+def make_step(model: Potential, batch: SystemBatch, task: str, *, compiled: bool) -> Callable[[], Tensor]:
+    """One training step up to the gradients, or one prediction."""
+    target = torch.randn_like(batch.positions)
+
+    def train() -> Tensor:
+        prediction: Prediction = model(batch)
+        assert prediction.forces is not None
+        loss = prediction.energy.square().mean() + (prediction.forces - target).square().mean()
+        model.zero_grad(set_to_none=False)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def predict() -> Tensor:
+        prediction: Prediction = model(batch)
+        assert prediction.forces is not None
+        return prediction.forces
+
+    model.train(task != "inference")
+    step = predict if task == "inference" else train
+
+    def in_pure_torch() -> Tensor:
+        with pure_torch():
+            return step()
+
+    return step if compiled else in_pure_torch
+
+
+def peak_bytes(step: Callable[[], Tensor]) -> int:
+    """The most bytes alive during a step beyond those at its start, as the allocator saw it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return int(max(np.cumsum([0, *changes])))
+
+
+def cpu_seconds(step: Callable[[], Tensor]) -> float:
+    """CPU-seconds of one call."""
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def product_seconds(edges: int, width: int, dtype: torch.dtype) -> float:
+    """CPU-seconds of one product (E, H) × (H, H), in the best of the rows' cuts tried."""
+    weight = torch.randn(width, width, dtype=dtype)
+    best = float("inf")
+    for rows in (256, 512, 1024):
+        x, out = torch.randn(rows, width, dtype=dtype), torch.empty(rows, width, dtype=dtype)
+        torch.mm(x, weight, out=out)
+        count = max(3, int(2e9 / (2 * rows * width * width)))
+        start = time.process_time()
+        for _ in range(count):
+            torch.mm(x, weight, out=out)
+        best = min(best, (time.process_time() - start) / count / rows)
+    return best * edges
+
+
+def compare(width: int, task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per variant."""
+    batch = make_batch(args.systems, args.atoms, torch.float32)
+    forces = "direct" if task == "direct" else "conservative"
+    steps = {
+        name: make_step(make_model(width, form, forces, batch), batch, task, compiled=compiled)
+        for name, (form, compiled) in VARIANTS.items()
+        if available() or not compiled
+    }
+    for step in steps.values():
+        step()
+    memory = {name: peak_bytes(step) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    product = []
+    for _ in range(args.repeats):
+        for name, step in steps.items():
+            times[name].append(cpu_seconds(step))
+        product.append(product_seconds(batch.n_edges, width, torch.float32))
+    rows = []
+    for name in steps:
+        seconds, form = min(times[name]), VARIANTS[name][0]
+        on_atoms = (3 if form == "plain" else 5) * ATOM_PASSES[task] * batch.n_atoms / batch.n_edges
+        products = (EDGE_PRODUCTS[task][form] + on_atoms) * LAYERS * min(product)
+        rows.append(
+            {
+                "task": task,
+                "width": width,
+                "edges": batch.n_edges,
+                "atoms": batch.n_atoms,
+                "variant": name,
+                "cpu_ms": round(1e3 * seconds, 1),
+                "time_ratio": round(seconds / min(times["plain"]), 3),
+                "activations_mb": round(memory[name] / 1e6, 1),
+                "activations_ratio": round(memory[name] / memory["plain"], 3),
+                "gemm_efficiency": round(products / seconds, 2),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Prints the report as JSON, one row per variant, width and task."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument(
+        "--tasks", nargs="+", default=["direct", "conservative", "inference"], help="what a step does"
+    )
+    parser.add_argument("--systems", type=int, default=16)
+    parser.add_argument("--atoms", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--machine", help="its class and load, for the report")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for width in args.widths:
+        for task in args.tasks:
+            for row in compare(width, task, args):
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr)
+    report = {
+        "command": "python benchmarks/messages.py "
+        + f"--widths {' '.join(map(str, args.widths))} --tasks {' '.join(args.tasks)} "
+        + f"--systems {args.systems} --atoms {args.atoms} --repeats {args.repeats}",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": args.machine or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": "compiled" if available() else kernel_status(),
+        "threads": 1,
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.out is not None:
+        args.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
