@@ -22,6 +22,7 @@ from equipot.train.prepare import prepare
 from equipot.train.recipe import Recipe
 from equipot.train.run_directory import RunDirectory
 from equipot.train.state import TrainerState
+from equipot.train.worker import StopRequest
 from equipot.train.world import World
 
 
@@ -149,19 +150,65 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(run: Path, train: Cal
         train(run, "model.width=8", resume=True)
 
 
-def test_a_run_can_be_lengthened_or_divided_otherwise(
+def test_a_run_can_be_lengthened(
     run: Path, train: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     train(run, "optimizer.steps=8", resume=True)
     assert "optimizer.steps: 6 → 8" in capfd.readouterr().out
     assert names(run)[0] == "step-00000008"
-    train(run, "optimizer.steps=10", "zero.stage=0", "precision=fp32", resume=True)
-    said = capfd.readouterr().out
-    assert "begin anew" in said
-    checkpoint = read_checkpoint(run / "checkpoints" / "step-00000010")
-    assert checkpoint.state.moments_since == 8
     steps = [row.step for row in read_rows(run / "metrics.csv") if row.loss is not None]
-    assert steps == list(range(1, 11))
+    assert steps == list(range(1, 9))
+
+
+DIRECT = 'model.forces="direct"'
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["zero.stage=1"], ["zero.stage=0"]),
+        (["zero.stage=0"], ["zero.stage=2"]),
+        (["zero.stage=0", DIRECT], ["zero.stage=3", DIRECT]),
+        (["zero.stage=3", DIRECT], ["zero.stage=1", "precision=bf16", DIRECT]),
+    ],
+)
+def test_weights_are_taken_over_by_another_division(
+    before: list[str],
+    after: list[str],
+    tmp_path: Path,
+    train: Callable[..., Path],
+    weights: Callable[..., dict[str, torch.Tensor]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = train(tmp_path / "run", *before)
+    old = {kind: weights(run, kind) for kind in ("weights", "ema")}
+    train(run, *after, resume=True)
+    assert "the optimizer's moments begin anew" in capfd.readouterr().out
+    checkpoint = read_checkpoint(run / "checkpoints" / "step-00000006")
+    assert checkpoint.state.moments_since == 6
+    assert f"zero.stage={checkpoint.parallelism.zero_stage}" in after
+    for kind, tensors in old.items():
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in weights(run, kind).items())
+    train(run, *after, "optimizer.steps=8", resume=True)
+    assert names(run)[0] == "step-00000008"
+
+
+def test_a_request_to_stop_saves_before_the_next_step(
+    train: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stop = StopRequest()
+    stop.requested = True
+    run = train(tmp_path / "run", stop=stop)
+    assert names(run) == ["step-00000000"]
+    assert "stopped as asked at step 0 of 6 and saved" in capfd.readouterr().out
+    train(run, resume=True)
+    assert names(run)[0] == "step-00000006"
+
+
+def test_a_run_without_a_checkpoint_is_begun_anew(train: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"batch\.structures = 43 is more than the 42"):
+        train(tmp_path / "run", "batch.structures=43")
+    assert names(train(tmp_path / "run"))[0] == "step-00000006"
 
 
 def test_early_stop(train: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

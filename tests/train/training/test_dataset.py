@@ -119,10 +119,9 @@ def test_a_loss_without_labels_is_refused(stores: list[Store], recipe: Callable[
 
 
 def test_a_store_that_changed_is_refused_on_resume(
-    store: Path, recipe: Callable[..., Recipe], tmp_path: Path
+    train: Callable[..., Path], recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    run = RunDirectory(tmp_path / "run")
-    prepare(recipe(), run, resume=False)
+    run = RunDirectory(train(tmp_path / "run", "optimizer.steps=0"))
     frames = [molecule("CH2", -10.0 - i) for i in range(30)]
     other = make_store(tmp_path, "other", frames, "EMT")
     with pytest.raises(TrainError, match="is not the store that was split"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
@@ -17,8 +17,8 @@ import torch
 from equipot.train.checkpoint import committed_paths, newest_valid, read_checkpoint
 from equipot.train.metrics import read_rows
 
-STEPS = 60
-LONG = ["--ranks", "2", "--set", f"optimizer.steps={STEPS}", "--set", "checkpoint.every_steps=3"]
+STEPS = 40
+LONG = ["--ranks", "2", "--set", f"optimizer.steps={STEPS}", "--set", "checkpoint.every_steps=4"]
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Weights = Callable[..., dict[str, torch.Tensor]]
@@ -62,7 +62,7 @@ def killed(
     """A run whose launcher got SIGKILL in the middle of an epoch, and what were its ranks."""
     run = tmp_path_factory.mktemp("killed") / "run"
     process = equipot("train", recipe_file, "--out", run, *LONG)
-    wait_for_checkpoint(run, process, 6)
+    wait_for_checkpoint(run, process, 8)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
@@ -86,7 +86,7 @@ def test_a_killed_run_ends_with_the_same_weights(
     assert gone(ranks)
     found, _ = newest_valid(run / "checkpoints")
     assert found is not None
-    assert 6 <= found.state.step < STEPS
+    assert 8 <= found.state.step < STEPS
     said = finish(equipot("train", recipe_file, "--out", run, *LONG, "--resume"))
     assert f"step {found.state.step} of {STEPS}" in said
     for kind in ("weights", "ema"):
@@ -99,7 +99,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_says_so(
 ) -> None:
     run = tmp_path / "run"
     process = equipot("train", recipe_file, "--out", run, *LONG)
-    wait_for_checkpoint(run, process, 3)
+    wait_for_checkpoint(run, process, 4)
     ranks = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -115,7 +115,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_says_so(
     # ... and SIGTERM to the launcher of the resumed run saves, says how to go on, and is no error.
     before = committed_paths(run / "checkpoints")[0].name
     process = equipot("train", recipe_file, "--out", run, *LONG, "--resume")
-    wait_for_checkpoint(run, process, int(before[5:]) + 3)
+    wait_for_checkpoint(run, process, int(before[5:]) + 4)
     process.send_signal(signal.SIGTERM)
     said = " ".join(finish(process).split())
     assert "stopped as asked" in said
@@ -130,15 +130,15 @@ def test_a_full_disk_is_survived_and_told(
     undisturbed: Path, recipe_file: Path, equipot: Start, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
-    longer = [*LONG, "--resume", "--set", f"optimizer.steps={STEPS + 6}"]
+    longer = [*LONG, "--resume", "--set", f"optimizer.steps={STEPS + 8}"]
     # A limit of file sizes (KiB) fails like a full disk, but for these processes alone.
     limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash"]
     said = " ".join(
         finish(equipot("train", recipe_file, "--out", run, *longer, prefix=limited), code=2).split()
     )
-    assert f"step-{STEPS + 3:08d} could not be written" in said
+    assert f"step-{STEPS + 4:08d} could not be written" in said
     assert "Training goes on; earlier checkpoints are untouched" in said
-    assert f"error: checkpoint step-{STEPS + 6:08d} could not be written" in said
+    assert f"error: checkpoint step-{STEPS + 8:08d} could not be written" in said
     assert "make room and continue" in said
     assert not list((run / "checkpoints").glob(".*"))
     assert [row.step for row in read_rows(run / "metrics.csv") if row.loss][:STEPS] == list(
@@ -167,12 +167,17 @@ def test_mistakes_are_one_line_and_exit_2(recipe_file: Path, equipot: Start, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_of_the_ranks_reaches_the_user_once(
+def test_an_error_that_all_ranks_share_reaches_the_user_once(
     store: Path, recipe_file: Path, equipot: Start, tmp_path: Path
 ) -> None:
-    half = Path(shutil.copytree(store, tmp_path / "half"))
-    os.truncate(next(half.rglob("positions.npy")), 200)
-    options = ["--ranks", "2", "--set", f'data.stores=["{half}"]']
-    said = finish(equipot("train", recipe_file, "--out", tmp_path / "run", *options), code=2)
-    assert said.count("positions.npy") == 1
+    spoiled = Path(shutil.copytree(store, tmp_path / "spoiled"))
+    forces = np.load(next(spoiled.rglob("forces.npy")), mmap_mode="r+")
+    forces[0] = 1e30  # the references' scale, and with it every prediction's square, is no longer a float32
+    forces.flush()
+    options = ["--ranks", "2", "--set", f'data.stores=["{spoiled}"]', "--set", "loss.kind=mse"]
+    said = " ".join(
+        finish(equipot("train", recipe_file, "--out", tmp_path / "run", *options), code=2).split()
+    )
+    assert said.count("the loss of step 1 is not a finite number") == 1
+    assert f"{spoiled}[" in said
     assert "Traceback" not in said

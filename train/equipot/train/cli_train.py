@@ -45,7 +45,7 @@ def train(
                 f"{recipe}: data.stores names {store}, which is no directory (relative paths are relative to "
                 f"{Path.cwd()}); make it with `equipot data import`"
             )
-    if not resume and RunDirectory(directory).card.exists() and not joining:
+    if not resume and RunDirectory(directory).has_checkpoints and not joining:
         raise RunError(f"{directory} already holds a run; continue it with --resume, or choose another --out")
     job = Job(recipe=settings, out=directory, resume=resume)
     if joining or size == 1:

@@ -20,10 +20,10 @@ class Display:
         self._live = self._console.is_terminal and not silent
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=self._console,
             disable=not self._live,
         )
@@ -57,16 +57,16 @@ class Display:
         self._began = time.monotonic()
         self._progress.reset(self._task, total=total, completed=step)
 
-    def step(self, step: int, total: int, epoch: float, numbers: str) -> None:
-        """A step is done."""
-        self._numbers = numbers
+    def step(self, step: int, total: int, epoch: float, *, loss: float, speed: float) -> None:
+        """A step is done, at that many structures a second."""
+        self._numbers = f"loss {loss:.3g}" if self._live else f"loss {loss:.4g}  {speed:.0f} structures/s"
         self._update(step, epoch)
         if not self._live and time.monotonic() - self._spoke > _QUIET_SECONDS:
             self._say(step, total, epoch)
 
-    def validation(self, step: int, total: int, epoch: float, text: str) -> None:
+    def validation(self, step: int, total: int, epoch: float, errors: str) -> None:
         """A validation is done."""
-        self._validation = text
+        self._validation = errors if self._live else f"validation {errors}"
         self._update(step, epoch)
         if not self._live and (step == total or time.monotonic() - self._spoke > _QUIET_SECONDS):
             self._say(step, total, epoch)

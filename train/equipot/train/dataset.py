@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from equipot.model.batch import Graph, System, SystemBatch, build_graph, collate
 from equipot.model.config import ModelConfig
+from equipot.model.errors import ModelError
 from equipot.train.edges import edge_counts
 from equipot.train.errors import DataError
 from equipot.train.splits import Splits
@@ -106,7 +107,10 @@ class Dataset:
         if found is not None:
             return found
         system = self._known(self._stores[store].system(index), store)
-        item = build_graph(system, self._config.cutoff), self._stores[store].labels(index)
+        try:
+            item = build_graph(system, self._config.cutoff), self._stores[store].labels(index)
+        except ModelError as error:
+            raise DataError(f"{self.describe(np.array([[store, index]]))}: {error}") from error
         size = item[0].n_edges * _BYTES_PER_EDGE + item[0].n_atoms * _BYTES_PER_ATOM
         if size <= self._budget:
             self._budget -= size

@@ -32,7 +32,6 @@ from equipot.train.world import World
 
 # Elements per communication bucket: DeepSpeed's default of 5e8 reserves gigabytes whatever the model's size.
 _LARGEST_BUCKET = 50_000_000
-_TAG = "deepspeed"
 
 
 def start_world() -> World:
@@ -166,7 +165,7 @@ class Engine:
     def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment:
         if self._stage == 3:
             shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
-            part: torch.Tensor = self._optimizer.get_local_fp32_param(parameter)
+            part: torch.Tensor = self._optimizer.get_local_fp32_param(parameter).detach()
             offset = min(self.world.rank * part.numel(), torch.Size(shape).numel())
             length = min(part.numel(), torch.Size(shape).numel() - offset)  # the last parts are padded
             return Fragment(name, shape, offset, part[:length])
@@ -228,13 +227,15 @@ class Engine:
             CheckpointWriteError: this rank's part could not be written; the other ranks are not left waiting.
         """
         self._writer.failure = None
-        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
         if self._writer.failure is not None:
             raise CheckpointWriteError(str(self._writer.failure)) from self._writer.failure
 
     def load(self, directory: Path) -> None:
         """Take up the state that :meth:`save` wrote at the same world size, stage and precision."""
-        self._engine.load_checkpoint(str(directory), tag=_TAG, load_lr_scheduler_states=False)
+        self._engine.load_checkpoint(
+            str(directory.parent), tag=directory.name, load_lr_scheduler_states=False
+        )
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

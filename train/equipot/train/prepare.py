@@ -29,7 +29,7 @@ def prepare(recipe: Recipe, run: RunDirectory, *, resume: bool) -> list[str]:
         TrainError: the directory is taken, the data cannot be used, or the recipe is not the run's own.
     """
     stores = open_stores(recipe.data.stores)
-    if run.card.exists() and run.splits.exists():
+    if run.has_checkpoints:
         if not resume:
             raise RunError(
                 f"{run.path} already holds a run; continue it with --resume, or choose another --out"

@@ -49,6 +49,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is something to continue, and to lose."""
+        return any(self.checkpoints.glob("step-*"))
+
+    @property
     def logs(self) -> Path:
         """What ranks other than the first had to say."""
         return self.path / "log"

@@ -189,7 +189,7 @@ class Trainer:
             structures_per_second=speed,
         )
         self._metrics.add(row)
-        self._display.step(row.step, self._total, row.epoch, f"loss {loss:.4g}  {speed:.0f} structures/s")
+        self._display.step(row.step, self._total, row.epoch, loss=loss, speed=speed)
 
     @property
     def _is_out_of_patience(self) -> bool:
@@ -239,7 +239,7 @@ class Trainer:
             validation_stress_mae_ev_per_cubic_angstrom=errors.stress_mae,
         )
         self._metrics.add(row)
-        self._display.validation(row.step, self._total, row.epoch, f"validation {errors.in_words()}")
+        self._display.validation(row.step, self._total, row.epoch, errors.in_words())
 
     def _save(self, *, final: bool) -> None:
         self._state = replace(self._state, seconds=time.monotonic() - self._began)
