@@ -37,7 +37,7 @@ class ModelConfig:
     """Whether a layer adds to the atoms' features or replaces them."""
     normalisation: Literal["layer", "none"] = "layer"
     """LayerNorm before each layer and before the heads, or nothing."""
-    messages: Literal["fast", "lean", "split", "plain"] = "fast"
+    messages: Literal["fast", "lean", "split", "plain"] = "split"
     """Order of evaluation of the messages: the same function of the same parameters, in more or less time and
     memory; see `messages`."""
     elements: tuple[int, ...]

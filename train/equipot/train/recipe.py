@@ -74,8 +74,8 @@ class ModelSection(_Section):
     )
     messages: Literal["fast", "lean", "split", "plain"] = Field(
         default="split",
-        description="evaluation orders of one function: split is quick; fast and lean hold a fifth and less of its "
-        "activations, for wide models; plain is the slow reference",
+        description="evaluation orders of one function: split is quick; fast and lean hold a fifth of its "
+        "activations or less, for wide models; plain is the slow reference",
     )
 
 
