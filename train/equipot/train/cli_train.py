@@ -31,7 +31,8 @@ def train(
 ) -> None:
     """Train a potential as a recipe says.
 
-    Joins the ranks that torchrun or another launcher has started, if one has; else starts --ranks of its own.
+    Joins the ranks that torchrun, or the deepspeed launcher with --no_local_rank, has started, if one has; else
+    starts --ranks of its own.
     Ctrl-C and SIGTERM save and end the run; --resume continues it.
     """
     directory = out or Path("runs") / recipe.stem
