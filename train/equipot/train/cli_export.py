@@ -18,7 +18,7 @@ def export(
         str, typer.Option(help="best (by validation), last, or a name as step-00000120.")
     ] = "best",
     name: Annotated[
-        str | None, typer.Option(help="Name of the model. [default: the bundle's directory]")
+        str | None, typer.Option(help="Name of the model; if absent, the bundle directory's.")
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="The weights themselves, not their moving average.")

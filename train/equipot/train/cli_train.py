@@ -21,7 +21,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="TOML recipe; its paths are relative to this directory.")],
     ranks: Annotated[int, typer.Option(help="Processes to train with on this machine.", min=1)] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the run. [default: runs/ and the recipe's name]")
+        Path | None, typer.Option(help="Directory of the run; if absent, runs/ and the recipe's name.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that directory.")] = False,
     set_: Annotated[
@@ -31,8 +31,9 @@ def train(
 ) -> None:
     """Train a potential as a recipe says.
 
-    Joins the ranks that torchrun, or the deepspeed launcher with --no_local_rank, has started, if one has; else
-    starts --ranks of its own.
+    Starts --ranks processes of its own, or joins those that torchrun (or the deepspeed launcher with
+    --no_local_rank) has started.
+
     Ctrl-C and SIGTERM save and end the run; --resume continues it.
     """
     directory = out or Path("runs") / recipe.stem
