@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup
 OUT ?= demo-run
 
+# Threads that spin while they wait starve the other ranks and processes of a small machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help setup demo test test-slow lint format protos bench clean
 
 help:

@@ -1,7 +1,8 @@
 """What the service adds to the engine's own time, for one client and 64 atoms: interleaved calls, JSON out.
 
 Each round computes one structure twice, through an engine in this process and through `equipot serve` on
-localhost, in alternating order, so that both meet the same machine. Run it while nothing else runs.
+localhost, in alternating order, so that both meet the same machine; an empty call on the same connection is
+the reference for what gRPC itself costs there. Run it while nothing else runs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 import torch
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from equipot.model.batch import System
 from equipot.model.bundle import write_bundle
@@ -51,11 +54,15 @@ def main() -> None:
         write_random_bundle(bundle, width=options.width, layers=options.layers)
         engine = LocalEngine.load(bundle, dtype=None, device="cpu", limits=DEFAULT_LIMITS)
         with served(bundle, threads=options.threads) as address, grpc.insecure_channel(address) as channel:
-            stub = PotentialServiceStub(channel)
-            in_process, remote, compute = measure(
-                lambda system: by_engine(engine, system), lambda system: by_rpc(stub, system), options.rounds
+            stub, health = PotentialServiceStub(channel), HealthStub(channel)
+            in_process, remote, compute, bare = measure(
+                lambda system: by_engine(engine, system),
+                lambda system: by_rpc(stub, system),
+                lambda: health.Check(HealthCheckRequest()),
+                options.rounds,
             )
     overhead = [there - here for here, there in zip(in_process, remote, strict=True)]
+    added = statistics.median(remote) - statistics.median(in_process)
     report = {
         "what": "serve_overhead",
         "atoms": len(DIAMOND) * REPEATS**3,
@@ -66,8 +73,10 @@ def main() -> None:
         "engine_ms": summary(in_process),
         "rpc_ms": summary(remote),
         "server_compute_ms": summary(compute),
+        "bare_rpc_ms": summary(bare),
         "overhead_ms": summary(overhead),
-        "added_at_p50_ms": round(statistics.median(remote) - statistics.median(in_process), 3),
+        "added_at_p50_ms": round(added, 3),
+        "added_over_bare_rpc": round(added / statistics.median(bare), 2),
     }
     print(json.dumps(report, indent=1))
 
@@ -107,13 +116,17 @@ def served(bundle: Path, *, threads: int) -> Iterator[str]:
 
 
 def measure(
-    engine: Callable[[System], float], rpc: Callable[[System], float], rounds: int
-) -> tuple[list[float], list[float], list[float]]:
-    """Milliseconds of each round: in this process, over the service, and in the server's engine."""
+    engine: Callable[[System], float],
+    rpc: Callable[[System], float],
+    bare_rpc: Callable[[], object],
+    rounds: int,
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Milliseconds each round: in this process, over the service, in its engine, an empty call."""
     random = np.random.default_rng(0)
     in_process: list[float] = []
     remote: list[float] = []
     compute: list[float] = []
+    bare: list[float] = []
     warm_up = 20
     for index in range(rounds + warm_up):
         system = crystal(random)
@@ -125,7 +138,11 @@ def measure(
                 times.append(1e3 * (time.perf_counter() - begun))
                 if way is rpc:
                     compute.append(1e3 * inside)
-    return in_process, remote, compute
+        begun = time.perf_counter()
+        bare_rpc()
+        if index >= warm_up:
+            bare.append(1e3 * (time.perf_counter() - begun))
+    return in_process, remote, compute, bare
 
 
 def crystal(random: np.random.Generator) -> System:
