@@ -72,3 +72,9 @@ def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert answer.returncode == 2
     assert "absent.toml" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_a_program_of_the_deepspeed_launcher_gets_its_own_arguments() -> None:
+    shown = run_equipot("--local_rank=0", "train", "--help")
+    assert shown.returncode == 0
+    assert "equipot train" in shown.stdout

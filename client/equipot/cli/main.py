@@ -46,6 +46,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code is 0 done, 1 partly done, 2 a mistake that the message explains."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("--local_rank="):
+        # The deepspeed launcher puts it before a program's own arguments; LOCAL_RANK says the same.
+        del arguments[0]
     errors = Console(stderr=True)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         Console().print(_overview())

@@ -31,8 +31,7 @@ def train(
 ) -> None:
     """Train a potential as a recipe says.
 
-    Starts --ranks processes of its own, or joins those that torchrun (or the deepspeed launcher with
-    --no_local_rank) has started.
+    Starts --ranks processes of its own, or joins those that torchrun or the deepspeed launcher has started.
 
     Ctrl-C and SIGTERM save and end the run; --resume continues it.
     """
