@@ -10,7 +10,7 @@ from ase.db.row import AtomsRow
 
 from equipot.train.errors import DataError
 from equipot.train.sources.ase_row import row_frame
-from equipot.train.sources.base import Frame, FrameError, ReadOptions, Reason, Rejected, Source
+from equipot.train.sources.base import Frame, FrameError, ReadOptions, Reason, Rejected, Source, require_file
 
 _SQLITE_MAGIC = b"SQLite format 3\x00"
 _FIELDS = ("energy", "free_energy", "forces", "stress", "magmoms", "tags")
@@ -25,8 +25,7 @@ class AseDb:
         self._path = path
         self._options = options
         self._done = 0.0
-        if not path.is_file():
-            raise DataError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
+        require_file(path)
         with path.open("rb") as file:
             if file.read(len(_SQLITE_MAGIC)) != _SQLITE_MAGIC:
                 raise DataError(f"{path}: is not an SQLite file; name its real format with --format")

@@ -15,7 +15,7 @@ import numpy as np
 from equipot.model.batch import System
 from equipot.train.errors import DataError
 from equipot.train.sources import xyz_chunks
-from equipot.train.sources.base import Frame, FrameError, Note, ReadOptions, Reason, Rejected
+from equipot.train.sources.base import Frame, FrameError, Note, ReadOptions, Reason, Rejected, require_file
 from equipot.train.sources.labels import find_charge_and_spin, find_labels
 from equipot.train.sources.structure import check_structure
 
@@ -30,8 +30,7 @@ def open_ase_file(path: Path, options: ReadOptions) -> "AseFile":
         DataError: missing, empty, of a kind ASE does not read, not what its name says, or without the
             keys that the options name.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    require_file(path)
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     reader = AseFile(path, options.format or _detect(path), options)

@@ -1,4 +1,4 @@
-"""What a reader hands to the importer. Knows nothing of files, of ASE, or of the store."""
+"""What a reader hands to the importer, and the first look at its file. Knows nothing of ASE or the store."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from equipot.train.errors import DataError
 
 
 class Reason(StrEnum):
@@ -168,3 +170,9 @@ class Source:
     files: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     default_level: Callable[[Path], str] | None = None
+
+
+def require_file(path: Path) -> None:
+    """Raises DataError if there is no such file, or if it is a folder."""
+    if not path.is_file():
+        raise DataError(f"{path}: not a file" if path.exists() else f"{path}: no such file")

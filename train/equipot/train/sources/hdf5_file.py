@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipot.train.errors import DataError
-from equipot.train.sources.base import FrameError, Reason
+from equipot.train.sources.base import FrameError, Reason, require_file
 
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError)
 """What h5py raises for a damaged file, depending on where the damage is."""
@@ -19,8 +19,7 @@ def open_hdf5(path: Path) -> h5py.File:
     Raises:
         DataError: missing, compressed, cut short, or not HDF5.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    require_file(path)
     with path.open("rb") as file:
         start = file.read(6)
     if start == b"\xfd7zXZ\x00":

@@ -20,6 +20,7 @@ from equipot.train.sources.base import (
     Reason,
     Rejected,
     Source,
+    require_file,
 )
 from equipot.train.sources.json_stream import JsonDamage, JsonStream
 from equipot.train.sources.labelled import labelled_frame
@@ -52,9 +53,7 @@ class Mptrj:
         return self._fraction
 
     def _check_start(self) -> None:
-        if not self._path.is_file():
-            there = self._path.exists()
-            raise DataError(f"{self._path}: not a file" if there else f"{self._path}: no such file")
+        require_file(self._path)
         try:
             first = next(self._entries(), None)
         except JsonDamage as error:

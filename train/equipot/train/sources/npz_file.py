@@ -24,6 +24,7 @@ from equipot.train.sources.base import (
     Reason,
     Rejected,
     Source,
+    require_file,
 )
 from equipot.train.sources.labelled import ISOLATED, NO_CELL, PERIODIC, labelled_frame
 
@@ -94,8 +95,7 @@ class NpzTrajectory:
         self._path = path
         self._done = 0.0
         self._options = options
-        if not path.is_file():
-            raise DataError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
+        require_file(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 self._look(archive)

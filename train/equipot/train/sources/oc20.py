@@ -26,6 +26,7 @@ from equipot.train.sources.base import (
     Reason,
     Rejected,
     Source,
+    require_file,
 )
 from equipot.train.sources.extxyz_frame import ExtxyzFrame, parse_extxyz
 from equipot.train.sources.labelled import labelled_frame
@@ -237,8 +238,7 @@ def _companion(path: Path) -> str | None:
 
 
 def _check_start(path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    require_file(path)
     try:
         line = xyz_chunks.first_line(path)
     except (OSError, EOFError, lzma.LZMAError) as error:

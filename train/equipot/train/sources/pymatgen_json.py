@@ -22,6 +22,7 @@ from equipot.train.sources.base import (
     Reason,
     Rejected,
     Source,
+    require_file,
 )
 from equipot.train.sources.json_stream import JsonDamage, JsonStream
 from equipot.train.sources.labelled import PERIODIC, labelled_frame
@@ -42,8 +43,7 @@ class PymatgenJson:
         self._group_keys = options.group_keys
         self._per_atom = options.energy_per_atom
         self._fraction = 0.0
-        if not path.is_file():
-            raise DataError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
+        require_file(path)
         try:
             first = next(self._entries(), None)
         except JsonDamage as error:

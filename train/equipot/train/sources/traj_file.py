@@ -13,7 +13,7 @@ from ase.constraints import FixAtoms
 from ase.io.trajectory import TrajectoryReader
 
 from equipot.train.errors import DataError
-from equipot.train.sources.base import Frame, FrameError, Reason, Rejected
+from equipot.train.sources.base import Frame, FrameError, Reason, Rejected, require_file
 from equipot.train.sources.labelled import labelled_frame
 
 _ULM_MAGIC = b"- of Ulm"
@@ -38,8 +38,7 @@ class Trajectory:
         self._group = (key, prefix + self._system)
         self._reference = reference
         self._done = 0.0
-        if not path.is_file():
-            raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        require_file(path)
         with path.open("rb") as file:
             if file.read(len(_ULM_MAGIC)) != _ULM_MAGIC:  # older ones are pickles, which ASE would unpickle
                 raise DataError(f"{path}: is not a trajectory of ASE ≥ 3.10; convert it, or get it again")
