@@ -19,7 +19,7 @@ from equipot.model.batch import System
 from equipot.train.arrays import per_atom, per_structure
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest
-from equipot.train.storage.base import Arrays, Storage, chunks
+from equipot.train.storage.base import Arrays, Storage, chunks, pick
 from equipot.train.storage.memory_map import MemoryMap
 from equipot.train.storage.opening import open_storage
 
@@ -56,7 +56,7 @@ class Store:
     """
 
     def __init__(self, path: Path, manifest: Manifest, storage: Storage | None = None) -> None:
-        """Use `open`; this takes the folder as it is, of memory-mapped files unless told of another storage."""
+        """Use `open`; this takes the folder as it is, by default one of memory-mapped files."""
         self.path = path
         self.manifest = manifest
         self._address: str | Path = path
@@ -70,7 +70,7 @@ class Store:
         """Opens a store; reads its manifest and the size of its files, not the data.
 
         Args:
-            address: folder of a store.
+            address: folder of a store, an ADIOS2 file that `convert` wrote, or "ray:" and either of these.
 
         Raises:
             DataError: not a store, an unfinished one, of a newer version, or damaged.
@@ -99,15 +99,19 @@ class Store:
         shard, row = self._place(int(index))
         return self._storage.rows(shard, name, row, row + 1)[0]
 
-    def prefetch(self, indices: ArrayLike) -> None:
-        """Says which structures `system` and `labels` will be asked for next, so that they come in one go.
+    def gather(self, indices: ArrayLike) -> Arrays:
+        """Structures with their labels in the order given, at least one, by the arrays' names.
 
-        Changes nothing but speed: served from another node, a structure fetched alone costs a round trip.
+        The quickest way to get many: served from other nodes, a thousand take as many round trips as one.
         """
-        wanted = np.unique(np.asarray(indices, dtype=np.int64))
-        shards = np.searchsorted(self._starts, wanted, side="right") - 1
-        rows = wanted - np.asarray(self._starts)[shards]
-        self._storage.prefetch(np.stack([shards, rows], axis=1))
+        wanted = np.asarray(indices, dtype=np.int64).ravel()
+        unique, inverse = np.unique(wanted, return_inverse=True)
+        if len(unique) and not 0 <= unique[0] <= unique[-1] < len(self):
+            raise IndexError(f"structures {unique[0]} to {unique[-1]} of {len(self)} in {self.path}")
+        shards = np.searchsorted(self._starts, unique, side="right") - 1
+        rows = unique - np.asarray(self._starts)[shards]
+        found = self._storage.gather(np.stack([shards, rows], axis=1))
+        return found if np.array_equal(unique, wanted) else pick(found, inverse, self.path)
 
     def system(self, index: int) -> System:
         """Structure `index` (copied out of the map); its level of theory is 0."""
@@ -163,6 +167,21 @@ class Store:
         parts = list(self.blocks(name))
         field = per_structure(self.manifest.columns)[name]
         return np.concatenate(parts) if parts else np.empty((0, *field.row), field.dtype)
+
+    def chunks(self) -> Iterator[tuple[int, NDArray[np.int64], Arrays]]:
+        """All arrays piece by piece in the store's order, some 32 MiB at a time.
+
+        Yields:
+            The shard, the structures' numbers of atoms (n,), and their arrays by name without atom_offsets.
+        """
+        columns = self.manifest.columns
+        for k, entry in enumerate(self.manifest.shards):
+            for start, stop, offsets in chunks(self._storage, k, entry.structures):
+                first, last = int(offsets[0]), int(offsets[-1])
+                arrays = {name: self._storage.rows(k, name, start, stop) for name in per_structure(columns)}
+                for name in per_atom(columns):
+                    arrays[name] = self._storage.rows(k, name, first, last)
+                yield k, np.diff(offsets), arrays
 
     @cached_property
     def n_atoms(self) -> NDArray[np.int64]:
@@ -220,14 +239,12 @@ class Store:
     def verify(self) -> None:
         """Reads everything and compares with the manifest's checksum; DataError if a byte has changed."""
         chain, columns = b"", self.manifest.columns
-        for k, entry in enumerate(self.manifest.shards):
-            for start, stop, offsets in chunks(self._storage, k, entry.structures):
-                whole = [self._storage.rows(k, name, start, stop) for name in chained(columns)]
-                first, last = int(offsets[0]), int(offsets[-1])
-                atoms = [self._storage.rows(k, name, first, last) for name in per_atom(columns)]
-                ends = (offsets - first).tolist()
-                for i, (begin, end) in enumerate(pairwise(ends)):
-                    chain = link(chain, [a[i : i + 1] for a in whole] + [a[begin:end] for a in atoms])
+        for _, counts, arrays in self.chunks():
+            whole = [arrays[name] for name in chained(columns)]
+            atoms = [arrays[name] for name in per_atom(columns)]
+            ends = [0, *np.cumsum(counts).tolist()]
+            for i, (begin, end) in enumerate(pairwise(ends)):
+                chain = link(chain, [a[i : i + 1] for a in whole] + [a[begin:end] for a in atoms])
         if chain.hex() != self.manifest.chain:
             raise DataError(f"{self.path}: its content has changed since the import; import the data again")
 

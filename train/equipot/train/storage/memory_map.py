@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from equipot.train.arrays import OFFSETS, Field, array_bytes, map_rows, per_atom, per_structure
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest, ShardEntry
-from equipot.train.storage.base import Arrays
+from equipot.train.storage.base import Arrays, join, pick
 
 SHARDS = "shards"
 
@@ -33,8 +33,13 @@ class MemoryMap:
         """The shard's whole arrays: what is not touched is not read."""
         return self._shards[shard].arrays, row
 
-    def prefetch(self, places: NDArray[np.int64]) -> None:
-        """Nothing to do: the operating system reads and keeps pages."""
+    def gather(self, places: NDArray[np.int64]) -> Arrays:
+        """Copied out of the map, shard by shard."""
+        parts = np.split(places, np.flatnonzero(np.diff(places[:, 0])) + 1)
+        shards = [self._shards[int(part[0, 0])] for part in parts]
+        return join(
+            [pick(shard.arrays, part[:, 1], shard.folder) for shard, part in zip(shards, parts, strict=True)]
+        )
 
     def rows(self, shard: int, name: str, start: int, stop: int) -> NDArray[Any]:
         """A view of the map."""
