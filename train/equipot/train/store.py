@@ -183,6 +183,17 @@ class Store:
         field = per_structure(self.manifest.columns)[name]
         return np.concatenate(parts) if parts else np.empty((0, *field.row), field.dtype)
 
+    def values(self, name: str, indices: ArrayLike) -> NDArray[Any]:
+        """(len(indices), …) rows of one per-structure array, without reading the others."""
+        wanted = np.asarray(indices, dtype=np.int64).ravel()
+        field = per_structure(self.manifest.columns)[name]
+        found = np.empty((len(wanted), *field.row), field.dtype)
+        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        for k in np.unique(shard_of).tolist():
+            rows = np.flatnonzero(shard_of == k)
+            found[rows] = self._shards[k].arrays[name][wanted[rows] - self._starts[k]]
+        return found
+
     @cached_property
     def n_atoms(self) -> NDArray[np.int64]:
         """(n_structures,) number of atoms of each."""
