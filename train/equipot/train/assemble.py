@@ -14,16 +14,17 @@ from equipot.model.egnn import RunLayer
 from equipot.model.geometry import Edges
 from equipot.model.potential import Potential, count_parameters
 from equipot.train.checkpoint import Checkpoints, Parallelism
-from equipot.train.dataset import Dataset, Sizes, open_stores
+from equipot.train.dataset import Dataset, Sizes
 from equipot.train.ema import Ema
 from equipot.train.engine import Engine
 from equipot.train.loss import LossModule
+from equipot.train.places import Places
+from equipot.train.prepare import open_mix
 from equipot.train.recipe import Recipe
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
 from equipot.train.sampler import Sampler
 from equipot.train.schedule import total_steps
-from equipot.train.splits import Splits
 from equipot.train.world import World
 
 
@@ -33,8 +34,7 @@ class Parts:
 
     dataset: Dataset
     sampler: Sampler
-    validation: NDArray[np.int64]
-    """(k, 2) store and structure index"""
+    validation: Places
     validation_costs: NDArray[np.int64]
     potential: Potential
     engine: Engine
@@ -51,23 +51,22 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     Raises:
         TrainError: a store is gone, or the batch is larger than the training split.
     """
-    card, splits = RunCard.read(run.card), Splits.load(run.splits)
-    stores = open_stores(recipe.data.stores)
-    sizes = Sizes.of(stores, recipe.model.cutoff, progress=False)
-    sampler = Sampler(
-        splits.train, sizes.costs(splits.train), structures=recipe.batch.structures, seed=recipe.seed
-    )
+    card, mix = RunCard.read(run.card), open_mix(recipe, run)
+    sizes = Sizes.of(mix.stores, recipe.model.cutoff, progress=False)
+    _, draws = mix.training(recipe.data.subset)
+    validation = mix.part("validation")
+    sampler = Sampler(draws, sizes.costs(draws), structures=recipe.batch.structures, seed=recipe.seed)
     total = total_steps(recipe.optimizer, sampler.steps_per_epoch)
     potential = make_potential(recipe, card)
     n_parameters = count_parameters(potential)  # before ZeRO-3 takes the weights apart
     engine = Engine(LossModule(potential, recipe.loss), recipe, world)
     parallelism = Parallelism(ranks=world.size, zero_stage=recipe.zero.stage, precision=recipe.precision)
-    split_sizes = ", ".join(f"{count} {name}" for name, count in card.split_sizes.items())
+    split_sizes = ", ".join(f"{count} {name}" for name, count in card.mix.sizes.items())
     return Parts(
-        dataset=Dataset(stores, card.config, cache_mib=recipe.batch.cache_mib),
+        dataset=Dataset(mix.stores, card.config, cache_mib=recipe.batch.cache_mib),
         sampler=sampler,
-        validation=splits.validation,
-        validation_costs=sizes.costs(splits.validation),
+        validation=validation,
+        validation_costs=sizes.costs(validation),
         potential=potential,
         engine=engine,
         ema=Ema(engine, recipe.ema.decay),

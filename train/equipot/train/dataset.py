@@ -1,10 +1,9 @@
-"""Stores, splits and chemistry of a run as graphs and labels in memory. Knows no order of steps, no loss."""
+"""Structures of a run as graphs and labels in memory, and their sizes. Knows no order of steps, no loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,21 +14,11 @@ from equipot.model.config import ModelConfig
 from equipot.model.errors import ModelError
 from equipot.train.edges import edge_counts
 from equipot.train.errors import DataError
-from equipot.train.splits import Splits
+from equipot.train.places import Keys, in_blocks
 from equipot.train.store import Labels, Store
 
-_CHUNK = 65536
 _BYTES_PER_EDGE = 40  # sender, receiver and three shifts, int64
 _BYTES_PER_ATOM = 64  # number, position and labels
-
-
-@dataclass(frozen=True, slots=True)
-class Chemistry:
-    """What occurs in some structures, each ascending."""
-
-    elements: tuple[int, ...]
-    charges: tuple[int, ...]
-    spin_multiplicities: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,55 +113,6 @@ class Dataset:
         return replace(system, level_of_theory=self._levels[store], spin_multiplicity=spin)
 
 
-def open_stores(paths: Sequence[Path]) -> list[Store]:
-    """Open the stores of a recipe.
-
-    Raises:
-        DataError: one is no store, or damaged, or holds nothing.
-    """
-    stores = [Store.open(path) for path in paths]
-    for store in stores:
-        if len(store) == 0:
-            raise DataError(f"{store.path} holds no structures; import some with `equipot data import`")
-    return stores
-
-
-def levels_of_theory(stores: Sequence[Store]) -> tuple[str, ...]:
-    """Names of the stores' levels of theory, each once, in the order of the stores."""
-    return tuple(dict.fromkeys(store.manifest.level_of_theory for store in stores))
-
-
-def chemistry(stores: Sequence[Store], keys: NDArray[np.int64]) -> Chemistry:
-    """What occurs in these structures, (k, 2) of store and structure index."""
-    elements: set[int] = set()
-    charges: set[int] = set()
-    spins: set[int] = set()
-    for store, rows in _by_store(stores, keys):
-        indices = keys[rows, 1]
-        for chunk in np.array_split(indices, max(1, -(-len(indices) // _CHUNK))):
-            present = store.element_counts(chunk).sum(axis=0)
-            elements.update(int(number) for number in np.flatnonzero(present))
-        charges.update(int(value) for value in np.unique(store.column("charge")[indices]))
-        spins.update(int(value) for value in np.unique(store.column("spin_multiplicity")[indices]))
-    return Chemistry(tuple(sorted(elements)), tuple(sorted(charges)), tuple(sorted(spins)))
-
-
-def supported(stores: Sequence[Store], keys: NDArray[np.int64], known: Chemistry) -> NDArray[np.bool_]:
-    """Which of these structures hold only what a model of that chemistry knows."""
-    result = np.ones(len(keys), dtype=np.bool_)
-    for store, rows in _by_store(stores, keys):
-        for chunk in np.array_split(rows, max(1, -(-len(rows) // _CHUNK))):
-            counts = store.element_counts(keys[chunk, 1])
-            counts[:, list(known.elements)] = 0
-            result[chunk] = ~counts.any(axis=1)
-        indices = keys[rows, 1]
-        spins = store.column("spin_multiplicity")[indices]
-        unstated_is_fine = (spins == 0) & (len(known.spin_multiplicities) == 1)
-        result[rows] &= np.isin(store.column("charge")[indices], known.charges)
-        result[rows] &= np.isin(spins, known.spin_multiplicities) | unstated_is_fine
-    return result
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Sizes:
     """Atoms and edges of every structure, by store."""
@@ -186,14 +126,23 @@ class Sizes:
         edges = tuple(edge_counts(store, cutoff, progress=progress) for store in stores)
         return Sizes(tuple(store.n_atoms for store in stores), edges)
 
-    def costs(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    def costs(self, keys: Keys) -> NDArray[np.int64]:
         """(k,) relative cost of computing each structure: edges, and atoms for those that have none."""
-        return self._pick(self.edges, keys) + self._pick(self.atoms, keys)
+        costs = np.empty(len(keys), dtype=np.int64)
+        start = 0
+        for block in in_blocks(keys):
+            stop = start + len(block)
+            costs[start:stop] = self._pick(self.edges, block) + self._pick(self.atoms, block)
+            start = stop
+        return costs
 
-    def mean_neighbors(self, keys: NDArray[np.int64]) -> float:
+    def mean_neighbors(self, keys: Keys) -> float:
         """Mean number of neighbours of an atom of these structures; 1 if there is no edge at all."""
-        edges, atoms = self._pick(self.edges, keys).sum(), self._pick(self.atoms, keys).sum()
-        return float(edges / atoms) if edges else 1.0
+        edges = atoms = 0
+        for block in in_blocks(keys):
+            edges += int(self._pick(self.edges, block).sum())
+            atoms += int(self._pick(self.atoms, block).sum())
+        return edges / atoms if edges else 1.0
 
     @staticmethod
     def _pick(columns: Sequence[NDArray[np.integer]], keys: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -202,15 +151,3 @@ class Sizes:
             rows = keys[:, 0] == store
             values[rows] = column[keys[rows, 1]]
         return values
-
-
-def splits_summary(splits: Splits) -> dict[str, int]:
-    """Number of structures in each split."""
-    return {name: len(splits.part(name)) for name in ("train", "validation", "test")}
-
-
-def _by_store(stores: Sequence[Store], keys: NDArray[np.int64]) -> Iterator[tuple[Store, NDArray[np.int64]]]:
-    for number, store in enumerate(stores):
-        rows = np.flatnonzero(keys[:, 0] == number)
-        if len(rows):
-            yield store, rows

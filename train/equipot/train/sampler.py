@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from equipot.train.places import Keys
 from equipot.train.recipe import RecipeError
 
 
@@ -28,15 +29,13 @@ class Sampler:
     """Shuffled global batches, epoch by epoch; what fills no batch at an epoch's end is left out of it.
 
     Args:
-        indices: (k, 2) store and structure index of the training split.
+        indices: what an epoch draws from the training split; one structure may be drawn more than once.
         costs: (k,) relative cost of each structure, such as its number of edges.
         structures: per global batch.
         seed: of the order.
     """
 
-    def __init__(
-        self, indices: NDArray[np.int64], costs: NDArray[np.int64], *, structures: int, seed: int
-    ) -> None:
+    def __init__(self, indices: Keys, costs: NDArray[np.int64], *, structures: int, seed: int) -> None:
         if structures > len(indices):
             raise RecipeError(
                 f"batch.structures = {structures} is more than the {len(indices)} structures of the training "
