@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from equipot.model.batch import SystemBatch
 from equipot.model.potential import Potential, Prediction
 from equipot.model.references import References
+from equipot.train.columns import Column
 from equipot.train.dataset import Batch, Dataset
+from equipot.train.divide import divide
 from equipot.train.loss import Counts, Residuals, penalty, predict, residuals
-from equipot.train.places import Keys
 from equipot.train.recipe import LossSection
-from equipot.train.sampler import divide
 from equipot.train.world import World
 
 _SUMS = ("count", "absolute", "square", "penalty")
@@ -143,7 +143,7 @@ class Tally:
 def evaluate(
     potential: Potential,
     dataset: Dataset,
-    keys: Keys,
+    keys: Column,
     costs: NDArray[np.int64],
     world: World,
     loss: LossSection,
@@ -169,7 +169,7 @@ def evaluate_references(
     references: References,
     elements: Sequence[int],
     dataset: Dataset,
-    keys: Keys,
+    keys: Column,
     loss: LossSection,
 ) -> Tally:
     """Errors of reference energies and zero forces: what is known before any network."""

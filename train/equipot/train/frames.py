@@ -10,12 +10,13 @@ import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
+from equipot.train.columns import Column
 from equipot.train.errors import DataError
-from equipot.train.places import Keys, in_blocks
+from equipot.train.places import in_blocks
 from equipot.train.store import Store
 
 
-def write_frames(stores: Sequence[Store], keys: Keys, path: Path) -> int:
+def write_frames(stores: Sequence[Store], keys: Column, path: Path) -> int:
     """Writes structures in their order; returns how many.
 
     Each frame has energy, forces and stress where known, charge and spin_multiplicity where stated, and

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from equipot.train.columns import Column
+
 BLOCK = 2**15
 """Structures looked at together: bounds the memory of every pass over a data set."""
 
@@ -54,7 +56,7 @@ class Places:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.int64]:
         wanted = np.asarray(rows, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {len(self)} places")
@@ -72,11 +74,7 @@ class Places:
         return Places([segment for segment in self.segments if segment.store == store])
 
 
-Keys = Places | NDArray[np.int64]
-"""(store, structure) pairs (n, 2), there already or made when asked for; `keys[rows]` either way."""
-
-
-def in_blocks(keys: Keys) -> Iterator[NDArray[np.int64]]:
-    """All pairs in their order, a bounded number at a time."""
+def in_blocks(keys: Column) -> Iterator[NDArray[np.integer]]:
+    """All rows in their order, a bounded number at a time."""
     for start in range(0, len(keys), BLOCK):
         yield keys[np.arange(start, min(start + BLOCK, len(keys)))]

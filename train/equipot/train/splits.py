@@ -69,11 +69,10 @@ class Block:
 def blocks_of(store: Store) -> Iterator[Block]:
     """All structures of a store, a bounded number at a time."""
     first = 0
-    for groups, offsets in zip(store.blocks("group"), store.blocks("atom_offsets"), strict=True):
+    for groups in store.blocks("group"):
         for at in range(0, len(groups), BLOCK):
-            stop = min(at + BLOCK, len(groups))
-            n_atoms = np.diff(offsets[at : stop + 1]).astype(np.int64)
-            yield Block(first + at, np.array(groups[at:stop], dtype=np.int64), n_atoms)
+            block = np.array(groups[at : at + BLOCK], dtype=np.int64)
+            yield Block(first + at, block, store.n_atoms[first + at : first + at + len(block)])
         first += len(groups)
 
 
