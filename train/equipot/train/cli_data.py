@@ -1,6 +1,7 @@
 """`equipot data`: import files into a store, look at a store, write a split back as frames."""
 
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,14 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from equipot.train import convert, importer
+from equipot.train.cli_mix import mix_command, open_data, parse_fractions
 from equipot.train.data_report import print_import, print_store
 from equipot.train.errors import DataError
 from equipot.train.frames import write_frames
 from equipot.train.importer import ImportOptions, import_files
+from equipot.train.mix import CARD, Mix
+from equipot.train.mix_report import print_mix
 from equipot.train.sources.base import ReadOptions
 from equipot.train.sources.npz_file import UNITS
 from equipot.train.sources.registry import RELEASES, choose_level, find_files, split_source
-from equipot.train.splits import NAMES, Splits, split
+from equipot.train.splits import NAMES
 from equipot.train.store import Store
 
 _LEVELS = "; ".join(f"{name} {', '.join(source.levels)}" for name, source in RELEASES.items())
@@ -143,15 +147,27 @@ def import_command(
     print_import(report, Console())
 
 
+app.command("mix")(mix_command)
+
+
 @app.command("info")
 def info_command(
-    store: Annotated[Path, typer.Argument(help="A store.", show_default=False)],
+    place: Annotated[Path, typer.Argument(help="A store or a mix.", show_default=False)],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything and compare the checksum.")
     ] = False,
+    store_root: Annotated[
+        Path | None, typer.Option(help="Folder of a mix's stores, if they were moved.", show_default=False)
+    ] = None,
 ) -> None:
-    """Shows what a store holds and where it came from."""
-    opened = Store.open(store)
+    """Shows what a store or a mix holds and where it came from."""
+    if (place / CARD).is_file():
+        mix = Mix.open(place, store_root=store_root)
+        if verify:
+            mix.verify()
+        print_mix(mix, Console(), verified=verify)
+        return
+    opened = Store.open(place)
     if verify:
         opened.verify()
     print_store(opened, Console(), verified=verify)
@@ -159,23 +175,28 @@ def info_command(
 
 @app.command("frames")
 def frames_command(
-    stores: Annotated[list[Path], typer.Argument(help="Stores, in the recipe's order.", show_default=False)],
+    places: Annotated[
+        list[Path],
+        typer.Argument(help="A run, a mix, or stores that are to be split.", show_default=False),
+    ],
     part: Annotated[str, typer.Option("--split", help=" | ".join(NAMES))],
     out: Annotated[Path, typer.Option("--out", "-o", help="Extended xyz to write.", show_default=False)],
-    splits: Annotated[
-        Path | None, typer.Option(help="splits.npz of a run: its very splits.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the splits, as in the recipe.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the stores' split, as in the recipe.")] = 0,
     fractions: Annotated[str, typer.Option(help="Of training, validation and test.")] = "0.8,0.1,0.1",
+    store_root: Annotated[
+        Path | None, typer.Option(help="Folder of a mix's stores, if they were moved.", show_default=False)
+    ] = None,
 ) -> None:
     """Writes the labelled frames of one split, to predict and compare."""
-    opened = [Store.open(path) for path in stores]
-    if splits is None:
-        found = split(opened, fractions=_fractions(fractions), seed=seed)
-    else:
-        found = Splits.load(splits)
-        found.check_stores(opened)
-    count = write_frames(opened, found.part(part), out)
+    with tempfile.TemporaryDirectory() as scratch:
+        mix = open_data(
+            places,
+            seed=seed,
+            fractions=parse_fractions(fractions),
+            store_root=store_root,
+            scratch=Path(scratch),
+        )
+        count = write_frames(mix.stores, mix.part(part), out)
     Console().print(f"{count} {part} frames written to {out}", soft_wrap=True, highlight=False)
 
 
@@ -209,13 +230,6 @@ def convert_command(
         soft_wrap=True,
         highlight=False,
     )
-
-
-def _fractions(text: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
-        raise DataError(f"--fractions {text}: give three numbers that sum to 1, as 0.8,0.1,0.1") from None
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from equipot.model.batch import System
 from equipot.train.arrays import per_atom, per_structure
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest
-from equipot.train.storage.base import Arrays, Storage, chunks, pick
+from equipot.train.storage.base import Arrays, Storage, chunks
 from equipot.train.storage.memory_map import MemoryMap
 from equipot.train.storage.opening import open_storage
+from equipot.train.structures import Structures
 
 N_ELEMENTS = 119
 """Atomic numbers 0 to 118."""
@@ -99,20 +100,6 @@ class Store:
         shard, row = self._place(int(index))
         return self._storage.rows(shard, name, row, row + 1)[0]
 
-    def gather(self, indices: ArrayLike) -> Arrays:
-        """Structures with their labels in the order given, at least one, by the arrays' names.
-
-        The quickest way to get many: served from other nodes, a thousand take as many round trips as one.
-        """
-        wanted = np.asarray(indices, dtype=np.int64).ravel()
-        unique, inverse = np.unique(wanted, return_inverse=True)
-        if len(unique) and not 0 <= unique[0] <= unique[-1] < len(self):
-            raise IndexError(f"structures {unique[0]} to {unique[-1]} of {len(self)} in {self.path}")
-        shards = np.searchsorted(self._starts, unique, side="right") - 1
-        rows = unique - np.asarray(self._starts)[shards]
-        found = self._storage.gather(np.stack([shards, rows], axis=1))
-        return found if np.array_equal(unique, wanted) else pick(found, inverse, self.path)
-
     def system(self, index: int) -> System:
         """Structure `index` (copied out of the map); its level of theory is 0."""
         arrays, i = self._find(index)
@@ -137,6 +124,24 @@ class Store:
             forces=np.array(arrays["forces"][start:stop]),
             stress=None if np.isnan(stress).any() else stress,
         )
+
+    def read(self, indices: ArrayLike) -> Structures:
+        """Many structures with their labels at once, at least one, in the order given; copied.
+
+        The quickest way to get many: served from other nodes, a thousand take as many round trips as one.
+
+        Raises:
+            DataError: the offsets of a structure's atoms make no sense.
+        """
+        wanted = np.asarray(indices, dtype=np.int64).ravel()
+        order = np.argsort(wanted, kind="stable")
+        ascending = wanted[order]
+        if len(wanted) and not 0 <= ascending[0] <= ascending[-1] < len(self):
+            raise IndexError(f"structures {ascending[0]} to {ascending[-1]} of {len(self)} in {self.path}")
+        shards = np.searchsorted(self._starts, ascending, side="right") - 1
+        rows = ascending - np.asarray(self._starts)[shards]
+        found = self._storage.gather(np.stack([shards, rows], axis=1))
+        return found if (order[:-1] <= order[1:]).all() else found.take(np.argsort(order))
 
     def origin(self, index: int) -> Origin:
         """File and frame that structure `index` was read from."""
@@ -182,6 +187,18 @@ class Store:
                 for name in per_atom(columns):
                     arrays[name] = self._storage.rows(k, name, first, last)
                 yield k, np.diff(offsets), arrays
+
+    def values(self, name: str, indices: ArrayLike) -> NDArray[Any]:
+        """(len(indices), …) rows of one per-structure array, without reading the others."""
+        wanted = np.asarray(indices, dtype=np.int64).ravel()
+        field = per_structure(self.manifest.columns)[name]
+        found = np.empty((len(wanted), *field.row), field.dtype)
+        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        for k in np.unique(shard_of).tolist():
+            rows = np.flatnonzero(shard_of == k)
+            rows = rows[np.argsort(wanted[rows], kind="stable")]
+            found[rows] = self._storage.take(k, name, wanted[rows] - self._starts[k])
+        return found
 
     @cached_property
     def n_atoms(self) -> NDArray[np.int64]:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest
-from equipot.train.storage.base import ATOMS, STRUCTURE, Arrays, take_by_spans
+from equipot.train.storage.base import Arrays, take_by_spans
 from equipot.train.storage.bp_layout import Variable, attributes, read_guard, variables, write_guard
 from equipot.train.storage.fetched import Fetched
+from equipot.train.structures import PER_ATOM_NAMES, PER_STRUCTURE_NAMES, Structures
 
 _OFFSET = np.dtype("<i8")
 
@@ -40,7 +41,7 @@ class AdiosBp:
         """Reads the structure, or has it."""
         return self._fetched.find(shard, row)
 
-    def gather(self, places: NDArray[np.int64]) -> Arrays:
+    def gather(self, places: NDArray[np.int64]) -> Structures:
         """Read in one pass over the file; neighbours in it are read as one."""
         order = self._first_structure[places[:, 0]] + places[:, 1]
         runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
@@ -55,15 +56,13 @@ class AdiosBp:
             ]
             if any(edge[0] < 0 or edge[-1] > atoms_all or (np.diff(edge) < 0).any() for edge in edges):
                 raise DataError(f"{self._folder}: its offsets are out of range, it is damaged; convert again")
-            wanted = [(name, start, stop) for name in STRUCTURE for start, stop in spans]
-            wanted += [(name, int(edge[0]), int(edge[-1])) for name in ATOMS for edge in edges]
+            wanted = [(name, start, stop) for name in PER_STRUCTURE_NAMES for start, stop in spans]
+            wanted += [(name, int(edge[0]), int(edge[-1])) for name in PER_ATOM_NAMES for edge in edges]
             read = file.read(wanted)
-        counts = np.concatenate([np.diff(edge) for edge in edges])
-        arrays = {"atom_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)}
-        for k, name in enumerate((*STRUCTURE, *ATOMS)):
-            parts = read[k * len(spans) : (k + 1) * len(spans)]
-            arrays[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return arrays
+        values = {}
+        for k, name in enumerate((*PER_STRUCTURE_NAMES, *PER_ATOM_NAMES)):
+            values[name] = np.concatenate(read[k * len(spans) : (k + 1) * len(spans)])
+        return Structures(n_atoms=np.concatenate([np.diff(edge) for edge in edges]), **values)
 
     def rows(self, shard: int, name: str, start: int, stop: int) -> NDArray[Any]:
         """Read from the file."""

@@ -4,21 +4,17 @@ A store's arrays are cut into shards (`manifest.shards`), each with the flat arr
 storage hands them out; `Store` puts structures together from them and cares not where they lie.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equipot.train.errors import DataError
+from equipot.train.structures import Structures
 
 Arrays = Mapping[str, NDArray[Any]]
 """Flat arrays of some structures, by name: `atom_offsets` and per-structure and per-atom ones."""
 
-STRUCTURE = ("cell", "pbc", "charge", "spin_multiplicity", "energy", "stress")
-"""The per-structure arrays that make a structure and its labels."""
-ATOMS = ("atomic_numbers", "positions", "forces")
-"""The per-atom arrays that make a structure and its labels."""
 CHUNK_STRUCTURES = 8192
 CHUNK_ATOMS = 2**19
 """What `chunks` reads at once at most, some 32 MiB; a single larger structure is a chunk of its own."""
@@ -32,43 +28,16 @@ class Storage(Protocol):
         """Raises DataError if something is missing or cut short. Reads no data."""
 
     def find(self, shard: int, row: int) -> tuple[Arrays, int]:
-        """Arrays that hold structure `row` of a shard, at least STRUCTURE and ATOMS, and its row in them."""
+        """Arrays with a structure of a shard, at least those of `Structures`, and its row in them."""
 
-    def gather(self, places: NDArray[np.int64]) -> Arrays:
-        """STRUCTURE, ATOMS and atom_offsets of structures (n, 2), each shard and row, ascending, n ≥ 1."""
+    def gather(self, places: NDArray[np.int64]) -> Structures:
+        """Structures (n, 2), each shard and row, ascending, n ≥ 1; copied."""
 
     def rows(self, shard: int, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows start to stop of one array of a shard; read-only."""
 
     def take(self, shard: int, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """These rows of one array of a shard, which must ascend; copied."""
-
-
-def pick(arrays: Arrays, rows: NDArray[np.int64], where: object) -> dict[str, NDArray[Any]]:
-    """STRUCTURE, ATOMS and atom_offsets of these structures of some arrays, in this order, copied.
-
-    `where` they are from is how an error calls them.
-
-    Raises:
-        DataError: the offsets of a structure's atoms make no sense.
-    """
-    starts = np.asarray(arrays["atom_offsets"][rows])
-    lengths = arrays["atom_offsets"][rows + 1] - starts
-    if ((starts < 0) | (lengths < 0) | (starts + lengths > len(arrays["positions"]))).any():
-        raise DataError(f"{where}: atom_offsets out of range, the store is damaged; import the data again")
-    ends = np.cumsum(lengths)
-    atoms = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-    picked = {name: arrays[name][rows] for name in STRUCTURE} | {name: arrays[name][atoms] for name in ATOMS}
-    return picked | {"atom_offsets": np.concatenate([[0], ends]).astype(np.int64)}
-
-
-def join(parts: Sequence[Arrays]) -> Arrays:
-    """Structures of several parts as one, in order."""
-    if len(parts) == 1:
-        return parts[0]
-    counts = np.concatenate([np.diff(part["atom_offsets"]) for part in parts])
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in (*STRUCTURE, *ATOMS)}
-    return joined | {"atom_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)}
 
 
 def take_by_spans(storage: Storage, shard: int, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:

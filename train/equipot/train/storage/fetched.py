@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipot.train.storage.base import Arrays
+from equipot.train.structures import PER_ATOM_NAMES, PER_STRUCTURE_NAMES, Structures
 
 _BUDGET = 64 * 2**20
 _LONGEST_READ_AHEAD = 512
 
-Gather = Callable[[NDArray[np.int64]], Arrays]
+Gather = Callable[[NDArray[np.int64]], Structures]
 """A storage's `gather`."""
 
 
@@ -51,7 +52,9 @@ class Fetched:
         return np.array([(shard, k) for k in rows], dtype=np.int64)
 
     def _fetch(self, places: NDArray[np.int64]) -> None:
-        arrays = self._gather(places)
+        found = self._gather(places)
+        arrays = {name: getattr(found, name) for name in (*PER_STRUCTURE_NAMES, *PER_ATOM_NAMES)}
+        arrays["atom_offsets"] = np.concatenate([[0], np.cumsum(found.n_atoms)])
         size = sum(array.nbytes for array in arrays.values())
         while self._parts and self._bytes + size > _BUDGET:
             self._drop()

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from equipot.train.arrays import OFFSETS, Field, array_bytes, map_rows, per_atom, per_structure
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest, ShardEntry
-from equipot.train.storage.base import Arrays, join, pick
+from equipot.train.storage.base import Arrays
+from equipot.train.structures import PER_ATOM_NAMES, PER_STRUCTURE_NAMES, Structures, flat_index
 
 SHARDS = "shards"
 
@@ -33,13 +34,10 @@ class MemoryMap:
         """The shard's whole arrays: what is not touched is not read."""
         return self._shards[shard].arrays, row
 
-    def gather(self, places: NDArray[np.int64]) -> Arrays:
+    def gather(self, places: NDArray[np.int64]) -> Structures:
         """Copied out of the map, shard by shard."""
         parts = np.split(places, np.flatnonzero(np.diff(places[:, 0])) + 1)
-        shards = [self._shards[int(part[0, 0])] for part in parts]
-        return join(
-            [pick(shard.arrays, part[:, 1], shard.folder) for shard, part in zip(shards, parts, strict=True)]
-        )
+        return Structures.joined([self._shards[int(part[0, 0])].gather(part[:, 1]) for part in parts])
 
     def rows(self, shard: int, name: str, start: int, stop: int) -> NDArray[Any]:
         """A view of the map."""
@@ -84,3 +82,18 @@ class _Shard:
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: {error}; the store is damaged, import the data again") from None
         return found
+
+    def gather(self, rows: NDArray[np.int64]) -> Structures:
+        arrays = self.arrays
+        starts = arrays["atom_offsets"][rows]
+        lengths = arrays["atom_offsets"][rows + 1] - starts
+        bad = (starts < 0) | (lengths < 1) | (starts + lengths > self.entry.atoms)
+        if bad.any():
+            raise DataError(
+                f"{self.folder}: the atoms of its structure {rows[bad][0]} cannot be found, the store is "
+                "damaged; import the data again"
+            )
+        atoms = flat_index(starts, lengths)
+        values = {name: arrays[name][rows] for name in PER_STRUCTURE_NAMES}
+        values |= {name: arrays[name][atoms] for name in PER_ATOM_NAMES}
+        return Structures(n_atoms=lengths, **values)

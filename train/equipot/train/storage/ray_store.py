@@ -25,8 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from equipot.train.arrays import PER_ATOM, PER_STRUCTURE
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest
-from equipot.train.storage.base import ATOMS, STRUCTURE, Arrays, Storage, join, pick
+from equipot.train.storage.base import Arrays, Storage
 from equipot.train.storage.fetched import Fetched
+from equipot.train.structures import PER_ATOM_NAMES, PER_STRUCTURE_NAMES, Structures
 
 _NAMESPACE = "equipot"
 _BLOCK_BYTES = 4 * 2**20
@@ -44,8 +45,8 @@ class Blocks:
 
     def __init__(self, manifest: Manifest) -> None:
         self._structures = np.array([entry.structures for entry in manifest.shards], dtype=np.int64)
-        row = sum(PER_STRUCTURE[name].row_bytes for name in STRUCTURE)
-        atom = sum(PER_ATOM[name].row_bytes for name in ATOMS)
+        row = sum(PER_STRUCTURE[name].row_bytes for name in PER_STRUCTURE_NAMES)
+        atom = sum(PER_ATOM[name].row_bytes for name in PER_ATOM_NAMES)
         sizes = [
             row + atom * entry.atoms / entry.structures if entry.structures else row
             for entry in manifest.shards
@@ -103,7 +104,7 @@ class RayStore:
         """Asks the owner, or has it."""
         return self._fetched.find(shard, row)
 
-    def gather(self, places: NDArray[np.int64]) -> Arrays:
+    def gather(self, places: NDArray[np.int64]) -> Structures:
         """Asks each owner once."""
         if os.getpid() != self._process:
             raise DataError(f"ray:{self._folder}: a connection to Ray does not survive a fork; open it anew")
@@ -111,8 +112,8 @@ class RayStore:
         wanted = {int(slot): np.flatnonzero(slots == slot) for slot in np.unique(slots)}
         calls = {slot: places[rows] for slot, rows in wanted.items()}
         order = np.argsort(np.concatenate(list(wanted.values())))
-        # copied by pick: an answer that is held would keep its place in the node's shared memory
-        return pick(join(self._answers(calls)), order, self._folder)
+        # copied by take: an answer that is held would keep its place in the node's shared memory
+        return Structures.joined(self._answers(calls)).take(order)
 
     def rows(self, shard: int, name: str, start: int, stop: int) -> NDArray[Any]:
         """Read from the source."""
@@ -139,7 +140,7 @@ class RayStore:
             .remote(str(self._folder), self._digest, slot, len(self._nodes))
         )
 
-    def _answers(self, calls: dict[int, NDArray[np.int64]]) -> list[Arrays]:
+    def _answers(self, calls: dict[int, NDArray[np.int64]]) -> list[Structures]:
         for _ in range(_ATTEMPTS):
             try:
                 return self._ask(calls)
@@ -152,10 +153,10 @@ class RayStore:
             "installed on every node?"
         )
 
-    def _ask(self, calls: dict[int, NDArray[np.int64]]) -> list[Arrays]:
+    def _ask(self, calls: dict[int, NDArray[np.int64]]) -> list[Structures]:
         try:
             promised = [self._owners[slot].fetch.remote(places) for slot, places in calls.items()]
-            answers: list[Arrays] = ray.get(promised, timeout=_PATIENCE_SECONDS)
+            answers: list[Structures] = ray.get(promised, timeout=_PATIENCE_SECONDS)
         except RayActorError:
             raise
         except GetTimeoutError:
@@ -183,11 +184,11 @@ class Owner:
     def __init__(self, folder: str, digest: str, slot: int, slots: int) -> None:
         self._folder, self._digest = folder, digest
         self._source: tuple[Storage, Blocks] | None = None
-        self._held: dict[int, ray.ObjectRef[Arrays]] = {}
+        self._held: dict[int, ray.ObjectRef[Structures]] = {}
         self._lock = threading.Lock()
         threading.Thread(target=self._fill, args=(slot, slots), name="fill", daemon=True).start()
 
-    def fetch(self, places: NDArray[np.int64]) -> Arrays:
+    def fetch(self, places: NDArray[np.int64]) -> Structures:
         """These structures (n, 2), each shard and row, which must ascend."""
         _, blocks = self._open()
         of = blocks.of(places)
@@ -195,10 +196,10 @@ class Owner:
         parts = []
         for at in range(0, len(wanted), _TOGETHER):
             some = wanted[at : at + _TOGETHER]
-            for block, arrays in zip(some, ray.get([self._block(block) for block in some]), strict=True):
-                parts.append(pick(arrays, places[of == block, 1] - blocks.span(block)[1], self._folder))
-            del arrays  # what is held in shared memory cannot make room for the next
-        return join(parts)
+            for block, held in zip(some, ray.get([self._block(block) for block in some]), strict=True):
+                parts.append(held.take(places[of == block, 1] - blocks.span(block)[1]))
+            del held  # what is held in shared memory cannot make room for the next
+        return Structures.joined(parts)
 
     def _open(self) -> tuple[Storage, Blocks]:
         with self._lock:
@@ -213,7 +214,7 @@ class Owner:
                 self._source = storage, Blocks(manifest)
             return self._source
 
-    def _block(self, block: int) -> "ray.ObjectRef[Arrays]":
+    def _block(self, block: int) -> "ray.ObjectRef[Structures]":
         storage, blocks = self._open()
         with self._lock:
             if block not in self._held:
