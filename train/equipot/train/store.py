@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +21,7 @@ from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest
 from equipot.train.storage.base import Arrays, Storage, chunks
 from equipot.train.storage.memory_map import MemoryMap
-from equipot.train.storage.opening import open_storage
+from equipot.train.storage.opening import RAY, open_storage
 from equipot.train.structures import Structures
 
 N_ELEMENTS = 119
@@ -79,6 +79,14 @@ class Store:
         store = Store(*open_storage(address))
         store._address = address
         return store
+
+    def kept_in(self, memory: Literal["map", "ray"]) -> "Store":
+        """This store, or the same one with its structures held by the nodes of a Ray cluster.
+
+        Raises:
+            DataError: ray is not installed, or no cluster runs here.
+        """
+        return self if memory == "map" else Store.open(f"{RAY}{self.path.resolve()}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process opens the store for itself: maps and connections cannot be sent.
