@@ -1,6 +1,7 @@
 """A mix: which structures are seen how often, in which split and subset; and what makes it refuse."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
@@ -99,7 +100,7 @@ def test_smaller_subsets_lie_inside_larger_ones_and_no_group_is_in_two_splits(
         assert not groups_of(mix, once) & (validation | test)
         for k in range(3):
             whole = mix.card.sources[k].counts["train"].structures
-            assert len(of_source(once, k)) == int(np.ceil(whole * Fraction(str(fraction))))
+            assert len(of_source(once, k)) == math.ceil(whole * Fraction(str(fraction)))
         smaller = found
     assert smaller == set(pairs(mix.part("train")))
 
