@@ -58,7 +58,8 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     """
     card, mix = RunCard.read(run.card), open_mix(recipe, run)
     sizes = Sizes.of(mix.stores, recipe.model.cutoff, progress=False)
-    dataset = Dataset(mix.stores, card.config, cache_mib=recipe.batch.cache_mib)
+    stores = [store.kept_in(recipe.data.memory) for store in mix.stores]
+    dataset = Dataset(stores, card.config, cache_mib=recipe.batch.cache_mib)
     _, draws = mix.training(recipe.data.subset)
     validation = mix.part("validation")
     costs = sizes.cost_column(draws)

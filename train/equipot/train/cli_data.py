@@ -4,6 +4,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from equipot.train import importer
+from equipot.train import convert, importer
 from equipot.train.cli_mix import mix_command, open_data, parse_fractions
 from equipot.train.data_report import print_import, print_store
 from equipot.train.errors import DataError
@@ -197,6 +198,38 @@ def frames_command(
         )
         count = write_frames(mix.stores, mix.part(part), out)
     Console().print(f"{count} {part} frames written to {out}", soft_wrap=True, highlight=False)
+
+
+class Layout(StrEnum):
+    """What a store can be converted to."""
+
+    bp = "bp"
+    npy = "npy"
+
+
+@app.command("convert")
+def convert_command(
+    store: Annotated[str, typer.Argument(help="A store.", show_default=False)],
+    to: Annotated[
+        Layout, typer.Option(help="bp: an ADIOS2 file. npy: memory-mapped files.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new name, for bp NAME.bp.", show_default=False)],
+) -> None:
+    """Writes a store anew in another layout, the same to the last bit.
+
+    What is written takes its name when it is complete; a conversion that was killed is begun again.
+    """
+    opened = Store.open(store)
+    with _bar() as bar:
+        task = bar.add_task(f"writing {out.name}", total=len(opened))
+        write = convert.to_bp if to is Layout.bp else convert.to_npy
+        write(opened, out, on_progress=lambda written: bar.update(task, completed=written))
+    Console().print(
+        f"{len(opened)} structures written to {out}, digest {opened.manifest.digest}\n"
+        f"next:  equipot data info {out} --verify",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from equipot.train.importer import ImportReport
 from equipot.train.manifest import Manifest, Tally
-from equipot.train.store import JOURNAL, Store
+from equipot.train.storage.opening import JOURNAL
+from equipot.train.store import Store
 
 _SHOWN = 12
 

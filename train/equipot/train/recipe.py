@@ -43,6 +43,11 @@ class DataSection(Section):
     store_root: Path | None = Field(
         default=None, description="folder that holds the mix's stores, if they were moved"
     )
+    memory: Literal["map", "ray"] = Field(
+        default="map",
+        description="where structures are read from: mapped files, or the memory and local disks of a Ray "
+        "cluster's nodes, for data larger than one node's memory",
+    )
     subset: float | str = Field(
         default=1.0,
         description='how much of the training split: a fraction in (0, 1], or bytes as "120 GB"; smaller '

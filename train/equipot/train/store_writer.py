@@ -22,7 +22,9 @@ from equipot.train.arrays import OFFSETS, Field, append_rows, per_atom, per_stru
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest, ShardEntry, SourceEntry, content_digest, read_json, write_json
 from equipot.train.sources.base import EXTRAS, Frame
-from equipot.train.store import JOURNAL, MANIFEST, SHARDS, Store, chained, link
+from equipot.train.storage.memory_map import SHARDS
+from equipot.train.storage.opening import JOURNAL, MANIFEST
+from equipot.train.store import Store, chained, link
 
 SHARD_STRUCTURES = 2**20
 SHARD_ATOMS = 2**25
