@@ -41,7 +41,9 @@ from torch_geometric.data import Data
 from equipot.train.arrays import OFFSETS, Field, array_bytes, header, per_atom, per_structure
 from equipot.train.importer import ImportOptions, import_files
 from equipot.train.manifest import Manifest, ShardEntry, SourceEntry, Tally, content_digest, write_json
-from equipot.train.store import MANIFEST, SHARDS, Store
+from equipot.train.storage.memory_map import SHARDS
+from equipot.train.storage.opening import MANIFEST
+from equipot.train.store import Store
 from equipot.train.store_writer import SHARD_ATOMS, SHARD_STRUCTURES
 
 BATCH = 32

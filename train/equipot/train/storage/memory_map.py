@@ -36,6 +36,8 @@ class MemoryMap:
 
     def gather(self, places: NDArray[np.int64]) -> Structures:
         """Copied out of the map, shard by shard."""
+        if places[0, 0] == places[-1, 0]:
+            return self._shards[int(places[0, 0])].gather(places[:, 1])
         parts = np.split(places, np.flatnonzero(np.diff(places[:, 0])) + 1)
         return Structures.joined([self._shards[int(part[0, 0])].gather(part[:, 1]) for part in parts])
 
@@ -94,6 +96,7 @@ class _Shard:
                 "damaged; import the data again"
             )
         atoms = flat_index(starts, lengths)
-        values = {name: arrays[name][rows] for name in PER_STRUCTURE_NAMES}
-        values |= {name: arrays[name][atoms] for name in PER_ATOM_NAMES}
+        # `take` copies a row in half the time of an index array in brackets
+        values = {name: arrays[name].take(rows, axis=0) for name in PER_STRUCTURE_NAMES}
+        values |= {name: arrays[name].take(atoms, axis=0) for name in PER_ATOM_NAMES}
         return Structures(n_atoms=lengths, **values)
