@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
+from equipot.train.arrays import OFFSETS, append_rows, per_atom, per_structure
 from equipot.train.convert import to_bp
 from equipot.train.importer import ImportOptions, import_files
 from equipot.train.store import Store
@@ -48,20 +48,23 @@ def demo_store(folder: Path) -> Path:
 
 
 def repeated(store: Path, out: Path, size: float) -> Path:
-    """The store so many times over that its arrays take `size` bytes; its checksum no longer fits."""
-    body = json.loads((store / "manifest.json").read_text())
-    times = max(1, round(size / sum(path.stat().st_size for path in (store / "shards").rglob("*.npy"))))
-    shards, body["shards"] = body["shards"], []
-    for k in range(times):
-        for entry in shards:
-            name = f"{k:05d}-{entry['name']}"
-            folder = out / "shards" / name
-            folder.mkdir(parents=True)
-            for path in (store / "shards" / entry["name"]).iterdir():
-                shutil.copy(path, folder)  # copied: a link's pages would be the same ones in memory
-            body["shards"].append({**entry, "name": name})
+    """The store so many times over, in one shard, that its arrays take `size` bytes."""
+    opened = Store.open(store)
+    whole = list(opened.chunks())
+    counts = np.concatenate([counts for _, counts, _ in whole])
+    arrays = {name: np.concatenate([arrays[name] for _, _, arrays in whole]) for name in whole[0][2]}
+    times = max(1, round(size / sum(array.nbytes for array in arrays.values())))
+    folder = out / "shards" / "00000"
+    folder.mkdir(parents=True)
+    offsets = np.concatenate([[0], np.cumsum(np.tile(counts, times))])
+    append_rows(folder / "atom_offsets.npy", OFFSETS, 0, offsets)
+    columns = opened.manifest.columns
+    for name, field in (per_structure(columns) | per_atom(columns)).items():
+        append_rows(folder / f"{name}.npy", field, 0, np.concatenate([arrays[name]] * times))
+    body = opened.manifest.to_json()
     body["structures"] *= times
     body["atoms"] *= times
+    body["shards"] = [{"name": "00000", "structures": body["structures"], "atoms": body["atoms"]}]
     body["digest"] = f"repeated:{times}:{body['digest']}"
     (out / "manifest.json").write_text(json.dumps(body))
     return out

@@ -187,6 +187,7 @@ def test_a_killed_conversion_leaves_no_store_and_is_begun_again(
 ) -> None:
     out = tmp_path / ("a.bp" if to == "bp" else "a")
     program = f"""
+import time
 from pathlib import Path
 from equipot.train import convert
 from equipot.train.storage import base

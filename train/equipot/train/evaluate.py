@@ -157,7 +157,7 @@ def evaluate(
     tally = Tally(len(potential.config.levels_of_theory), loss)
     potential.eval()
     for mine in evaluation_batches(costs, world):
-        batch = dataset.batch(keys[mine.rows], device=world.device)
+        batch = dataset.batch(keys[mine.rows].astype(np.int64), device=world.device)
         prediction = predict(potential, batch.systems, forces=True, stress=stress)
         if mine.counts:
             tally.add(residuals(prediction, batch.targets, batch.systems), batch.systems)
@@ -180,7 +180,7 @@ def evaluate_references(
     for rows in np.array_split(np.arange(len(keys)), max(1, -(-len(keys) // 256))):
         if not len(rows):
             continue
-        batch: Batch = dataset.batch(keys[rows])
+        batch: Batch = dataset.batch(keys[rows].astype(np.int64))
         systems = batch.systems
         numbers = torch.from_numpy(columns)[systems.atomic_numbers]
         atomic = table[systems.level_idx[systems.system_idx], numbers]

@@ -65,6 +65,7 @@ class Store:
         self._starts = [0]
         for entry in manifest.shards:
             self._starts.append(self._starts[-1] + entry.structures)
+        self._first_rows = np.array(self._starts, dtype=np.int64)
 
     @staticmethod
     def open(address: str | Path) -> "Store":
@@ -146,9 +147,10 @@ class Store:
         ascending = wanted[order]
         if len(wanted) and not 0 <= ascending[0] <= ascending[-1] < len(self):
             raise IndexError(f"structures {ascending[0]} to {ascending[-1]} of {len(self)} in {self.path}")
-        shards = np.searchsorted(self._starts, ascending, side="right") - 1
-        rows = ascending - np.asarray(self._starts)[shards]
-        found = self._storage.gather(np.stack([shards, rows], axis=1))
+        places = np.empty((len(wanted), 2), dtype=np.int64)
+        places[:, 0] = self._first_rows.searchsorted(ascending, side="right") - 1
+        places[:, 1] = ascending - self._first_rows[places[:, 0]]
+        found = self._storage.gather(places)
         return found if (order[:-1] <= order[1:]).all() else found.take(np.argsort(order))
 
     def origin(self, index: int) -> Origin:

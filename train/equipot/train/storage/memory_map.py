@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,20 @@ class MemoryMap:
         return self._shards[shard].arrays, row
 
     def gather(self, places: NDArray[np.int64]) -> Structures:
-        """Copied out of the map, shard by shard."""
-        parts = np.split(places, np.flatnonzero(np.diff(places[:, 0])) + 1)
-        return Structures.joined([self._shards[int(part[0, 0])].gather(part[:, 1]) for part in parts])
+        """Copied out of the map."""
+        if places[0, 0] == places[-1, 0]:
+            return self._shards[int(places[0, 0])].gather(places[:, 1])
+        # of a large store, most structures of a batch are alone in their shard: joining copies views once
+        cuts = [0, *(np.flatnonzero(np.diff(places[:, 0])) + 1).tolist(), len(places)]
+        shards = [self._shards[k] for k in places[cuts[:-1], 0].tolist()]
+        return Structures.joined(
+            [
+                shard.view(int(places[start, 1]))
+                if stop == start + 1
+                else shard.gather(places[start:stop, 1])
+                for shard, (start, stop) in zip(shards, pairwise(cuts), strict=True)
+            ]
+        )
 
     def rows(self, shard: int, name: str, start: int, stop: int) -> NDArray[Any]:
         """A view of the map."""
@@ -89,11 +101,24 @@ class _Shard:
         lengths = arrays["atom_offsets"][rows + 1] - starts
         bad = (starts < 0) | (lengths < 1) | (starts + lengths > self.entry.atoms)
         if bad.any():
-            raise DataError(
-                f"{self.folder}: the atoms of its structure {rows[bad][0]} cannot be found, the store is "
-                "damaged; import the data again"
-            )
+            raise self._damaged(int(rows[bad][0]))
         atoms = flat_index(starts, lengths)
-        values = {name: arrays[name][rows] for name in PER_STRUCTURE_NAMES}
-        values |= {name: arrays[name][atoms] for name in PER_ATOM_NAMES}
+        # `take` copies a row in half the time of an index array in brackets
+        values = {name: arrays[name].take(rows, axis=0) for name in PER_STRUCTURE_NAMES}
+        values |= {name: arrays[name].take(atoms, axis=0) for name in PER_ATOM_NAMES}
         return Structures(n_atoms=lengths, **values)
+
+    def view(self, row: int) -> Structures:
+        arrays = self.arrays
+        start, stop = arrays["atom_offsets"][row : row + 2].tolist()
+        if not 0 <= start < stop <= self.entry.atoms:
+            raise self._damaged(row)
+        values = {name: arrays[name][row : row + 1] for name in PER_STRUCTURE_NAMES}
+        values |= {name: arrays[name][start:stop] for name in PER_ATOM_NAMES}
+        return Structures(n_atoms=np.array([stop - start]), **values)
+
+    def _damaged(self, row: int) -> DataError:
+        return DataError(
+            f"{self.folder}: the atoms of its structure {row} cannot be found, the store is damaged; "
+            "import the data again"
+        )
