@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipot.model.errors import ModelError
-from equipot.model.neighbors import NeighborList, neighbor_list
+from equipot.model.neighbors import half_neighbor_list
 from equipot.train.structures import Structures, flat_index
 
 ALL_PAIRS = 24
@@ -120,10 +120,10 @@ def edge_lists(
         positions = structures.positions[first[row] : first[row] + n]
         pbc = structures.pbc[row]
         try:
-            found_now = neighbor_list(positions, structures.cell[row], pbc, cutoff)
+            half = half_neighbor_list(positions, structures.cell[row], pbc, cutoff)
         except (RuntimeError, ModelError) as error:
             raise EdgeError(row, f"its edges cannot be found ({error})") from error
-        edges = _compact(found_now, n, bool(pbc.any()))
+        edges = _both_directions(*half, n, periodic=bool(pbc.any()))
         if memory is not None:
             memory.keep(numbers[row], edges)
         lists[row] = edges
@@ -175,17 +175,28 @@ def _check_finite(structures: Structures) -> None:
     )
 
 
-def _compact(edges: NeighborList, n_atoms: int, periodic: bool) -> EdgeList:
-    degrees = np.bincount(edges.receivers, minlength=n_atoms)
+def _both_directions(
+    receivers: NDArray[np.uint64],
+    senders: NDArray[np.uint64],
+    cell_shifts: NDArray[np.int32],
+    n_atoms: int,
+    *,
+    periodic: bool,
+) -> EdgeList:
+    """Edges given in one direction each in both, sorted by receiver."""
+    kind = np.uint16 if n_atoms <= 2**16 else np.uint32
+    ends = np.empty((2, 2 * len(receivers)), dtype=kind)
+    ends[0, : len(receivers)] = ends[1, len(receivers) :] = receivers
+    ends[1, : len(receivers)] = ends[0, len(receivers) :] = senders
+    order = np.argsort(ends[0], kind="stable")  # by radix for 16 bits
+    degrees = np.bincount(ends[0], minlength=n_atoms)
     shifts: NDArray[np.signedinteger] | None = None
     if periodic:
-        reach = int(np.abs(edges.cell_shifts).max(initial=0))
-        shifts = edges.cell_shifts.astype(np.int8 if reach < 2**7 else np.int32)
-    return EdgeList(
-        edges.senders.astype(np.uint16 if n_atoms <= 2**16 else np.uint32),
-        degrees.astype(np.uint16 if degrees.max(initial=0) < 2**16 else np.uint32),
-        shifts,
-    )
+        reach = max(int(cell_shifts.max(initial=0)), -int(cell_shifts.min(initial=0)))
+        small = cell_shifts.astype(np.int8 if reach < 2**7 else np.int32)
+        shifts = np.concatenate([small, np.negative(small)])[order]
+    widest = np.uint16 if degrees.max(initial=0) < 2**16 else np.uint32
+    return EdgeList(ends[1][order], degrees.astype(widest), shifts)
 
 
 def _small_lists(structures: Structures, rows: NDArray[np.int64], cutoff: float) -> list[EdgeList]:
