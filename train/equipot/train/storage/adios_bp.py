@@ -1,8 +1,10 @@
 """Stores in ADIOS2 BP5 files, as `bp_layout` describes them. The only module that imports adios2."""
 
 import os
+import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -158,11 +160,27 @@ def _from_file(part: NDArray[Any], variable: Variable, n: int) -> NDArray[Any]:
 
 
 def _unreadable(folder: Path, error: Exception) -> DataError:
-    return DataError(f"{folder}: cannot be read by ADIOS2 ({' '.join(str(error).split())[-200:]})")
+    return DataError(f"{folder}: cannot be read by ADIOS2 ({_plain(error)})")
+
+
+def _plain(error: Exception) -> str:
+    """What the library says, without its colours, on one line of bounded length."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())[-200:]
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises whatever its C++ did
+        raise OSError(_plain(error)) from None
 
 
 class BpWriter:
-    """Writes a new BP5 file chunk by chunk, which stay on disk and not in memory. A context manager."""
+    """Writes a new BP5 file chunk by chunk, which stay on disk and not in memory.
+
+    A context manager; what cannot be written is an OSError.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder
@@ -176,8 +194,9 @@ class BpWriter:
         self._structures = self._atoms = 0
 
     def __enter__(self) -> Self:
-        self._engine = self._io.Open(str(self._folder), adios.Mode.Write)
-        self._engine.BeginStep()
+        with _os_errors():
+            self._engine = self._io.Open(str(self._folder), adios.Mode.Write)
+            self._engine.BeginStep()
         return self
 
     def write(self, counts: NDArray[np.int64], arrays: Arrays) -> None:
@@ -199,8 +218,9 @@ class BpWriter:
                 n, all_n = self._structures, self._manifest.structures
                 self._put(f"{variable.name}/variable_count", n, all_n, each.astype(_OFFSET))
                 self._put(f"{variable.name}/variable_offset", n, all_n, offset.astype(_OFFSET))
-        self._engine.PerformPuts()
-        self._engine.PerformDataWrite()
+        with _os_errors():
+            self._engine.PerformPuts()
+            self._engine.PerformDataWrite()
         self._structures += len(counts)
         self._atoms += atoms
 
@@ -225,8 +245,9 @@ class BpWriter:
     ) -> None:
         for name, value in attributes(self._manifest).items():
             self._io.DefineAttribute(name, np.array(value) if isinstance(value, int) else value)
-        self._engine.EndStep()
-        self._engine.Close()
+        with _os_errors() if kind is None else suppress(Exception):  # after an error the file is thrown away
+            self._engine.EndStep()
+            self._engine.Close()
         if kind is None:
             (self._folder / "profiling.json").unlink(missing_ok=True)  # tells of the machine, not of the data
             write_guard(self._folder, self._manifest)
