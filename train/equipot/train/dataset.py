@@ -1,4 +1,4 @@
-"""Stores, splits and chemistry of a run as graphs and labels in memory. Knows no order of steps, no loss."""
+"""Structures of a run as graphs and labels in memory, and their sizes. Knows no order of steps, no loss."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from equipot.model.batch import SystemBatch
 from equipot.model.config import ModelConfig
 from equipot.train.columns import Column
-from equipot.train.edge_lists import EdgeError, EdgeMemory, Edges, edge_lists, join
+from equipot.train.edge_lists import EdgeError, EdgeMemory, Edges, edges_of
 from equipot.train.edges import structure_sizes
 from equipot.train.errors import DataError
 from equipot.train.places import in_blocks
 from equipot.train.store import Store
 from equipot.train.structures import Structures
+
+_NUMPY: dict[torch.dtype, DTypeLike] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,37 +92,39 @@ class Dataset:
         """
         structures = self._read(keys)
         edges = self._edges(keys, structures)
-        n = structures.n_atoms
-        positions = structures.positions
+        n, positions = structures.n_atoms, structures.positions
+        system_idx = np.repeat(np.arange(len(n)), n)
         if dtype != torch.float64:
             centres = np.add.reduceat(positions, structures.first_atoms) / n[:, None]
-            positions = positions - np.repeat(centres, n, axis=0)
+            positions = positions - centres[system_idx]
         spin = structures.spin_multiplicity.astype(np.int64)
         spin[spin == 0] = self._unstated_spin
         # a slab's or chain's stress has no volume to refer to, so the model gives none
-        stress = structures.stress.copy()
+        stress = structures.stress  # a copy already
         stress[~structures.pbc.all(axis=1) | np.isnan(stress).any(axis=(1, 2))] = np.nan
+        kind = _NUMPY[dtype]
 
-        def put(array: NDArray[Any], kind: torch.dtype) -> torch.Tensor:
-            return torch.from_numpy(array).to(device=device, dtype=kind)
+        def put(array: NDArray[Any], kind: DTypeLike = np.int64) -> torch.Tensor:
+            # converted by numpy: torch would start another pool of threads for the thread that calls
+            return torch.from_numpy(array.astype(kind, copy=False)).to(device)
 
         systems = SystemBatch(
-            atomic_numbers=put(structures.atomic_numbers, torch.int64),
-            positions=put(positions, dtype),
-            cell=put(structures.cell, dtype),
-            pbc=put(structures.pbc, torch.bool),
-            system_idx=put(np.repeat(np.arange(len(n)), n), torch.int64),
-            level_idx=put(self._levels[keys[:, 0]], torch.int64),
-            charge=put(structures.charge, torch.int64),
-            spin_multiplicity=put(spin, torch.int64),
-            senders=put(edges.senders, torch.int64),
-            receivers=put(edges.receivers, torch.int64),
-            cell_shifts=put(edges.cell_shifts, dtype),
+            atomic_numbers=put(structures.atomic_numbers),
+            positions=put(positions, kind),
+            cell=put(structures.cell, kind),
+            pbc=put(structures.pbc, np.bool_),
+            system_idx=put(system_idx),
+            level_idx=put(self._levels[keys[:, 0]]),
+            charge=put(structures.charge),
+            spin_multiplicity=put(spin),
+            senders=put(edges.senders),
+            receivers=put(edges.receivers),
+            cell_shifts=put(edges.cell_shifts, kind),
         )
         targets = Targets(
-            energy=put(structures.energy, torch.float64),
-            forces=put(structures.forces, dtype),
-            stress=put(stress, dtype),
+            energy=put(structures.energy, np.float64),
+            forces=put(structures.forces, kind),
+            stress=put(stress, kind),
         )
         return Batch(systems, targets, keys)
 
@@ -143,10 +147,9 @@ class Dataset:
     def _edges(self, keys: NDArray[np.int64], structures: Structures) -> Edges:
         numbers = (self._firsts[keys[:, 0]] + keys[:, 1]).tolist()
         try:
-            lists = edge_lists(structures, self._cutoff, self._memory, numbers)
+            return edges_of(structures, self._cutoff, self._memory, numbers)
         except EdgeError as error:
             raise DataError(f"{self.describe(keys[error.row : error.row + 1])}: {error}") from error
-        return join(lists, structures.n_atoms)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

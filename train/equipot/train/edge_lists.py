@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipot.model.errors import ModelError
-from equipot.model.neighbors import NeighborList, neighbor_list
+from equipot.model.neighbors import half_neighbor_list
 from equipot.train.structures import Structures, flat_index
 
 ALL_PAIRS = 24
 """Isolated structures of at most so many atoms are compared pair by pair, many structures in one go: a cell
 list of each costs 27 µs before its first edge, 32 molecules of 9 atoms together 90 µs this way."""
-_PAIRS_AT_ONCE = 2**16
+_STRUCTURES_AT_ONCE = 2**16 // ALL_PAIRS**2  # of them, so that the pairs stay in a core's cache
 
 
 class EdgeError(ValueError):
@@ -105,10 +105,10 @@ def edge_lists(
         EdgeError: positions or cell that are not finite numbers, or that the neighbour list cannot take.
     """
     _check_finite(structures)
-    small = ~structures.pbc.any(axis=1) & (structures.n_atoms <= ALL_PAIRS)
+    small = _small(structures)
     lists: list[EdgeList | None] = [None] * len(structures)
     rows = np.flatnonzero(small)
-    for row, found in zip(rows.tolist(), _all_pairs(structures, rows, cutoff), strict=True):
+    for row, found in zip(rows.tolist(), _small_lists(structures, rows, cutoff), strict=True):
         lists[row] = found
     first = structures.first_atoms
     for row in np.flatnonzero(~small).tolist():
@@ -120,10 +120,10 @@ def edge_lists(
         positions = structures.positions[first[row] : first[row] + n]
         pbc = structures.pbc[row]
         try:
-            found_now = neighbor_list(positions, structures.cell[row], pbc, cutoff)
+            half = half_neighbor_list(positions, structures.cell[row], pbc, cutoff)
         except (RuntimeError, ModelError) as error:
             raise EdgeError(row, f"its edges cannot be found ({error})") from error
-        edges = _compact(found_now, n, bool(pbc.any()))
+        edges = _both_directions(*half, n, periodic=bool(pbc.any()))
         if memory is not None:
             memory.keep(numbers[row], edges)
         lists[row] = edges
@@ -133,12 +133,9 @@ def edge_lists(
 def join(lists: Sequence[EdgeList], n_atoms: NDArray[np.int64]) -> Edges:
     """The edges of structures that stand one behind the other."""
     n_edges = np.array([len(edges.senders) for edges in lists])
-    first = np.cumsum(n_atoms) - n_atoms
-    senders = np.repeat(first, n_edges)
+    senders = np.repeat(np.cumsum(n_atoms) - n_atoms, n_edges)
     senders += np.concatenate([edges.senders for edges in lists])
     receivers = np.repeat(np.arange(int(n_atoms.sum())), np.concatenate([edges.degrees for edges in lists]))
-    if all(edges.cell_shifts is None for edges in lists):
-        return Edges(senders, receivers, np.zeros((len(senders), 3), dtype=np.int8))
     shifts = [
         np.zeros((len(edges.senders), 3), dtype=np.int8) if edges.cell_shifts is None else edges.cell_shifts
         for edges in lists
@@ -146,7 +143,26 @@ def join(lists: Sequence[EdgeList], n_atoms: NDArray[np.int64]) -> Edges:
     return Edges(senders, receivers, np.concatenate(shifts))
 
 
+def edges_of(
+    structures: Structures, cutoff: float, memory: EdgeMemory | None = None, numbers: Sequence[int] = ()
+) -> Edges:
+    """`edge_lists` joined; quicker where all structures are small and isolated."""
+    if len(structures) > _STRUCTURES_AT_ONCE or not _small(structures).all():
+        return join(edge_lists(structures, cutoff, memory, numbers), structures.n_atoms)
+    _check_finite(structures)
+    pairs = _all_pairs(structures.n_atoms, structures.positions, cutoff)
+    return Edges(pairs.senders, pairs.receivers, np.zeros((len(pairs.senders), 3), dtype=np.int8))
+
+
+def _small(structures: Structures) -> NDArray[np.bool_]:
+    small: NDArray[np.bool_] = (structures.n_atoms <= ALL_PAIRS) & ~structures.pbc.any(axis=1)
+    return small
+
+
 def _check_finite(structures: Structures) -> None:
+    # a sum is finite unless something in it is not, or it overflows, and then what follows looks closer
+    if np.isfinite(structures.positions.sum() + structures.cell.sum()):
+        return
     atoms = np.isfinite(structures.positions).all(axis=1)
     cells = np.isfinite(structures.cell).all(axis=(1, 2))
     if atoms.all() and cells.all():
@@ -159,52 +175,63 @@ def _check_finite(structures: Structures) -> None:
     )
 
 
-def _compact(edges: NeighborList, n_atoms: int, periodic: bool) -> EdgeList:
-    degrees = np.bincount(edges.receivers, minlength=n_atoms)
+def _both_directions(
+    receivers: NDArray[np.uint64],
+    senders: NDArray[np.uint64],
+    cell_shifts: NDArray[np.int32],
+    n_atoms: int,
+    *,
+    periodic: bool,
+) -> EdgeList:
+    """Edges given in one direction each in both, sorted by receiver."""
+    kind = np.uint16 if n_atoms <= 2**16 else np.uint32
+    ends = np.empty((2, 2 * len(receivers)), dtype=kind)
+    ends[0, : len(receivers)] = ends[1, len(receivers) :] = receivers
+    ends[1, : len(receivers)] = ends[0, len(receivers) :] = senders
+    order = np.argsort(ends[0], kind="stable")  # by radix for 16 bits
+    degrees = np.bincount(ends[0], minlength=n_atoms)
     shifts: NDArray[np.signedinteger] | None = None
     if periodic:
-        reach = int(np.abs(edges.cell_shifts).max(initial=0))
-        shifts = edges.cell_shifts.astype(np.int8 if reach < 2**7 else np.int32)
-    return EdgeList(
-        edges.senders.astype(np.uint16 if n_atoms <= 2**16 else np.uint32),
-        degrees.astype(np.uint16 if degrees.max(initial=0) < 2**16 else np.uint32),
-        shifts,
-    )
+        reach = max(int(cell_shifts.max(initial=0)), -int(cell_shifts.min(initial=0)))
+        small = cell_shifts.astype(np.int8 if reach < 2**7 else np.int32)
+        shifts = np.concatenate([small, np.negative(small)])[order]
+    widest = np.uint16 if degrees.max(initial=0) < 2**16 else np.uint32
+    return EdgeList(ends[1][order], degrees.astype(widest), shifts)
 
 
-def _all_pairs(structures: Structures, rows: NDArray[np.int64], cutoff: float) -> list[EdgeList]:
+def _small_lists(structures: Structures, rows: NDArray[np.int64], cutoff: float) -> list[EdgeList]:
     lists: list[EdgeList] = []
-    block = max(1, _PAIRS_AT_ONCE // ALL_PAIRS**2)
     first_atoms = structures.first_atoms
-    for at in range(0, len(rows), block):
-        part = rows[at : at + block]
+    for at in range(0, len(rows), _STRUCTURES_AT_ONCE):
+        part = rows[at : at + _STRUCTURES_AT_ONCE]
         n = structures.n_atoms[part]
-        positions = structures.positions
-        if len(part) < len(structures):
-            positions = positions[flat_index(first_atoms[part], n)]
-        lists += _all_pairs_of_block(n, positions, cutoff)
+        atoms = flat_index(first_atoms[part], n)
+        pairs = _all_pairs(n, structures.positions[atoms], cutoff)
+        degrees = np.bincount(pairs.receivers, minlength=len(atoms)).astype(np.uint16)
+        first = np.cumsum(n) - n
+        local = (pairs.senders - np.repeat(np.repeat(first, n), degrees)).astype(np.uint16)
+        atom_ends = np.cumsum(n)
+        edge_ends = np.cumsum(degrees, dtype=np.int64)[atom_ends - 1]
+        atom = edge = 0
+        for atom_end, edge_end in zip(atom_ends.tolist(), edge_ends.tolist(), strict=True):
+            lists.append(EdgeList(local[edge:edge_end], degrees[atom:atom_end], None))
+            atom, edge = atom_end, edge_end
     return lists
 
 
-def _all_pairs_of_block(
-    n: NDArray[np.int64], positions: NDArray[np.float64], cutoff: float
-) -> list[EdgeList]:
+class _Pairs(NamedTuple):
+    senders: NDArray[np.int64]
+    receivers: NDArray[np.int64]
+
+
+def _all_pairs(n: NDArray[np.int64], positions: NDArray[np.float64], cutoff: float) -> _Pairs:
+    """All edges of structures of n atoms that stand one behind the other, by comparing every pair of each."""
     partners = np.repeat(n, n)  # (N,) atoms of each atom's own structure
-    receivers = np.repeat(np.arange(len(positions)), partners)
-    ends = np.cumsum(partners)
-    local = np.arange(len(receivers)) - np.repeat(ends - partners, partners)
     first = np.repeat(np.cumsum(n) - n, n)
-    senders = local + first[receivers]
-    vectors = positions[senders] - positions[receivers]
+    senders = flat_index(first, partners)
+    receivers = np.repeat(np.arange(len(positions)), partners)
+    vectors = positions[senders]
+    vectors -= np.repeat(positions, partners, axis=0)
     within = np.einsum("ij,ij->i", vectors, vectors) < cutoff * cutoff
     within &= senders != receivers
-    kept = np.flatnonzero(within)
-    degrees = np.bincount(receivers[kept], minlength=len(positions)).astype(np.uint16)
-    small = local[kept].astype(np.uint16)
-    atom_ends = np.cumsum(n)
-    edge_ends = np.concatenate([[0], np.cumsum(degrees, dtype=np.int64)])[atom_ends].tolist()
-    lists, atom, edge = [], 0, 0
-    for atom_end, edge_end in zip(atom_ends.tolist(), edge_ends, strict=True):
-        lists.append(EdgeList(small[edge:edge_end], degrees[atom:atom_end], None))
-        atom, edge = atom_end, edge_end
-    return lists
+    return _Pairs(senders[within], receivers[within])

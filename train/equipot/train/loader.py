@@ -85,7 +85,11 @@ class Loader:
             yield made
 
     def _add(self, waiting: deque[Future[StepBatches]], remaining: Iterator[int]) -> None:
-        while len(waiting) < self._depth and len(waiting) * self._largest <= self._bytes_ahead:
+        while len(waiting) < self._depth:
+            # one always; more when it is known how large they are
+            room = self._bytes_ahead // self._largest if self._largest else 1
+            if waiting and len(waiting) >= room:
+                return
             step = next(remaining, None)
             if step is None:
                 return
