@@ -185,11 +185,12 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         reports = measure(options, Path(home))
-    arguments = " ".join(word for word in sys.argv[1:] if not word.startswith("/"))
+    arguments = f"--megabytes {options.megabytes:g} --beyond {options.beyond:g} --rounds {options.rounds}"
     body = {
-        "command": f"OMP_NUM_THREADS=1 python benchmarks/backends.py {arguments}".rstrip(),
+        "command": f"OMP_NUM_THREADS=1 python benchmarks/backends.py {arguments}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{cpu_model()}, {os.cpu_count()} cores",
+        "load": round(os.getloadavg()[0], 1),
         "batch": BATCH,
         "ray": ray.__version__,
         "rounds": options.rounds,
