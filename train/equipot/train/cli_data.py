@@ -1,21 +1,18 @@
 """`equipot data`: import files into a store, look at a store, write a split back as frames."""
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from equipot.train import importer
+from equipot.train.cli_audit import audit_command
 from equipot.train.data_report import print_import, print_store
 from equipot.train.errors import DataError
 from equipot.train.frames import write_frames
 from equipot.train.importer import ImportOptions, import_files
+from equipot.train.long_work import progress_bar, stop_signals
 from equipot.train.sources.base import ReadOptions
 from equipot.train.sources.npz_file import UNITS
 from equipot.train.sources.registry import RELEASES, choose_level, find_files, split_source
@@ -26,6 +23,7 @@ _LEVELS = "; ".join(f"{name} {', '.join(source.levels)}" for name, source in REL
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Import, inspect and split labelled structures."
 )
+app.command("audit")(audit_command)
 
 
 @app.command("import")
@@ -126,7 +124,7 @@ def import_command(
         max_force=max_force,
         keep_duplicates=keep_duplicates,
     )
-    with _stop_signals() as stopped, _bar() as bar:
+    with stop_signals() as stopped, progress_bar() as bar:
         task = bar.add_task("opening", total=1.0)
 
         def show(at: importer.Progress) -> None:
@@ -183,28 +181,3 @@ def _fractions(text: str) -> list[float]:
         return [float(word) for word in text.split(",")]
     except ValueError:
         raise DataError(f"--fractions {text}: give three numbers that sum to 1, as 0.8,0.1,0.1") from None
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """While open, SIGINT and SIGTERM are noted instead of obeyed; a second one ends the process at once."""
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar
