@@ -227,7 +227,7 @@ def near_copies(
         check()
         found.compared += 1
         delta = difference(geometry(one), geometry(two))
-        if delta > tolerance:
+        if delta > tolerance or (delta == 0 and _identical(stores, one, two)):
             continue
         found.pairs[kind].add(Pair(one, two, delta))
         if stores[one[0]].manifest.level_of_theory != stores[two[0]].manifest.level_of_theory:
@@ -240,6 +240,13 @@ def near_copies(
         if conflict and delta <= SAME:
             found.conflicts[kind.stores].add(Pair(one, two, delta, conflict))
     return found
+
+
+def _identical(stores: Sequence[Store], one: Place, two: Place) -> bool:
+    """Whether it is an exact copy, which is counted as such."""
+    a, b = (stores[k].system(i) for k, i in (one, two))
+    same = np.array_equal(a.positions, b.positions) and np.array_equal(a.cell, b.cell)
+    return same and stores[one[0]].labels(one[1]).energy == stores[two[0]].labels(two[1]).energy
 
 
 def _labels_apart(stores: Sequence[Store], one: Place, two: Place, delta: float) -> tuple[str, float]:

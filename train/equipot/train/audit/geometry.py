@@ -19,6 +19,7 @@ CUTOFF = 6.0
 """Å. What is farther away counts as this far; in isolated structures of few atoms nothing is cut off."""
 FEATURES = 16
 _WHOLE = 64  # atoms up to which an isolated structure is described by all its distances
+_STEEPNESS = 8
 _NEIGHBORS = 64  # of an atom, over all elements
 
 
@@ -33,6 +34,7 @@ class Geometry:
         features: (16,) averages over atoms; they move by no more than a distance does.
         nearest: {(z, z'): Å} of the pairs that are within the cutoff.
         closest: smallest distance over sum of covalent radii, NaN without neighbours. closest_pair: whose.
+        repulsion: (n, 3) which way the closest neighbours would push each atom, in no unit.
         symmetric: no atom can feel a force, by the symmetry of its surroundings.
     """
 
@@ -44,6 +46,7 @@ class Geometry:
     nearest: dict[tuple[int, int], float]
     closest: float
     closest_pair: tuple[int, int]
+    repulsion: NDArray[np.float64]
     symmetric: bool
 
 
@@ -65,6 +68,7 @@ def describe(system: System) -> Geometry:
         nearest=nearest,
         closest=closest,
         closest_pair=pair,
+        repulsion=_repulsion(numbers, senders, receivers, vectors, lengths),
         symmetric=_symmetric(numbers, senders, receivers, vectors, lengths),
     )
 
@@ -140,6 +144,21 @@ def _nearest(
     ratios = lengths / (covalent_radii[low] + covalent_radii[high])
     k = int(ratios.argmin())
     return nearest, float(ratios[k]), (int(low[k]), int(high[k]))
+
+
+def _repulsion(
+    numbers: NDArray[np.int64],
+    senders: NDArray[np.int64],
+    receivers: NDArray[np.int64],
+    vectors: NDArray[np.float64],
+    lengths: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    near = (lengths < CUTOFF) & (lengths > 0)
+    a, b, r = senders[near], receivers[near], lengths[near]
+    steep = ((covalent_radii[numbers[a]] + covalent_radii[numbers[b]]) / r) ** _STEEPNESS
+    pushes = np.zeros((len(numbers), 3))
+    np.add.at(pushes, b, -(steep / r)[:, None] * vectors[near])
+    return pushes
 
 
 def _symmetric(

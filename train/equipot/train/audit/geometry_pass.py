@@ -30,6 +30,7 @@ class GeometryStatistics:
         examined: how many.
         nearest: (z, z') → nearest distance of that pair in each structure, Å, where within 6 Å.
         closest: nearest distance over the sum of covalent radii, noble gases apart. closest_few: smallest.
+        outward: cosine between all forces of a structure and the repulsion of its close neighbours.
         zero_unsymmetric: all-zero forces that are not so by symmetry.
         counts, energy, periodic: (k, 119), (k,) eV, (k,) of at most 3,000 of them.
     """
@@ -38,6 +39,7 @@ class GeometryStatistics:
     nearest: dict[tuple[int, int], Sketch] = field(default_factory=dict)
     closest: Sketch = field(default_factory=Sketch)
     closest_few: Extremes = field(default_factory=Extremes)
+    outward: Sketch = field(default_factory=Sketch)
     zero_unsymmetric: Unlabelled = field(default_factory=Unlabelled)
     counts: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, N_ELEMENTS)))
     energy: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
@@ -89,6 +91,10 @@ def examine(
         if not set(geometry.closest_pair) & set(_NOBLE):
             found.closest.add(np.array([geometry.closest]))
             found.closest_few.add(np.array([-geometry.closest]), np.array([index]))
+        if system.n_atoms > 1 and not geometry.symmetric:
+            with np.errstate(invalid="ignore"):
+                sizes = np.linalg.norm(labels.forces) * np.linalg.norm(geometry.repulsion)
+                found.outward.add(np.array([np.vdot(labels.forces, geometry.repulsion) / sizes]))
         zero = system.n_atoms > 1 and np.isfinite(labels.forces).all() and not labels.forces.any()
         if zero and not geometry.symmetric:
             found.zero_unsymmetric.count += 1

@@ -36,7 +36,7 @@ def judge_outliers(
         yield _listed(
             named,
             "energy-outliers",
-            f"the energy of {count} structures lies far from the rest",
+            f"energies far from the rest, of {count} structure(s)",
             f"more than {limit:.3g} eV per atom from the median residual {centre:.3g} (robust standard "
             "deviation "
             f"{residual.spread:.2g}); the farthest is {max(far)[1]:+.4g} eV per atom",
@@ -50,7 +50,7 @@ def judge_outliers(
         yield _listed(
             named,
             "force-outliers",
-            f"{count} structures have a force above {_LARGE_FORCE:g} eV/Å",
+            f"forces above {_LARGE_FORCE:g} eV/Å, in {count} structure(s)",
             f"the largest is {large[0][0]:.4g}, the root mean square of the components "
             f"{statistics.force_components.rms:.3g} eV/Å; leave them out with --max-force",
             [(index, f"{f:.4g} eV/Å") for f, index in large],
@@ -64,7 +64,7 @@ def judge_outliers(
         yield _listed(
             named,
             "close-atoms",
-            f"{count} of {geometry.examined} structures looked at have atoms closer than half a bond",
+            f"atoms closer than half a bond, in {count} of {geometry.examined} structures looked at",
             f"{_OVERLAP:g} of the sum of covalent radii; the closest {close[0][0]:.2f}",
             [(index, f"{r:.2f} of the sum of covalent radii") for r, index in close],
             count,

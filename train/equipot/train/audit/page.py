@@ -160,6 +160,7 @@ def _store(audit: StoreAudit) -> Iterator[str]:
         "net force, relative": s.net_force,
         "torque, relative": s.torque,
         "nearest / covalent radii": audit.geometry.closest,
+        "cosine of forces with repulsion": audit.geometry.outward,
     }
     yield _sketch_table("of", sketches)
     yield "<h3>By element</h3>"

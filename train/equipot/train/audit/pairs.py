@@ -65,6 +65,7 @@ class PairStatistics:
 
     Attributes:
         energy_force: change of energy against the work of the forces; 1 is right. None without pairs.
+        per_atom: the same for energies times the number of atoms; 1 says that they are per atom.
         energy_stress: what forces do not explain against the work of the stress; 1 is right.
         pressure_density: change of pressure against change of density; positive is right.
         stiffness: median, eV/Å², NaN without pairs.
@@ -74,6 +75,7 @@ class PairStatistics:
     """
 
     energy_force: Regression | None
+    per_atom: Regression | None
     energy_stress: Regression | None
     pressure_density: Regression | None
     stiffness: float
@@ -121,6 +123,7 @@ def summarise(steps: Sequence[Step]) -> PairStatistics:
     used = still or strained
     return PairStatistics(
         energy_force=energy_force,
+        per_atom=_regress([(s.force_work, s.change * s.n_atoms, s.distance) for s in still]),
         energy_stress=energy_stress,
         pressure_density=pressure,
         stiffness=float(np.median([s.stiffness for s in still])) if still else np.nan,

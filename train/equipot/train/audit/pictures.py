@@ -19,6 +19,7 @@ from equipot.train.audit.sketch import Sketch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 _STYLE: Any = {
     "svg.hashsalt": "equipot",
@@ -89,6 +90,7 @@ def _logarithmic(curves: Sequence[Curve]) -> str:
     edges = np.geomspace(low / 1.1, high * 1.1, _BINS + 1)
     with _picture() as (axes, result):
         axes.set_xscale("log")
+        _plain_ticks(axes)
         _draw(axes, there, edges)
     return result[0]
 
@@ -113,8 +115,16 @@ def _scatter(points: NDArray[np.float64], found: Regression | None) -> str:
         axes.plot(ends, found.slope * ends, color="tab:red", linewidth=1, label=f"slope {found.slope:.4g}")
         axes.set_xscale("symlog", linthresh=max(float(np.abs(shown[:, 0]).mean()), 1e-6))
         axes.set_yscale("symlog", linthresh=max(float(np.abs(shown[:, 1]).mean()), 1e-6))
+        _plain_ticks(axes)
         axes.legend(frameon=False, fontsize=7)
     return result[0]
+
+
+def _plain_ticks(axes: Axes) -> None:
+    # matplotlib writes powers in its own markup, which is off: names of stores must not be read as markup
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager

@@ -82,6 +82,7 @@ def _store(audit: StoreAudit) -> dict[str, Any]:
         "with_zero_forces": s.zero_forces.count,
         "distributions": {name: getattr(s, attribute).summary() for name, attribute in _SKETCHES.items()},
         "closest_over_covalent_radii": g.closest.summary(),
+        "cosine_of_forces_with_repulsion": g.outward.summary(),
         "examined": g.examined,
         "elements": {
             chemical_symbols[z]: {

@@ -85,13 +85,13 @@ class StoreStatistics:
     def _add_cells(self, block: Block) -> None:
         self.number_density.add(block.n_atoms / block.volume)
         lengths = np.linalg.norm(block.cell, axis=2)
-        self.no_cell.add(block, np.logical_or.reduce(block.pbc & (lengths < 1e-6), axis=1))
+        self.no_cell.add(block, np.asarray((block.pbc & (lengths < 1e-6)).any(axis=1)))
         volume = np.abs(np.linalg.det(block.cell))
         dense = block.n_atoms > _CONDENSED * np.where(volume > 0, volume, np.inf)
         self.lost_periodicity.add(block, ~block.pbc.any(axis=1) & dense & (block.n_atoms > 1))
 
     def _add_forces(self, block: Block) -> None:
-        there = np.isfinite(block.sums(block.forces)).all(axis=1)
+        there: NDArray[np.bool_] = np.asarray(np.isfinite(block.sums(block.forces)).all(axis=1))
         self.no_forces.add(block, ~there)
         sizes = np.linalg.norm(block.forces, axis=1)
         largest = block.largest(sizes)

@@ -16,6 +16,10 @@ _BOHR = 0.529177210903  # Å, CODATA 2018
 _CLOSE = 0.2  # of logarithms: slopes of near frames are good to some per cent, unless the pairs are few
 _AGAIN = "import again with the unit or sign converted in the source"
 _PER_ATOM = "import again into a new store with --energy-per-atom"
+_ABOUT_ENERGY = {
+    *("energy-per-atom", "energy-unit", "energy-hartree", "energy-forces"),
+    *("forces-sign", "forces-unit", "positions-unit"),
+}
 _ENERGY_FORCE = {
     1 / HARTREE: "the energies look like Hartree beside forces in eV/Å",
     HARTREE: "the forces look like Hartree/Å beside energies in eV",
@@ -33,17 +37,20 @@ def judge_labels(
     named: NamedStore, statistics: StoreStatistics, pairs: PairStatistics, geometry: GeometryStatistics
 ) -> list[Finding]:
     """All suspicions of units and signs about one store."""
+    positions = list(_positions(named, geometry))
     found = [
-        *_positions(named, geometry),
+        *positions,
         *_energies(named, statistics, pairs, geometry),
-        *_stress(named, statistics, pairs),
+        # In other units of length than Å volumes are wrong, and the work of the stress with them.
+        *(() if positions else _stress(named, statistics, pairs)),
         *_forces(named, statistics, geometry),
         *_cells(named, statistics),
     ]
+    found = [f for k, f in enumerate(found) if f.code not in {earlier.code for earlier in found[:k]}]
     said = {finding.code for finding in found if finding.severity is Severity.ERROR}
     for warning in named.store.manifest.warnings:
         # What the audit itself has found needs no second voice.
-        if not said & {"energy-per-atom", "energy-unit", "energy-hartree", "forces-sign", "forces-unit"}:
+        if not said & _ABOUT_ENERGY:
             found.append(
                 Finding(
                     Severity.WARNING,
@@ -91,7 +98,7 @@ def _energies(
         if not 0.6 < slope < 1.6:
             if geometry.closest.median > 1.38 and abs(np.log(abs(slope) / _BOHR)) < _CLOSE and slope > 0:
                 return []  # the positions are in bohr, which is said already
-            return [_slope_finding(named, pairs.energy_force, pairs.n_atoms)]
+            return [_slope_finding(named, pairs.energy_force, pairs)]
     stiff = (
         believable(pairs.energy_force) and pairs.stiffness > 1.2
     )  # forces are in eV/Å, so energies are too
@@ -158,7 +165,7 @@ def _energies(
     return []
 
 
-def _slope_finding(named: NamedStore, found: Regression, n_atoms: float) -> Finding:
+def _slope_finding(named: NamedStore, found: Regression, pairs: PairStatistics) -> Finding:
     size = abs(found.slope)
     evidence = (
         f"over {found.pairs} pairs of near frames the energy changes by {found.slope:.4g} times the work "
@@ -173,11 +180,14 @@ def _slope_finding(named: NamedStore, found: Regression, n_atoms: float) -> Find
             evidence,
             "import again with forces = −gradient",
         )
-    guesses = [(abs(np.log(size * n_atoms)), "energy-per-atom", "the energies look like energies per atom")]
-    guesses += [
+    guesses = [
         (abs(np.log(size / target)), "energy-unit" if "energies look" in words else "forces-unit", words)
         for target, words in _ENERGY_FORCE.items()
     ]
+    times_n = pairs.per_atom
+    if times_n is not None and times_n.slope != 0 and times_n.explained > found.explained - 0.05:
+        distance = abs(np.log(abs(times_n.slope)))
+        guesses.append((distance, "energy-per-atom", "the energies look like energies per atom"))
     guesses.sort()
     likely = [guess for guess in guesses if guess[0] < _CLOSE]
     sign = ", and the forces are of the wrong sign" if found.slope < 0 else ""
@@ -185,7 +195,9 @@ def _slope_finding(named: NamedStore, found: Regression, n_atoms: float) -> Find
         return _finding(
             named, "energy-forces", "energies and forces do not fit together" + sign, evidence, _AGAIN
         )
-    per_atom = f"; 1/n_atoms is {1 / n_atoms:.3g}" if likely[0][1] == "energy-per-atom" else ""
+    per_atom = ""
+    if times_n is not None and likely[0][1] == "energy-per-atom":
+        per_atom = f"; times the number of atoms, {pairs.n_atoms:.3g} in the mean, by {times_n.slope:.3g}"
     return _finding(
         named,
         likely[0][1],
@@ -203,7 +215,18 @@ def _stress(named: NamedStore, statistics: StoreStatistics, pairs: PairStatistic
             "of the "
             f"stress, which explains {work.explained:.0%} of the changes; 1 is right"
         )
-        if 0.5 < work.slope < 2:
+        # Where energies or forces are wrong, what the stress has to fit is as wrong.
+        of_forces = pairs.energy_force.slope if pairs.energy_force and believable(pairs.energy_force) else 1.0
+        if 0.5 < work.slope < 2 or 0.5 < work.slope / of_forces < 2:
+            return
+        if abs(np.log(abs(work.slope) * HARTREE)) < _CLOSE and work.slope > 0:
+            yield _finding(
+                named,
+                "energy-unit",
+                "the energies look like Hartree beside a stress in eV/Å³",
+                evidence,
+                _AGAIN,
+            )
             return
         sign = " and of the wrong sign" if work.slope < 0 else ""
         targets = {
@@ -250,6 +273,17 @@ def _stress(named: NamedStore, statistics: StoreStatistics, pairs: PairStatistic
 def _forces(
     named: NamedStore, statistics: StoreStatistics, geometry: GeometryStatistics
 ) -> Iterator[Finding]:
+    outward = geometry.outward
+    if outward.n >= 10 and outward.median < -0.5 and outward.quantile(0.75) < 0:
+        yield _finding(
+            named,
+            "forces-sign",
+            "the forces look like gradients: of the wrong sign",
+            "they pull close atoms towards each other: the cosine between the forces and the repulsion "
+            f"of close neighbours is {outward.median:.2f} in the median of {outward.n} structures; away "
+            "from minima it is 0.2 to 1, near them about 0",
+            "import again with forces = −gradient",
+        )
     zero, unlabelled = statistics.zero_forces, geometry.zero_unsymmetric
     if unlabelled.count:
         share = unlabelled.count / max(geometry.examined, 1)
@@ -328,7 +362,7 @@ def _cells(named: NamedStore, statistics: StoreStatistics) -> Iterator[Finding]:
                 code,
                 (named.name,),
                 f"{places.count} of {statistics.structures} structures are {words}",
-                "number of atoms, pbc and cell as stored",
+                f"{places.count / statistics.structures:.1%} of them, by number of atoms, pbc and cell",
                 remedy,
                 tuple(named.place(i) for i in places.first),
                 places.count,
