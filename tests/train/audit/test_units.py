@@ -139,10 +139,7 @@ def test_zero_forces_by_symmetry_are_not_missing_ones(make_store: MakeStore) -> 
 
 
 REAL = {
-    "molecules/3bpa_train_300K.xyz": "",
-    "molecules/acac_train_300K.xyz": "",
     "crystals/mlearn_Li_training.json": "",
-    "mattersim_TP/mpf-TP.xyz": "",
     "alexandria/alexandria-sample.xyz": "",
     "mptrj/MPtrj_2022.9_sample.json": "mptrj",
     "oc20/relaxation_traj/random1000100.traj": "",

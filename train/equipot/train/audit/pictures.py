@@ -87,6 +87,8 @@ def _logarithmic(curves: Sequence[Curve]) -> str:
         return ""
     low = min(max(sketch.quantile(0.005), sketch.high * 1e-6) for _, sketch in there)
     high = max(sketch.high for _, sketch in there)
+    if high < 5 * low:  # a logarithmic axis would have hardly a number to read
+        return _linear(curves)
     edges = np.geomspace(low / 1.1, high * 1.1, _BINS + 1)
     with _picture() as (axes, result):
         axes.set_xscale("log")
