@@ -1,24 +1,21 @@
 """`equipot data`: import files into a store, look at a store, write a split back as frames."""
 
-import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from equipot.train import convert, importer
+from equipot.train.cli_audit import audit_command
 from equipot.train.cli_mix import mix_command, open_data, parse_fractions
 from equipot.train.data_report import print_import, print_store
 from equipot.train.errors import DataError
 from equipot.train.frames import write_frames
 from equipot.train.importer import ImportOptions, import_files
+from equipot.train.long_work import progress_bar, stop_signals
 from equipot.train.mix import CARD, Mix
 from equipot.train.mix_report import print_mix
 from equipot.train.sources.base import ReadOptions
@@ -31,6 +28,7 @@ _LEVELS = "; ".join(f"{name} {', '.join(source.levels)}" for name, source in REL
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Import, inspect and split labelled structures."
 )
+app.command("audit")(audit_command)
 
 
 @app.command("import")
@@ -131,7 +129,7 @@ def import_command(
         max_force=max_force,
         keep_duplicates=keep_duplicates,
     )
-    with _stop_signals() as stopped, _bar() as bar:
+    with stop_signals() as stopped, progress_bar() as bar:
         task = bar.add_task("opening", total=1.0)
 
         def show(at: importer.Progress) -> None:
@@ -220,7 +218,7 @@ def convert_command(
     What is written takes its name when it is complete; a conversion that was killed is begun again.
     """
     opened = Store.open(store)
-    with _bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task(f"writing {out.name}", total=len(opened))
         write = convert.to_bp if to is Layout.bp else convert.to_npy
         write(opened, out, on_progress=lambda written: bar.update(task, completed=written))
@@ -230,28 +228,3 @@ def convert_command(
         soft_wrap=True,
         highlight=False,
     )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """While open, SIGINT and SIGTERM are noted instead of obeyed; a second one ends the process at once."""
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from equipot.train.audit import audit_energies
+from equipot.train.audit.labels import audit_energies
 from equipot.train.errors import DataError, ImportStopped
 from equipot.train.grouping import GroupRule
 from equipot.train.manifest import Manifest, SourceEntry, Tally
