@@ -26,9 +26,11 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
 from equipot.train.recipe import Recipe
 from equipot.train.world import World
+from equipot.train.zero3_tangents import let_tangents_through
 
 # Elements per communication bucket: DeepSpeed's default of 5e8 reserves gigabytes whatever the model's size.
 _LARGEST_BUCKET = 50_000_000
@@ -123,6 +125,8 @@ class Engine:
             config=_configuration(recipe, n_elements),
             dist_init_required=False,
         )
+        if self._stage == 3:
+            let_tangents_through(module, LinearFunctionForZeroStage3)
         self._writer = _PatientWriter()
         self._engine.checkpoint_engine = self._writer
         # DeepSpeed copies its conversion script beside every checkpoint; ours carry plain weights instead.

@@ -242,12 +242,6 @@ def check_combination(recipe: Recipe, ranks: int) -> None:
         RecipeError: naming the keys in conflict.
     """
     conservative = recipe.model.forces == "conservative"
-    if recipe.zero.stage == 3 and conservative:
-        raise RecipeError(
-            'zero.stage = 3 cannot be combined with model.forces = "conservative": ZeRO-3 releases weights '
-            "before the force loss is differentiated again. Nearest: zero.stage = 2, or "
-            'model.forces = "direct"'
-        )
     if recipe.precision == "bf16" and recipe.zero.stage == 0:
         raise RecipeError(
             'precision = "bf16" cannot be combined with zero.stage = 0, which keeps no fp32 master weights. '
