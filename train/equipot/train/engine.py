@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
-from equipot.train.recipe import Recipe
+from equipot.train.recipe import Recipe, ZeroSection
 from equipot.train.world import World
 from equipot.train.zero3_tangents import let_tangents_through
 
@@ -72,6 +74,15 @@ def _import_optimizers() -> None:
             importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         compiler.compile = decorator
+
+
+def nvme_problem() -> tuple[str, str] | None:
+    """Why nothing can be offloaded to NVMe on this machine, and the remedy; None if it can."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        return "impossible: no C++ compiler to build DeepSpeed's extensions", "apt-get install g++"
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        return "impossible: libaio and its headers are not installed", "apt-get install libaio-dev"
+    return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -261,7 +272,10 @@ def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
             "overlap_comm": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-        },
+        }
+        | _offloading(recipe.zero, n_elements),
+        # DeepSpeed's own optimizer for the host would be compiled at first use; torch's is fused, too.
+        "zero_force_ds_cpu_optimizer": False,
     }
     if recipe.zero.stage == 3:
         # A parameter kept gathered on every rank would go stale when other weights are swapped in.
@@ -270,3 +284,16 @@ def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
     if recipe.precision == "bf16":
         configuration["communication_data_type"] = "fp32"
     return configuration
+
+
+def _offloading(zero: ZeroSection, n_elements: int) -> dict[str, Any]:
+    pinned = torch.cuda.is_available()  # without a GPU there is no transfer to speed up
+    path = None if zero.nvme_path is None else str(zero.nvme_path)
+    settings: dict[str, Any] = {}
+    if zero.offload_optimizer != "none":
+        where = {"device": zero.offload_optimizer, "nvme_path": path}
+        settings["offload_optimizer"] = where | {"pin_memory": pinned}
+    if zero.offload_parameters != "none":
+        where = {"device": zero.offload_parameters, "nvme_path": path}
+        settings["offload_param"] = where | {"pin_memory": pinned, "buffer_size": n_elements}
+    return settings
