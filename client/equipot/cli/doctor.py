@@ -85,7 +85,7 @@ def doctor(
         title = f"[bold]{finding.section}[/]" if finding.section != section else ""
         section = finding.section
         remedy = "" if finding.remedy is None else f"\n[yellow]→ {escape(finding.remedy)}[/]"
-        table.add_row(title, finding.name, escape(finding.value) + remedy)
+        table.add_row(title, escape(finding.name), escape(finding.value) + remedy)
     Console().print(table)
 
 
@@ -129,9 +129,9 @@ def _installation() -> Iterator[Line]:
         name = f"[{extra}]"
         if missing:
             absent = f"not installed: {', '.join(missing)}"
-            yield escape(name), absent, f"pip install 'equipot[{extra}]'"
+            yield name, absent, f"pip install 'equipot[{extra}]'"
         else:
-            yield escape(name), _versions(_DISTRIBUTIONS.get(package, package) for package in packages), None
+            yield name, _versions(_DISTRIBUTIONS.get(package, package) for package in packages), None
 
 
 def _versions(distributions: Iterable[str]) -> str:
