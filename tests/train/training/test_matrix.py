@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ import torch
 from equipot.train.prepare import prepare
 from equipot.train.recipe import Recipe, RecipeError, check_combination
 from equipot.train.run_directory import RunDirectory
+from equipot.train.scratch import nvme_problem
 
 Job = tuple[str, ...]
 """Changes to the recipe."""
@@ -23,7 +25,7 @@ Results = Mapping[str, torch.Tensor]
 AXES: dict[str, list[str]] = {
     "zero.stage": ["0", "1", "2", "3"],
     "zero.offload_optimizer": ["none", "cpu", "nvme"],
-    "zero.offload_parameters": ["none", "cpu", "nvme"],
+    "zero.offload_parameters": ["none", "cpu"],
     "precision": ["fp32", "bf16"],
     "batch.accumulation": ["1", "2"],
     "activation_checkpointing": ["false", "true"],
@@ -87,7 +89,8 @@ def follow(
 
 def undivided(job: Job) -> Job:
     """The same physics on one rank: nothing divided, offloaded, rounded, recomputed or reordered."""
-    physics = tuple(change for change in job if change.startswith(("model.forces", "loss")))
+    kept = ("model.forces", "model.width", "model.layers", "loss")
+    physics = tuple(change for change in job if change.startswith(kept))
     return ("zero.stage=0", "model.messages=plain", *physics)
 
 
@@ -124,6 +127,73 @@ def test_combinations_of_every_kind_train_alike(
     follow: Callable[[list[Job], int], dict[Job, Results]],
 ) -> None:
     compare_all(QUICK, follow)
+
+
+WIDE = ("model.width=1024", "model.layers=1")  # a rank's part of the shortest vector is 256 numbers
+NVME: list[Job] = [
+    ("zero.stage=3", "zero.offload_optimizer=nvme", *WIDE),
+    ("zero.stage=3", "zero.offload_optimizer=nvme", *WIDE, "model.forces=direct", "batch.accumulation=2"),
+    ("zero.stage=3", "zero.offload_optimizer=nvme", *WIDE, "precision=bf16"),
+    ("zero.stage=3", "zero.offload_optimizer=nvme", *WIDE, "zero.offload_parameters=cpu"),
+]
+UNALIGNED = ("zero.stage=3", "zero.offload_optimizer=nvme", "model.width=1000", "model.layers=1")
+
+
+@pytest.fixture(scope="module")
+def nvme(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The recipe's word for a directory to offload to."""
+    problem = nvme_problem()
+    if problem is not None:
+        pytest.skip(f"offloading to NVMe is {problem[0]}")
+    return f"zero.nvme_path={tmp_path_factory.mktemp('nvme')}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # DeepSpeed builds two extensions first
+def test_offloading_to_files_trains_alike(
+    recipe: Callable[..., Recipe], follow: Callable[[list[Job], int], dict[Job, Results]], nvme: str
+) -> None:
+    jobs = [(*job, nvme) for job in NVME]
+    for job in jobs:
+        check_combination(recipe(*job), 2)
+    compare_all(jobs, follow)
+    assert list(Path(nvme.partition("=")[2]).iterdir()) == []  # what was offloaded went with its ranks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_unaligned_widths_would_train_wrongly_without_a_word(
+    recipe: Callable[..., Recipe], follow: Callable[[list[Job], int], dict[Job, Results]], nvme: str
+) -> None:
+    job = (*UNALIGNED, nvme)
+    with pytest.raises(RecipeError, match=r"model\.width = 1000 cannot be offloaded.*Nearest"):
+        check_combination(recipe(*job), 1)
+    found = follow([job], 1)[job]  # which runs to its end: the program does not ask for permission
+    expected = follow([undivided(job)], 1)[undivided(job)]
+    assert found["losses"][0] == pytest.approx(float(expected["losses"][0]), rel=1e-5)
+    assert found["losses"][-1] != pytest.approx(float(expected["losses"][-1]), rel=0.01)
+    with pytest.raises(AssertionError):
+        compare(found, expected, rounded=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_run_offloaded_to_files_resumes_from_its_weights(
+    train: Callable[..., Path],
+    weights: Callable[..., dict[str, torch.Tensor]],
+    tmp_path: Path,
+    nvme: str,
+    capfd: pytest.CaptureFixture[str],  # DeepSpeed's build wants a real stderr
+) -> None:
+    changes = (*NVME[0], nvme, "checkpoint.every_steps=3", "checkpoint.keep=9", "optimizer.steps=4")
+    run = train(tmp_path / "run", *changes)
+    saved = weights(run, "weights", step=3)
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    # A rate of nothing: what was loaded is what is saved.
+    train(run, *changes, "optimizer.learning_rate=1e-30", resume=True)
+    assert "moments begin anew" in " ".join(capfd.readouterr().out.split())
+    for name, tensor in weights(run, "weights", step=4).items():
+        torch.testing.assert_close(tensor, saved[name], rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.slow

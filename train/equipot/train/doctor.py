@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from equipot.train.engine import nvme_problem
+from equipot.train.scratch import nvme_problem
 
 
 def findings(*, build: bool) -> Iterator[tuple[str, str, str | None]]:

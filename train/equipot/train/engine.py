@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,13 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
+from equipot.train.errors import TrainError
 from equipot.train.recipe import Recipe, ZeroSection
+from equipot.train.scratch import nvme_problem, scratch_directory
 from equipot.train.world import World
 from equipot.train.zero3_tangents import let_tangents_through
 
@@ -76,18 +76,9 @@ def _import_optimizers() -> None:
         compiler.compile = decorator
 
 
-def nvme_problem() -> tuple[str, str] | None:
-    """Why nothing can be offloaded to NVMe on this machine, and the remedy; None if it can."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        return "impossible: no C++ compiler to build DeepSpeed's extensions", "apt-get install g++"
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        return "impossible: libaio and its headers are not installed", "apt-get install libaio-dev"
-    return None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Fragment:
-    """This rank's part of one parameter's fp32 master copy, live: an optimizer step changes it."""
+    """This rank's part of one parameter's fp32 master copy, which the next optimizer step may change."""
 
     name: str
     shape: tuple[int, ...]
@@ -120,6 +111,12 @@ class Engine:
     def __init__(self, module: nn.Module, recipe: Recipe, world: World) -> None:
         self.world = world
         self._stage = recipe.zero.stage
+        self._in_files = recipe.zero.offload_optimizer == "nvme"
+        if self._in_files and (problem := nvme_problem()) is not None:
+            raise TrainError(
+                f'zero.offload_optimizer = "nvme" is {problem[0]}. {problem[1]}, or '
+                'zero.offload_optimizer = "cpu"'
+            )
         self._names = dict(module.named_parameters())
         self._gradient_norm = 0.0
         optimizer = torch.optim.AdamW(
@@ -181,6 +178,8 @@ class Engine:
         if self._stage == 3:
             shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
             part: torch.Tensor = self._optimizer.get_local_fp32_param(parameter).detach()
+            if self._in_files:
+                part = part.clone()  # it is in a buffer that the next one is read into
             offset = min(self.world.rank * part.numel(), torch.Size(shape).numel())
             length = min(part.numel(), torch.Size(shape).numel() - offset)  # the last parts are padded
             return Fragment(name, shape, offset, part[:length])
@@ -199,7 +198,13 @@ class Engine:
         """Start from whole fp32 weights by name, given on every rank."""
         for fragment in self.fragments():
             whole = weights[fragment.name].reshape(-1).to(fragment.values)
-            fragment.values.copy_(whole[fragment.offset : fragment.offset + fragment.values.numel()])
+            mine = whole[fragment.offset : fragment.offset + fragment.values.numel()]
+            fragment.values.copy_(mine)
+            if self._in_files:
+                parameter = self._names[fragment.name]
+                padded = mine.new_zeros(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+                padded[: mine.numel()] = mine
+                self._optimizer.set_local_hp_param(padded, parameter)
         if self._stage == 0:
             with torch.no_grad():
                 for name, parameter in self._names.items():
@@ -235,12 +240,19 @@ class Engine:
             whole[offset : offset + part.numel()] = part
             parameter.data.copy_(self.world.sum_tensor(whole).view(shape))
 
+    @property
+    def resumes_exactly(self) -> bool:
+        """Whether :meth:`save` keeps the optimizer's moments: DeepSpeed omits those that are in files."""
+        return not self._in_files
+
     def save(self, directory: Path) -> None:
         """Write DeepSpeed's state (weights, optimizer, every rank its part) into an existing directory.
 
         Raises:
             CheckpointWriteError: this rank's part could not be written; the other ranks are not left waiting.
         """
+        if not self.resumes_exactly:
+            return  # what it would write, it would also read, and train on with other weights
         self._writer.failure = None
         self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
         if self._writer.failure is not None:
@@ -273,7 +285,7 @@ def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         }
-        | _offloading(recipe.zero, n_elements),
+        | _offloading(recipe.zero),
         # DeepSpeed's own optimizer for the host would be compiled at first use; torch's is fused, too.
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -286,14 +298,15 @@ def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
     return configuration
 
 
-def _offloading(zero: ZeroSection, n_elements: int) -> dict[str, Any]:
-    pinned = torch.cuda.is_available()  # without a GPU there is no transfer to speed up
-    path = None if zero.nvme_path is None else str(zero.nvme_path)
+def _offloading(zero: ZeroSection) -> dict[str, Any]:
     settings: dict[str, Any] = {}
+    pinned = torch.cuda.is_available()  # without a GPU there is no transfer to speed up
     if zero.offload_optimizer != "none":
-        where = {"device": zero.offload_optimizer, "nvme_path": path}
-        settings["offload_optimizer"] = where | {"pin_memory": pinned}
+        settings["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": pinned}
+    if zero.offload_optimizer == "nvme" and zero.nvme_path is not None:
+        settings["offload_optimizer"]["nvme_path"] = str(scratch_directory(zero.nvme_path))
+        # To read one weight is to read all of its group.
+        settings["sub_group_size"] = _LARGEST_BUCKET
     if zero.offload_parameters != "none":
-        where = {"device": zero.offload_parameters, "nvme_path": path}
-        settings["offload_param"] = where | {"pin_memory": pinned, "buffer_size": n_elements}
+        settings["offload_param"] = {"device": zero.offload_parameters, "pin_memory": pinned}
     return settings

@@ -163,11 +163,13 @@ class ZeroSection(_Section):
         description="where optimizer states and fp32 weights live: with the device, in the host's memory "
         "(stage 1 to 3), or in files (stage 3)",
     )
-    offload_parameters: Literal["none", "cpu", "nvme"] = Field(
-        default="none", description="where the divided weights live between uses (stage 3)"
+    offload_parameters: Literal["none", "cpu"] = Field(
+        default="none",
+        description="where the divided weights live between uses (stage 3); in files they would silently be "
+        "rounded to bf16 by DeepSpeed",
     )
     nvme_path: Path | None = Field(
-        default=None, description='directory for what is offloaded to "nvme"; best on a disk of this machine'
+        default=None, description='directory for what is offloaded to "nvme", on a disk of this machine'
     )
 
 
@@ -296,11 +298,11 @@ def _check_offloading(recipe: Recipe, ranks: int) -> None:
             f"{zero.stage}, where every rank keeps all weights. Nearest: zero.stage = 3, or "
             'zero.offload_parameters = "none"'
         )
-    if "nvme" not in (zero.offload_optimizer, zero.offload_parameters):
+    if zero.offload_optimizer != "nvme":
         return
     if zero.nvme_path is None:
         raise RecipeError(
-            'zero.nvme_path is missing, and something is offloaded to "nvme": name a directory on a '
+            'zero.nvme_path is missing, and the optimizer is offloaded to "nvme": name a directory on a '
             "fast disk of this machine"
         )
     aligned = OFFLOADED_WIDTH * ranks
