@@ -27,7 +27,7 @@ from equipot.model.blocks import BlockedEdges
 from equipot.model.message_sweeps import Direction
 
 SOURCE = Path(__file__).with_name("message_kernels.cpp")
-HEADER = SOURCE.with_suffix(".h")
+HEADERS = tuple(sorted(SOURCE.parent.glob("message_*.h")))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 LOCK_SECONDS = 900.0
 """How long to wait for another process that is building; far more than a build takes."""
@@ -135,7 +135,7 @@ def cache_folder() -> Path:
     """Where builds are kept: a folder per source, flags, torch and processor, as code fits one alone."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     base = Path(root) if root else Path.home() / ".cache" / "equipot"
-    key = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS)))
     for part in (*FLAGS, torch.__version__, platform.python_version(), _processor()):
         key.update(part.encode())
     return base / f"messages-{key.hexdigest()[:16]}"
