@@ -1,8 +1,8 @@
 """Decides which sweeps compute the messages, and builds the compiled ones once per machine.
 
-The compiled sweeps are optional: on a CPU, in float32 and float64, where there is a C++ compiler. Whatever
-keeps them from being built is remembered as the reason, and the sweeps in pure torch do the work. Knows
-nothing of the function they compute.
+The compiled sweeps are optional: on a CPU, where there is a C++ compiler, in float32 and float64, and in
+bfloat16 where the processor multiplies it. Whatever keeps them from being built is remembered as the reason,
+and the sweeps in pure torch do the work. Knows nothing of the function they compute.
 """
 
 import hashlib
@@ -95,8 +95,16 @@ _state = _State()
 
 def sweeps_for(x: Inputs) -> Sweeps:
     """The fastest sweeps that can take these inputs here."""
-    fits = x.at_receiver.device.type == "cpu" and x.at_receiver.dtype in (torch.float32, torch.float64)
-    return compiled_sweeps if fits and _state.choice == "auto" and available() else message_sweeps
+    return compiled_sweeps if compiled_for(x.at_receiver) else message_sweeps
+
+
+def compiled_for(features: Tensor) -> bool:
+    """Whether compiled code takes inputs of these features' kind here."""
+    if features.device.type != "cpu" or _state.choice != "auto" or not available():
+        return False
+    if features.dtype == torch.bfloat16:
+        return bool(torch.ops.equipot.has_bfloat16())
+    return features.dtype in (torch.float32, torch.float64)
 
 
 @contextmanager

@@ -7,7 +7,6 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -20,57 +19,16 @@ using Maybe = std::optional<Tensor>;
 // Edges of a block. More would make the weights' gradients a little quicker and the room larger.
 constexpr int64_t kBlock = 256;
 
-// Cephes' polynomial, accurate to 2 ulp; written so that compilers vectorise it, which they do not do to expf.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - 0x4B400000 + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
-}
-
-inline double exponential(double x) { return std::exp(x); }
-
-template <typename T>
-inline T sigmoid(T x) {
-  return T(1) / (T(1) + exponential(-x));
-}
-
 template <typename T>
 const T* pointer(const Maybe& t) {
   return t ? t->const_data_ptr<T>() : nullptr;
-}
-
-template <typename T>
-inline void add(T* out, const T* in) {
-#pragma omp simd
-  for (int64_t k = 0; k < kPanel; ++k) out[k] += in[k];
 }
 
 // The inputs in the type of the computation, padded to whole panels of columns.
 template <typename S>
 struct Graph {
   using T = Wide<S>;
-#ifdef __AVX512F__
-  static constexpr int64_t kBytes = 64;
-#else
-  static constexpr int64_t kBytes = 32;
-#endif
-  typedef T Vector __attribute__((vector_size(kBytes)));
-  static constexpr int64_t kLanes = kBytes / sizeof(T), kTile = 4 * kLanes;
+  static constexpr int64_t kLanes = VectorOf<T>::lanes, kTile = 4 * kLanes;
 
   int64_t width, padded, panels, radials, atoms, edges, room;
   at::ScalarType wide, narrow;
@@ -141,21 +99,17 @@ struct Graph {
 
   // Vectors by name: left to itself, the compiler keeps a tile's sums in memory, at more than twice the time.
   void tile(const T* a, const T* b, const T* r, const T* w, T* out) const {
-    Vector s0 = lanes(a, 0) + lanes(b, 0), s1 = lanes(a, 1) + lanes(b, 1);
-    Vector s2 = lanes(a, 2) + lanes(b, 2), s3 = lanes(a, 3) + lanes(b, 3);
+    Vector<T> s0 = lanes(a, 0) + lanes(b, 0), s1 = lanes(a, 1) + lanes(b, 1);
+    Vector<T> s2 = lanes(a, 2) + lanes(b, 2), s3 = lanes(a, 3) + lanes(b, 3);
     for (int64_t j = 0; r && j < radials; ++j, w += kPanel) {
       const T x = r[j];
       s0 += x * lanes(w, 0), s1 += x * lanes(w, 1), s2 += x * lanes(w, 2), s3 += x * lanes(w, 3);
     }
-    const Vector all[4] = {s0, s1, s2, s3};
+    const Vector<T> all[4] = {s0, s1, s2, s3};
     std::memcpy(out, all, sizeof all);
   }
 
-  static Vector lanes(const T* from, int64_t k) {
-    Vector v = {};
-    if (from) std::memcpy(&v, from + k * kLanes, sizeof v);
-    return v;
-  }
+  static Vector<T> lanes(const T* from, int64_t k) { return from ? get(from + k * kLanes) : Vector<T>{}; }
 };
 
 // Rows (edges of a block, R) that threads sum over their columns, added up in the threads' order.

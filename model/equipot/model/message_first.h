@@ -21,8 +21,7 @@ std::vector<Maybe> forward(const Graph<S>& g, bool keep) {
       alignas(64) T z[kPanel];
       for (int64_t r = 0; r < n; ++r) {
         g.first(start + r, panel, z);
-#pragma omp simd
-        for (int64_t k = 0; k < kPanel; ++k) z[k] *= sigmoid(z[k]);
+        each_vector<T>([&](int64_t k) { put<T>(z + k, Silu<T>(get(z + k)).value); });
         store(hidden.row(r) + c, z);
       }
     });
@@ -37,11 +36,9 @@ std::vector<Maybe> forward(const Graph<S>& g, bool keep) {
           if (y_kept) store(y_kept + e * g.padded + c, in);
           T* to = s + g.to[e] * g.padded + c;
           const T env = g.env[e];
-#pragma omp simd
-          for (int64_t k = 0; k < kPanel; ++k) {
-            const T v = in[k] + bias[k];
-            to[k] += env * v * sigmoid(v);
-          }
+          each_vector<T>([&](int64_t k) {
+            put<T>(to + k, get(to + k) + env * Silu<T>(get(in + k) + get(bias + k)).value);
+          });
         }
       });
     });
@@ -59,12 +56,11 @@ void activate(const Graph<S>& g, int64_t start, int64_t n, int64_t panel, const 
   for (int64_t r = 0; r < n; ++r) {
     g.first(start + r, panel, z);
     T* d = slope.row(r) + c;
-#pragma omp simd
-    for (int64_t k = 0; k < kPanel; ++k) {
-      const T s = sigmoid(z[k]), v = z[k] * s;
-      z[k] = v;
-      d[k] = v + s * (T(1) - v);
-    }
+    each_vector<T>([&](int64_t k) {
+      const Silu<T> a(get(z + k));
+      put<T>(z + k, a.value);
+      put<T>(d + k, a.slope());
+    });
     store(hidden.row(r) + c, z);
   }
 }
@@ -97,14 +93,14 @@ std::vector<Maybe> reverse(const Graph<S>& g, const Tensor& g_out_any, const May
           const T* in = y_kept ? load(y_kept + e * g.padded + c, room) : y + r * kPanel;
           const T* gi = gs + g.to[e] * g.padded + c;
           const T env = g.env[e];
-          T sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (int64_t k = 0; k < kPanel; ++k) {
-            const T u = in[k] + bias[k], s = sigmoid(u), v = u * s;
-            sum += gi[k] * v;
-            out[k] = gi[k] * env * (v + s * (T(1) - v));
-          }
-          if (part) part[row + r] += sum;
+          Vector<T> sum = {};
+          each_vector<T>([&](int64_t k) {
+            const Silu<T> a(get(in + k) + get(bias + k));
+            const Vector<T> x = get(gi + k);
+            sum += x * a.value;
+            put<T>(out + k, x * env * a.slope());
+          });
+          if (part) part[row + r] += sum_of<T>(sum);
           if (db) add(db, out);
           store(g_y.row(row + r) + c, out);
         }
@@ -120,8 +116,7 @@ std::vector<Maybe> reverse(const Graph<S>& g, const Tensor& g_out_any, const May
           T* line = g_z + r * kPanel;
           const T* d = slope.row(row + r) + c;
           if (g_kept) store(g_kept + (start + row + r) * g.padded + c, line);
-#pragma omp simd
-          for (int64_t k = 0; k < kPanel; ++k) line[k] *= d[k];
+          each_vector<T>([&](int64_t k) { put<T>(line + k, get(line + k) * get(d + k)); });
         }
         sums.first(start, row, m, panel, g_z);
       });
@@ -147,14 +142,12 @@ Tensor strengths(const Graph<S>& g) {
       T* part = sums.mine();
       for (int64_t r = 0; r < n; ++r) {
         g.first(start + r, panel, z);
-#pragma omp simd
-        for (int64_t k = 0; k < kPanel; ++k) z[k] *= sigmoid(z[k]);
+        each_vector<T>([&](int64_t k) { put<T>(z + k, Silu<T>(get(z + k)).value); });
         for (int64_t o = 0; o < w.size(0); ++o) {
           const T* line = weights + o * g.padded + c;
-          T sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (int64_t k = 0; k < kPanel; ++k) sum += z[k] * line[k];
-          part[r * w.size(0) + o] += sum;
+          Vector<T> sum = {};
+          each_vector<T>([&](int64_t k) { sum += get(z + k) * get(line + k); });
+          part[r * w.size(0) + o] += sum_of<T>(sum);
         }
       }
     });
@@ -175,7 +168,7 @@ std::vector<Maybe> strengths_reverse(const Graph<S>& g, const Tensor& g_out_any,
   T* by_w = g_w.mutable_data_ptr<T>();
   g.each_block([&](int64_t start, int64_t n) {
     g.each_panel([&](int64_t panel, int64_t c) {
-      alignas(64) T g_z[kRows * kPanel], back[kPanel];
+      alignas(64) T g_z[kRows * kPanel], back[kPanel], a[kPanel];
       g.each_tile(n, [&](int64_t row, int64_t m) {
         for (int64_t r = 0; r < m; ++r) {
           const int64_t e = start + row + r;
@@ -184,20 +177,16 @@ std::vector<Maybe> strengths_reverse(const Graph<S>& g, const Tensor& g_out_any,
           std::fill_n(back, kPanel, T(0));
           for (int64_t o = 0; o < outputs; ++o) {
             const T *line = weights + o * g.padded + c, x = gs[e * outputs + o];
-#pragma omp simd
-            for (int64_t k = 0; k < kPanel; ++k) back[k] += x * line[k];
+            each_vector<T>([&](int64_t k) { put<T>(back + k, get(back + k) + x * get(line + k)); });
           }
-          alignas(64) T a[kPanel];
-#pragma omp simd
-          for (int64_t k = 0; k < kPanel; ++k) {
-            const T s = sigmoid(z[k]), v = z[k] * s;
-            a[k] = v;
-            z[k] = back[k] * (v + s * (T(1) - v));
-          }
+          each_vector<T>([&](int64_t k) {
+            const Silu<T> silu(get(z + k));
+            put<T>(a + k, silu.value);
+            put<T>(z + k, get(back + k) * silu.slope());
+          });
           for (int64_t o = 0; o < outputs; ++o) {
             T *line = by_w + o * g.padded + c, x = gs[e * outputs + o];
-#pragma omp simd
-            for (int64_t k = 0; k < kPanel; ++k) line[k] += x * a[k];
+            each_vector<T>([&](int64_t k) { put<T>(line + k, get(line + k) + x * get(a + k)); });
           }
         }
         sums.first(start, row, m, panel, g_z);

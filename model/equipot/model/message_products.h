@@ -14,12 +14,12 @@
 #include <cstring>
 #include <type_traits>
 
+#include "message_lanes.h"
+
 namespace equipot {
 
 using at::Tensor;
 
-// All columns come in panels of this many: every loop over columns has a length the compiler knows.
-constexpr int64_t kPanel = 64;
 // Rows of one product. 64 × 64 numbers of the result stay in a first-level cache until they are read.
 constexpr int64_t kRows = 64;
 

@@ -42,12 +42,11 @@ std::vector<Maybe> push(const Graph<S>& g, const Direction<S>& t, const Maybe& y
       for (int64_t r = 0; r < n; ++r) {
         g.first(start + r, panel, z);
         t.first(g, start + r, panel, t_z);
-#pragma omp simd
-        for (int64_t k = 0; k < kPanel; ++k) {
-          const T sg = sigmoid(z[k]), v = z[k] * sg;
-          z[k] = v;
-          t_z[k] *= v + sg * (T(1) - v);
-        }
+        each_vector<T>([&](int64_t k) {
+          const Silu<T> a(get(z + k));
+          put<T>(z + k, a.value);
+          put<T>(t_z + k, get(t_z + k) * a.slope());
+        });
         if (!y_kept) store(hidden.row(r) + c, z);
         store(t_hidden.row(r) + c, t_z);
       }
@@ -66,11 +65,10 @@ std::vector<Maybe> push(const Graph<S>& g, const Direction<S>& t, const Maybe& y
           if (t_y_kept) store(t_y_kept + e * g.padded + c, t_in);
           T* to = s + g.to[e] * g.padded + c;
           const T env = g.env[e], t_env = t.env ? t.env[e] : T(0);
-#pragma omp simd
-          for (int64_t k = 0; k < kPanel; ++k) {
-            const T u = in[k] + bias[k], sg = sigmoid(u), v = u * sg;
-            to[k] += t_env * v + env * (v + sg * (T(1) - v)) * t_in[k];
-          }
+          each_vector<T>([&](int64_t k) {
+            const Silu<T> a(get(in + k) + get(bias + k));
+            put<T>(to + k, get(to + k) + t_env * a.value + env * a.slope() * get(t_in + k));
+          });
         }
       });
     });
@@ -119,14 +117,14 @@ struct ReversePush {
       g.first(start + r, panel, z);
       t.first(g, start + r, panel, t_z);
       T *d = slope.row(r) + c, *dd = curve.row(r) + c;
-#pragma omp simd
-      for (int64_t k = 0; k < kPanel; ++k) {
-        const T s = sigmoid(z[k]), v = z[k] * s, first = v + s * (T(1) - v);
-        z[k] = v;
-        d[k] = first;
-        dd[k] = t_z[k] * (T(1) - s) * (T(2) * first - v);
-        t_z[k] *= first;
-      }
+      each_vector<T>([&](int64_t k) {
+        const Silu<T> a(get(z + k));
+        const Vector<T> x = get(t_z + k), first = a.slope();
+        put<T>(z + k, a.value);
+        put<T>(d + k, first);
+        put<T>(dd + k, x * a.curve());
+        put<T>(t_z + k, x * first);
+      });
       store(tall.row(r) + c, z);
       store(tall.row(n + r) + c, t_z);
     }
@@ -148,17 +146,15 @@ struct ReversePush {
         const T* t_in = t_y_kept ? load(t_y_kept + e * g.padded + c, t_room) : t_y + r * kPanel;
         const T *gi = gp + at, *go = gs ? gs + at : zeros;
         const T env = g.env[e], t_env = t.env ? t.env[e] : T(0);
-        T sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < kPanel; ++k) {
-          const T u = in[k] + bias[k], s = sigmoid(u), v = u * s;
-          const T d = v + s * (T(1) - v), dd = (T(1) - s) * (T(2) * d - v), x = gi[k], o = go[k];
-          const T by_slope = x * t_in[k];
-          sum += o * v + by_slope * d;
-          out[k] = d * (o * env + x * t_env) + dd * env * by_slope;
-          t_out[k] = x * env * d;
-        }
-        if (part) part[row + r] += sum;
+        Vector<T> sum = {};
+        each_vector<T>([&](int64_t k) {
+          const Silu<T> a(get(in + k) + get(bias + k));
+          const Vector<T> x = get(gi + k), o = get(go + k), d = a.slope(), by_slope = x * get(t_in + k);
+          sum += o * a.value + by_slope * d;
+          put<T>(out + k, d * (o * env + x * t_env) + a.curve() * env * by_slope);
+          put<T>(t_out + k, x * env * d);
+        });
+        if (part) part[row + r] += sum_of<T>(sum);
         if (db) add(db, out);
         store(tall_g.row(row + r) + c, out);
         store(tall_g.row(n + row + r) + c, t_out);
@@ -178,11 +174,11 @@ struct ReversePush {
         T *line = g_z + r * kPanel, *t_line = g_t + r * kPanel;
         const T* back = g_hidden_kept ? load(g_hidden_kept + (start + row + r) * g.padded + c, room) : t_line;
         const T *d = slope.row(row + r) + c, *dd = curve.row(row + r) + c;
-#pragma omp simd
-        for (int64_t k = 0; k < kPanel; ++k) {
-          line[k] = line[k] * d[k] + back[k] * dd[k];
-          t_line[k] = back[k] * d[k];
-        }
+        each_vector<T>([&](int64_t k) {
+          const Vector<T> x = get(back + k), first = get(d + k);
+          put<T>(line + k, get(line + k) * first + x * get(dd + k));
+          put<T>(t_line + k, x * first);
+        });
       }
       sums.first(start, row, m, panel, g_z);
       if (t.rho) sums.radial_weight(t.rho + (start + row) * g.radials, m, panel, g_t);
