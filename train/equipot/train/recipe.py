@@ -75,9 +75,9 @@ class ModelSection(_Section):
     )
     messages: MessageForm | tuple[MessageForm, ...] = Field(
         default="fast",
-        description="evaluation orders of one function, a word for all layers or a list of one for each: fast "
-        "holds a fifth of the activations of plain, the slow reference; balanced and lean hold less and take "
-        "longer; split holds most of them",
+        description="evaluation orders of one function, a word for all layers or a list of one for each: "
+        "fast holds a fifth of the activations of plain, the slow reference; balanced and lean hold less and "
+        "take longer; split holds most of them",
     )
 
     @field_validator("messages", mode="before")
