@@ -1,11 +1,10 @@
 """Predictions with weights that stay as they are, by the quickest way that this model and machine allow.
 
-No way makes an autograd graph if it can do without: an analytic way back, compiled (`inference_compiled`) or in
-pure torch (`inference_torch`), gives conservative forces and stress; `Potential` itself gives what needs no way
-back, and everything for models that the analytic ways do not take.
+An analytic way back, compiled (`inference_compiled`) or in pure torch (`inference_torch`), gives conservative
+forces and stress; `Potential` itself gives what needs no way back, and everything for models that these do
+not take. Only the latter's gradients make an autograd graph.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,15 +22,9 @@ KEEP_BYTES = 512 * 2**20
 """Memory up to which values of edges are kept for the way back; beyond it they are computed twice."""
 
 PACK_BYTES = 2 * 2**30
-"""Packed weights may take no more than this; a larger model gains little, as its products are large anyway."""
+"""Packed weights may take no more than this; a larger model gains little: its products are large."""
 
 Way = Literal["compiled", "analytic", "autograd"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    forces: bool
-    stress: bool
 
 
 class FrozenPotential:
@@ -62,22 +55,35 @@ class FrozenPotential:
         return self._compiled is not None
 
     def __call__(
-        self, batch: SystemBatch, *, forces: bool = True, stress: bool = False, deterministic: bool = False
+        self,
+        batch: SystemBatch,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        deterministic: bool = False,
+        threads: int | None = None,
     ) -> Prediction:
-        """As `Potential.forward`, detached always.
+        """As `Potential.forward`, detached always; several threads may call at once.
+
+        Args:
+            batch: see there.
+            forces: see there.
+            stress: see there.
+            deterministic: see there. It costs nothing where `batch_invariant` holds.
+            threads: how many compute; None is what torch uses. The compiled way alone takes the number from
+                here; the others compute with what torch was told.
 
         Raises:
             ModelError: stress was asked of a model with direct forces.
         """
         if deterministic and not self.batch_invariant:
-            parts = [self(one, forces=forces, stress=stress) for one in batch.alone()]
-            return join_predictions(parts)
+            return join_predictions([self(one, forces=forces, stress=stress) for one in batch.alone()])
         by_gradient = self.config.forces == "conservative" and (forces or stress)
         if stress and not by_gradient:
             return self.potential(batch, forces=forces, stress=stress)  # type: ignore[no-any-return]
         with torch.inference_mode():
             if self._compiled is not None:
-                return _compiled(self._compiled, batch, forces, stress)
+                return _compiled(self._compiled, batch, forces, stress, threads or torch.get_num_threads())
             if self.way == "analytic" and by_gradient:
                 return _analytic(self.potential, batch, forces, stress)
             return self.potential(batch, forces=forces, stress=stress)  # type: ignore[no-any-return]
@@ -87,7 +93,7 @@ def _ways(potential: Potential) -> list[Way]:
     """The ways this model can go here, the quickest first."""
     dtypes = {parameter.dtype for parameter in potential.parameters()}
     devices = {parameter.device.type for parameter in potential.parameters()}
-    # Blocks are for a processor's caches. In bfloat16 sums over neighbours need care that autograd's way takes.
+    # Blocks are for a processor's caches; in bfloat16 sums need the care that autograd's way takes.
     plain = isinstance(potential.backbone, EGNN) and devices == {"cpu"}
     if not plain or dtypes not in ({torch.float32}, {torch.float64}):
         return ["autograd"]
@@ -96,8 +102,10 @@ def _ways(potential: Potential) -> list[Way]:
     return ["compiled", "analytic", "autograd"]
 
 
-def _compiled(model: CompiledPotential, batch: SystemBatch, forces: bool, stress: bool) -> Prediction:
-    sums = model(batch, forces=forces, virial=stress, keep_bytes=KEEP_BYTES, threads=torch.get_num_threads())
+def _compiled(
+    model: CompiledPotential, batch: SystemBatch, forces: bool, stress: bool, threads: int
+) -> Prediction:
+    sums = model(batch, forces=forces, virial=stress, keep_bytes=KEEP_BYTES, threads=threads)
     dtype = batch.positions.dtype
     return Prediction(
         energy=torch.from_numpy(sums.energy),

@@ -1,13 +1,12 @@
 """One call of compiled code per batch: weights packed once, and the batch's arrays by their addresses.
 
-The records mirror inference_kernels.h, name by name. Results have the same bits in any batch and with any number
-of threads; inference_kernels.cpp says how. The call holds no interpreter lock.
+The records mirror inference_kernels.h, name by name. Results have the same bits in any batch and with any
+number of threads; inference_kernels.cpp says how. The call holds no interpreter lock.
 """
 
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ from equipot.model.batch import SystemBatch
 from equipot.model.egnn import EGNN, EGNNLayer
 from equipot.model.potential import Potential
 
-BLOCK_EDGES = 252
-"""Edges in a block: 18 times the rows that a product takes at once on AVX-512, 42 times those on AVX2."""
+BLOCK_EDGES = 126
+"""Edges in a block: 9 times the rows that a product takes at once on AVX-512, 21 times those on AVX2."""
 
 WORKSPACE_KEPT = 256 * 2**20
 """Bytes; a larger workspace is given back to the system after its call."""
 
+_Simple = ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p
 _INT64, _DOUBLE, _ADDRESS = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _SUFFIX = {torch.float32: "float", torch.float64: "double"}
 
@@ -31,13 +31,13 @@ _SUFFIX = {torch.float32: "float", torch.float64: "double"}
 class _Record(ctypes.Structure):
     """A record of inference_kernels.h, filled by name from numbers, tensors and other records."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: object) -> None:
         assert {name for name, *_ in self._fields_} == set(values)
         self._alive = values
         super().__init__(**{name: _plain(value) for name, value in values.items()})
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Tensor):
         assert value.is_contiguous()
         return value.data_ptr()
@@ -49,15 +49,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+def _fields(kind: type[_Simple], names: str) -> list[tuple[str, type[_Simple]]]:
     return [(name, kind) for name in names.split()]
 
 
 class _Layer(_Record):
     _fields_ = _fields(
         _ADDRESS,
-        "norm_weight norm_bias receiver_t receiver receiver_bias sender_t sender radial_t radial message_t message "
-        "message_bias own_t own own_bias gathered_t gathered down_t down down_bias",
+        "norm_weight norm_bias receiver_t receiver receiver_bias sender_t sender radial_t radial "
+        "message_t message message_bias own_t own own_bias gathered_t gathered down_t down down_bias",
     )
 
 
@@ -118,7 +118,7 @@ class CompiledPotential:
         self._dtype = potential.embedding.element.weight.dtype
         calls, suffix = ctypes.CDLL(library), _SUFFIX[self._dtype]
         self._infer: Callable[..., int] = getattr(calls, f"equipot_infer_{suffix}")
-        self._infer.restype = _INT64  # type: ignore[attr-defined]
+        self._infer.restype = _INT64
         self._panel = int(getattr(calls, f"equipot_panel_{suffix}")())
         self._rows: list[Tensor] = []
         config = potential.config
@@ -161,7 +161,7 @@ class CompiledPotential:
         with torch.no_grad():
             element_idx = self._embedding.elements(batch.atomic_numbers)
             if (n := int(element_idx.min())) < 0:
-                raise IndexError(f"{n} is no element's place: a batch holds an element the model does not know")
+                raise IndexError(f"{n}: the batch holds an element that the model does not know")
             if self._table_rows is not None and self._table_rows <= batch.n_atoms:
                 embedded, row = self._table, element_idx
             else:
@@ -210,7 +210,7 @@ class CompiledPotential:
         if size <= WORKSPACE_KEPT:
             self._spare.append(workspace)
 
-    def _layer(self, layer: Any) -> _Layer:
+    def _layer(self, layer: nn.Module) -> _Layer:
         assert isinstance(layer, EGNNLayer)
         up, down = layer.messages.up, layer.messages.down
         return _Layer(
@@ -242,7 +242,7 @@ class CompiledPotential:
             strengths=None if force is None else self._padded(force.down.weight),
         )
 
-    def _norm(self, norm: Any) -> dict[str, Tensor | None]:
+    def _norm(self, norm: nn.Module | Tensor) -> dict[str, Tensor | None]:
         if not isinstance(norm, nn.LayerNorm):
             return {"norm_weight": None, "norm_bias": None}
         return {"norm_weight": self._padded(norm.weight), "norm_bias": self._padded(norm.bias)}

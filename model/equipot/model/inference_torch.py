@@ -1,4 +1,4 @@
-"""Energies, forces and virials without autograd, in pure torch: the EGNN forward and, by hand, back to the edges.
+"""Energies and their gradients without autograd, in pure torch: the EGNN forward and, by hand, back to edges.
 
 With x a layer's input, i an edge's receiver and j its sender (see `messages` and `egnn`):
 
@@ -84,7 +84,7 @@ def edge_gradients(potential: Potential, batch: SystemBatch, *, keep: bool) -> t
         first = (table, element_idx) if index == 0 and table is not None else None
         x, trace = _forward(layer, x, geometry, first)
         traces.append(trace)
-    energies, g = _head(potential, batch, x)
+    energies, g = _head(potential, backbone.norm, batch, x)
     g_radial, g_envelope = torch.zeros_like(geometry.radial), torch.zeros_like(geometry.envelope)
     for index in reversed(range(len(traces))):
         trace = traces.pop()
@@ -95,18 +95,20 @@ def edge_gradients(potential: Potential, batch: SystemBatch, *, keep: bool) -> t
 
 
 def _forward(
-    layer: Any, x: Tensor, geometry: _Geometry, first: tuple[Tensor, Tensor] | None
+    layer: nn.Module, x: Tensor, geometry: _Geometry, first: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, _Trace]:
     assert isinstance(layer, EGNNLayer)
     rows = None if first is None else first[1]
     h = layer.norm(x if first is None else first[0])
     up = layer.messages.up
-    trace = _Trace(x, up.receiver(h), up.sender(h), rows, layer.own(h) if rows is None else layer.own(h)[rows])
+    trace = _Trace(
+        x, up.receiver(h), up.sender(h), rows, layer.own(h) if rows is None else layer.own(h)[rows]
+    )
     if geometry.keep:
         trace.z, trace.y = (h.new_empty(len(geometry.radial), h.shape[-1]) for _ in range(2))
     sums = h.new_zeros(geometry.n_atoms, h.shape[-1])
     for block, room in _blocks(geometry, h, 3):
-        z, y = _edge_values(layer, trace, geometry, block, room)
+        _, y = _edge_values(layer, trace, geometry, block, room)
         message = functional.silu(y) if trace.y is not None else functional.silu(y, inplace=True)
         sums.index_add_(0, geometry.edges.receivers[block], message.mul_(geometry.envelope[block]))
     trace.update.addmm_(sums.mul_(layer.message_scale), layer.gathered.weight.t())
@@ -132,9 +134,9 @@ def _edge_values(
     return z, y
 
 
-def _head(potential: Potential, batch: SystemBatch, x: Tensor) -> tuple[Tensor, Tensor]:
+def _head(potential: Potential, norm: nn.Module, batch: SystemBatch, x: Tensor) -> tuple[Tensor, Tensor]:
     """Atomic energies, and the gradient of the total one by the last layer's output."""
-    head, norm = potential.energy_head, potential.backbone.norm
+    head = potential.energy_head
     t = head.up(norm(x))
     energies = head.down(functional.silu(t))
     level_N = batch.level_idx[batch.system_idx]
@@ -144,7 +146,7 @@ def _head(potential: Potential, batch: SystemBatch, x: Tensor) -> tuple[Tensor, 
 
 
 def _back(
-    layer: Any,
+    layer: nn.Module,
     trace: _Trace,
     g: Tensor,
     geometry: _Geometry,
@@ -154,6 +156,7 @@ def _back(
     last: bool,
 ) -> Tensor:
     """The gradient by the layer's input; those by radial basis and envelope are added in place."""
+    assert isinstance(layer, EGNNLayer)
     g_update = _silu_backward(g @ layer.down.weight, trace.update)
     g_sums = (g_update @ layer.gathered.weight).mul_(layer.message_scale)
     g_receiver, g_sender = torch.zeros_like(g_sums), torch.zeros_like(g_sums)

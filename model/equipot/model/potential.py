@@ -187,7 +187,7 @@ def _stress(batch: SystemBatch, vectors: Tensor, pull: Tensor) -> Tensor:
 
 
 def stress_from_virial(batch: SystemBatch, virial: Tensor) -> Tensor:
-    """(S, 3, 3) eV/Å³ from Σ_e r_e ⊗ ∂E/∂r_e (S, 3, 3) in eV; NaN where a system is not periodic all around."""
+    """(S, 3, 3) eV/Å³ from Σ_e r_e ⊗ ∂E/∂r_e (S, 3, 3) in eV; NaN where not periodic all around."""
     virial = 0.5 * (virial + virial.mT)
     volume = torch.linalg.det(batch.cell).abs()
     periodic = batch.pbc.all(-1)
