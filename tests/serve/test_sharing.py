@@ -88,7 +88,11 @@ def test_callers_share_batches_and_each_gets_its_own_answer(
     run(test())
 
 
-def test_one_structure_overtakes_the_rest_of_a_large_request(bundles: Bundles) -> None:
+def test_one_structure_overtakes_the_rest_of_a_large_request(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalEngine, "compute", slowly(LocalEngine.compute))
+
     async def test() -> None:
         async with inside(config(bundles.tiny, ONE_BY_ONE)) as there:
             large = await busy(there, 300)
@@ -251,6 +255,9 @@ def test_an_only_caller_is_answered_in_the_loop_and_callers_that_meet_share_batc
     async def test() -> None:
         async with inside(config(bundles.tiny, ROOMY)) as there:
             monkeypatch.setattr(LocalEngine, "compute", noted)
+            # However slow the machine is that tests run on.
+            monkeypatch.setattr(dispatcher, "AT_ONCE_SECONDS", 60.0)
+            monkeypatch.setattr(dispatcher, "ROUND_TRIP", 0.0)
             # The first call tells how long a batch takes, and is not trusted to be quick.
             for _ in range(4):
                 await there.stub.Predict(ask([molecule(1)]))
