@@ -11,6 +11,7 @@ import ase
 import ase.io
 import ase.io.formats
 import numpy as np
+from ase.io.trajectory import TrajectoryReader
 
 from equipot.model.batch import System
 from equipot.train.errors import DataError
@@ -61,6 +62,7 @@ class AseFile:
         self._format = format
         self._options = options
         self._fraction: float | None = None
+        self._count: int | None = None
 
     @property
     def path(self) -> Path:
@@ -71,6 +73,11 @@ class AseFile:
     def format(self) -> str:
         """Name of ASE's format."""
         return self._format
+
+    @property
+    def count(self) -> int | None:
+        """Number of frames of a .traj; any other format is read from the beginning."""
+        return self._count
 
     def fraction(self) -> float | None:
         """Share of the file read so far; known for (ext)xyz."""
@@ -90,6 +97,9 @@ class AseFile:
         first = list(islice(self._atoms(0), 1 if self._named_keys() == {} else _LOOKED_AT))
         if not first:
             raise DataError(f"{self._path}: holds no frame")
+        if self._format == "traj" and not isinstance(first[0], Rejected):
+            with TrajectoryReader(self._path) as reader:
+                self._count = len(reader)
         keys = {key for atoms in first if not isinstance(atoms, Rejected) for key in _all_values(atoms)}
         for option, key in self._named_keys().items():
             if keys and key not in keys:
