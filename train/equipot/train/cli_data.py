@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from equipot.train import importer
-from equipot.train.data_report import print_import, print_store
+from equipot.train.data_report import ShownImport, print_import, print_store
 from equipot.train.errors import DataError
 from equipot.train.frames import write_frames
 from equipot.train.importer import ImportOptions, import_files
+from equipot.train.reader_pool import MOST_WORKERS, default_workers
 from equipot.train.sources.base import ReadOptions
 from equipot.train.sources.npz_file import UNITS
 from equipot.train.sources.registry import RELEASES, choose_level, find_files, split_source
@@ -92,6 +92,14 @@ def import_command(
         bool,
         typer.Option("--keep-duplicates", help="Keep frames that are the same as an earlier one to the bit."),
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Processes that read; the store is the same whatever their number. 1: no further process.",
+            show_default=f"the cores, at most {MOST_WORKERS}",
+        ),
+    ] = 0,
 ) -> None:
     """Packs labelled frames into a store; goes on where a killed import stopped.
 
@@ -128,16 +136,15 @@ def import_command(
     )
     with _stop_signals() as stopped, _bar() as bar:
         task = bar.add_task("opening", total=1.0)
-
-        def show(at: importer.Progress) -> None:
-            what = f"{files[at.source].name if at.source < len(files) else ''}: {at.kept} kept"
-            bar.update(
-                task,
-                completed=at.fraction,
-                description=what + f", {at.rejected} left out" * bool(at.rejected),
-            )
-
-        report = import_files(files, out, options, on_progress=show, should_stop=lambda: bool(stopped))
+        shown = ShownImport(files)
+        report = import_files(
+            files,
+            out,
+            options,
+            workers=workers or default_workers(files),
+            on_progress=lambda at: bar.update(task, completed=at.fraction, description=shown.line(at)),
+            should_stop=lambda: bool(stopped),
+        )
         bar.update(task, completed=1.0)
     print_import(report, Console())
 

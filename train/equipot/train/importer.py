@@ -270,6 +270,7 @@ class _Run:
         self._seen = None if options.keep_duplicates else _seen_before(writer)
         self._sizes = [data_file(path).stat().st_size for path in files]
         self._behind = float(sum(self._sizes[: self.cursor.file]))
+        self._fraction = 0.0
         self._hashed: dict[int, float] = {}
         self._total = max(sum(self._sizes), 1)
         self._there = {source.sha256 for source in writer.manifest.sources}
@@ -328,6 +329,7 @@ class _Run:
             for done in range(self.cursor.file, file):
                 self._hashed.pop(done, None)
             self.cursor.file, self.cursor.frame = file, 0
+            self._fraction = 0.0
         self._hash = found
         if self.cursor.frame:
             self._check_same(self._files[file], found.sha256, len(self._writer.manifest.sources) - 1)
@@ -371,7 +373,8 @@ class _Run:
         self.cursor.frame = block.stop
         if self._writer.due:
             self._commit()
-        self._show("", block.fraction or 0.0)
+        self._fraction = max(self._fraction, block.fraction or 0.0)
+        self._show("")
 
     def _commit(self) -> None:
         self._writer.commit(asdict(self.cursor))
@@ -402,10 +405,10 @@ class _Run:
             found.append(Rejected(frames[row], Reason.DUPLICATE, f"{name}: {what}" if name else what))
         return block.without(rows, found)
 
-    def _show(self, doing: str, fraction: float = 0.0) -> None:
+    def _show(self, doing: str) -> None:
         size = self._sizes[self.cursor.file] if self.cursor.file < len(self._sizes) else 0
         hashed = _HASH_SHARE * sum(self._hashed.values())
-        done = self._behind + hashed + (1 - _HASH_SHARE) * fraction * size
+        done = self._behind + hashed + (1 - _HASH_SHARE) * self._fraction * size
         self._on_progress(
             Progress(
                 self.cursor.file, min(done / self._total, 1.0), self._read, self._kept,

@@ -33,11 +33,15 @@ from equipot.train.reading import (
     ReadingOptions,
     Task,
     lost,
-    ranges,
 )
+from equipot.train.sources.lmdb_file import data_file
 
 AHEAD_BYTES = 2**25
 """Held per process at most; enough for a file of 5,000 slabs."""
+MOST_WORKERS = 32
+"""Not exceeded by default: the one writer is busy then."""
+_SMALL = 2**23
+"""Bytes of files that are read sooner than processes are started."""
 _TICK = 0.2
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
@@ -291,10 +295,9 @@ class ReaderPool:
     def _divide(self, part: _Part, opened: Opened) -> None:
         """Makes tasks of the ranges of a file but the first, which its process reads by itself."""
         part.opened = True
-        if opened.count is None or part.hashed is None:
+        if part.hashed is None or not opened.ranges:
             return
-        cut = ranges(opened.count, part.hashed.bytes, part.task.start)
-        for start, stop in cut[1:]:
+        for start, stop in opened.ranges[1:]:
             further = _Part(
                 Task(part.task.file, start, stop, part.hashed.sha256),
                 opened=True,
@@ -303,8 +306,7 @@ class ReaderPool:
             )
             bisect.insort(self._order, further, key=lambda each: each.place)
             heapq.heappush(self._waiting, (further.place, further))
-        if len(cut) > 1:
-            part.task = replace(part.task, stop=cut[0][1])
+        part.task = replace(part.task, stop=opened.ranges[0][1])
 
     def _died(self, worker: _Worker, part: _Part) -> None:
         """Lets another process try once more, frame by frame; then gives the frames up, or the import."""
@@ -340,6 +342,9 @@ class ReaderPool:
         part.ended = True
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_workers(files: Sequence[Path]) -> int:
+    """One for each core that this process may use, up to `MOST_WORKERS`; 1 for data read in no time."""
+    if sum(data_file(path).stat().st_size for path in files if data_file(path).is_file()) < _SMALL:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)

@@ -18,7 +18,6 @@ from equipot.train.sources.registry import RELEASES, open_container
 from equipot.train.sources.unreadable import UnreadableFile
 
 RANGE_BYTES = 2**24
-"""Of a file whose frames can be reached at once, so much is read at a time by one process."""
 _HASH_BYTES = 2**22
 
 
@@ -31,12 +30,14 @@ class ReadingOptions:
         source: name of the release the files are of, "" for any other file.
         block: how frames become blocks.
         known: checksums of files that the store holds; such a file is not read.
+        range_bytes: of a file whose frames can be reached at once, so much is read at a time by one process.
     """
 
     read: ReadOptions
     source: str
     block: BlockOptions
     known: frozenset[str] = frozenset()
+    range_bytes: int = RANGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +80,24 @@ class Opened:
 
     Attributes:
         format: name of it.
-        count: frames in it, if any can be reached at once; None if it has to be read from the beginning.
+        ranges: [start, stop) of the tasks it is divided into, the first of which the process that opened it
+            goes on with; empty if it is read as a whole.
         fault: why it cannot be read; its only item is then a `Rejected`.
     """
 
     format: str
-    count: int | None = None
+    ranges: tuple[tuple[int, int], ...] = ()
     fault: str = ""
 
 
 Message = Hashing | Hashed | Opened | Block
 
 
-def ranges(count: int, size: int, start: int) -> list[tuple[int, int]]:
-    """Cuts frames `start` to `count` of a file of so many bytes into ranges to be read one by one."""
-    parts = max(1, min(count, size // RANGE_BYTES))
-    step = -(-count // parts)
-    return [(max(at, start), min(at + step, count)) for at in range(start // step * step, count, step)]
+def divide(count: int, parts: int, start: int) -> tuple[tuple[int, int], ...]:
+    """Frames `start` to `count` in about so many ranges of equal length; none if that leaves but one."""
+    step = -(-count // max(1, min(count, parts)))
+    cut = tuple((max(at, start), min(at + step, count)) for at in range(start // step * step, count, step))
+    return cut if len(cut) > 1 else ()
 
 
 class Reading:
@@ -128,10 +130,9 @@ class Reading:
                     return
             reader, fault = self._open(task.file)
             if not task.checksum:
-                yield Opened(reader.format, reader.count, fault)
-                if self._divide and reader.count is not None:
-                    cut = ranges(reader.count, before.st_size, task.start)
-                    stop = cut[0][1] if len(cut) > 1 else None
+                ranges = self._ranges(reader, before.st_size, task.start)
+                yield Opened(reader.format, ranges, fault)
+                stop = ranges[0][1] if ranges else None
             yield from self._blocks(reader, replace(task, checksum=checksum, stop=stop))
             after = path.stat()
         except OSError as error:
@@ -140,6 +141,11 @@ class Reading:
             raise DataError(f"{path}: there is not enough memory to read it; {_AGAIN} with more") from None
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise DataError(f"{path}: was changed while it was read; let it be finished, then {_AGAIN}")
+
+    def _ranges(self, reader: Reader, size: int, start: int) -> tuple[tuple[int, int], ...]:
+        if not self._divide or reader.count is None:
+            return ()
+        return divide(reader.count, size // self._options.range_bytes, start)
 
     def _open(self, file: int) -> tuple[Reader, str]:
         if self._opened is not None and self._opened[0] == file:

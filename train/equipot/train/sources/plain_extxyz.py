@@ -27,9 +27,7 @@ from equipot.train.sources.labels import (
 from equipot.train.sources.structure import check_structure
 from equipot.train.sources.xyz_chunks import Chunk
 
-_COMMENT = re.compile(
-    r"""\s*(?:[A-Za-z_][\w.-]*=(?:"[^"\\]*"|[^\s"'{}\[\]\\,=]+)(?:\s+|$))+""", re.ASCII
-)
+_COMMENT = re.compile(r"""\s*(?:[A-Za-z_][\w.-]*=(?:"[^"\\]*"|[^\s"'{}\[\]\\,=]+)(?:\s+|$))+""", re.ASCII)
 _KEY = re.compile(r"""(?:^|\s)([A-Za-z_][\w.-]*)=""", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WHOLE = re.compile(r"-?\d{1,15}", re.ASCII)
