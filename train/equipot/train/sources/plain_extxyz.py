@@ -35,6 +35,7 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/^*+-]+", re.ASCII)
 _NO_WORDS = ("true", "false", "nan", "inf", "infinity")
 _SCALARS = frozenset((*ENERGY_KEYS, *CHARGE_KEYS, *SPIN_KEYS))
 _INFO = frozenset((*_SCALARS, *STRESS_KEYS, *FORCES_KEYS, *UNIT_KEYS))
+_MATRICES = ("stress", "virial")  # ASE refuses six numbers here, and takes one half of nine
 _NOT_COLUMNS = _INFO - set(FORCES_KEYS) | {"Z", "numbers", "key_value_pairs"}
 
 
@@ -100,7 +101,7 @@ def _info(values: Mapping[str, str], comment: str, options: ReadOptions) -> dict
         if key not in _INFO and key not in named:
             continue
         value = _value(text)
-        if value is None:
+        if value is None or (key in _MATRICES and not _is_symmetric(value)):
             return None
         found[key] = value
     return found
@@ -118,6 +119,13 @@ def _value(text: str) -> int | float | str | NDArray[np.float64] | None:
     if len(words) in (6, 9) and all(_NUMBER.fullmatch(word) for word in words):
         return np.array(words, dtype=np.float64)
     return None
+
+
+def _is_symmetric(value: object) -> bool:
+    if not isinstance(value, np.ndarray) or value.size != 9:
+        return False
+    matrix = value.reshape(3, 3)
+    return bool((matrix == matrix.T).all())
 
 
 def _group(info: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, str] | None:
