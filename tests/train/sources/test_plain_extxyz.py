@@ -128,12 +128,17 @@ def test_what_is_plain_needs_no_ase_and_what_is_wrong_is_left_to_it() -> None:
 def test_the_quick_look_is_sound(seed: int, n: int, size: float, periodic: bool, near: float) -> None:
     rng = np.random.default_rng(seed)
     cell = size * (np.eye(3) + rng.uniform(-0.6, 0.6, (3, 3)))
-    positions = np.asarray(rng.uniform(-2, 2, (n, 3)) @ cell, dtype=np.float64)
+    positions = (rng.uniform(-2, 2, (n, 3)) @ cell).astype(np.float64)
     if n > 1:  # an atom near to another, or to an image of it
         step = rng.normal(size=3)
         shift = rng.integers(-1, 2, 3) @ cell if periodic else np.zeros(3)
         positions[-1] = positions[0] + shift + near * step / np.linalg.norm(step)
-    system = System(atomic_numbers=np.full(n, 6), positions=positions, cell=cell, pbc=np.full(3, periodic))
+    system = System(
+        atomic_numbers=np.full(n, 6),
+        positions=positions.astype(np.float64),
+        cell=cell,
+        pbc=np.full(3, periodic),
+    )
     if structure._plainly_fine(system):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(structure, "_plainly_fine", lambda system: False)
@@ -141,7 +146,7 @@ def test_the_quick_look_is_sound(seed: int, n: int, size: float, periodic: bool,
 
 
 def test_the_quick_look_settles_ordinary_structures_and_no_bad_one() -> None:
-    grid = np.argwhere(np.ones((3, 3, 3))) * 2.0
+    grid = np.asarray(np.argwhere(np.ones((3, 3, 3))) * 2.0, dtype=np.float64)
     for pbc in (True, False):
         system = System(
             atomic_numbers=np.full(27, 29), positions=grid, cell=np.eye(3) * 6.0, pbc=np.full(3, pbc)
