@@ -141,10 +141,11 @@ def _print_tallies(
             places = [example for example in tally.examples if example[0] == source]
             shown = ", ".join(str(frame) for _, frame, _ in places[:_SHOWN])
             of_all = len({example[0] for example in tally.examples}) == 1
+            exact = of_all or tally.count == len(tally.examples)
             more = (tally.count if of_all else len(places)) - min(len(places), _SHOWN)
             table.add_row(
                 escape(what),
-                str(tally.count) if of_all else f"{len(places)} or more",
+                str(tally.count if of_all else len(places)) + ("" if exact else " or more"),
                 escape(manifest.sources[source].file),
                 shown + (f" and {more} more" if more > 0 else ""),
                 escape(str(places[0][2])),

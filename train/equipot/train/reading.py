@@ -6,13 +6,13 @@ blocks alone. Knows neither stores nor processes.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from equipot.train.block import Block, BlockBuilder, BlockOptions
 from equipot.train.errors import DataError
-from equipot.train.sources.base import Reader, ReadOptions, Reason, Rejected
+from equipot.train.sources.base import Frame, Reader, ReadOptions, Reason, Rejected
 from equipot.train.sources.lmdb_file import data_file
 from equipot.train.sources.registry import RELEASES, open_container
 from equipot.train.sources.unreadable import UnreadableFile
@@ -133,7 +133,10 @@ class Reading:
                 ranges = self._ranges(reader, before.st_size, task.start)
                 yield Opened(reader.format, ranges, fault)
                 stop = ranges[0][1] if ranges else None
-            yield from self._blocks(reader, replace(task, checksum=checksum, stop=stop))
+            task = replace(task, checksum=checksum, stop=stop)
+            again = fault and task.start > 0  # it could be opened when its first frames were read
+            items = [lost(task, task.start, fault)] if again else reader.frames(task.start)
+            yield from self._blocks(reader, items, task)
             after = path.stat()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}; mend that, then {_AGAIN}") from None
@@ -163,12 +166,12 @@ class Reading:
         self._opened = (file, reader)
         return reader, ""
 
-    def _blocks(self, reader: Reader, task: Task) -> Iterator[Block]:
+    def _blocks(self, reader: Reader, items: Iterable[Frame | Rejected], task: Task) -> Iterator[Block]:
         limits = replace(self._options.block, frames=1) if task.careful else self._options.block
         builder = BlockBuilder(limits, task.checksum)
         following = task.start
         try:
-            for item in reader.frames(task.start):
+            for item in items:
                 builder.add(item)
                 following = item.index + 1
                 if builder.full:
