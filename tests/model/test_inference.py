@@ -166,6 +166,9 @@ def test_the_same_bits_in_any_batch_and_with_any_number_of_threads(
 def test_models_and_machines_that_the_quick_ways_do_not_take(
     make_model: MakeModel, structures: dict[str, list[Graph]]
 ) -> None:
+    replaced = make_model()
+    replaced.energy_head.up = torch.nn.Sequential(replaced.energy_head.up)  # type: ignore[assignment]
+    assert FrozenPotential(replaced).way == "autograd"
     half = FrozenPotential(make_model(dtype=torch.bfloat16))
     assert half.way == "autograd"
     assert not half.batch_invariant

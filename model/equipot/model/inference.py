@@ -8,14 +8,16 @@ not take. Only the latter's gradients make an autograd graph.
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipot.model import kernels
 from equipot.model.batch import SystemBatch
-from equipot.model.egnn import EGNN
+from equipot.model.egnn import EGNN, EGNNLayer
 from equipot.model.geometry import sum_by_index
+from equipot.model.heads import Embedding, EnergyHead, ForceHead, Lookup
 from equipot.model.inference_compiled import CompiledPotential, packed_bytes
 from equipot.model.inference_torch import edge_gradients
+from equipot.model.messages import MessageSum, PairLinear
 from equipot.model.potential import Potential, Prediction, join_predictions, stress_from_virial
 
 KEEP_BYTES = 512 * 2**20
@@ -23,6 +25,11 @@ KEEP_BYTES = 512 * 2**20
 
 PACK_BYTES = 2 * 2**30
 """Packed weights may take no more than this; a larger model gains little: its products are large."""
+
+# What the analytic ways differentiate by hand. Anything else in a model, a part replaced or spread over ranks
+# included, goes by autograd.
+_KNOWN = {Potential, Embedding, Lookup, EGNN, EGNNLayer, MessageSum, PairLinear, EnergyHead, ForceHead}
+_KNOWN |= {nn.Embedding, nn.Linear, nn.LayerNorm, nn.Identity, nn.ModuleList}
 
 Way = Literal["compiled", "analytic", "autograd"]
 
@@ -94,8 +101,8 @@ def _ways(potential: Potential) -> list[Way]:
     dtypes = {parameter.dtype for parameter in potential.parameters()}
     devices = {parameter.device.type for parameter in potential.parameters()}
     # Blocks are for a processor's caches; in bfloat16 sums need the care that autograd's way takes.
-    plain = isinstance(potential.backbone, EGNN) and devices == {"cpu"}
-    if not plain or dtypes not in ({torch.float32}, {torch.float64}):
+    known = all(type(module) in _KNOWN for module in potential.modules())
+    if not known or devices != {"cpu"} or dtypes not in ({torch.float32}, {torch.float64}):
         return ["autograd"]
     if packed_bytes(potential) > PACK_BYTES or kernels.library() is None:
         return ["analytic", "autograd"]

@@ -134,7 +134,7 @@ class Potential(nn.Module):
             cutoff=self.config.cutoff,
             radial=self.config.radial,
             dtype=self.embedding.element.weight.dtype,
-            blocked=self.config.messages in BLOCKED_FORMS,
+            blocked=any(form in BLOCKED_FORMS for form in self.config.message_forms),
         )
         return edges, lengths
 
