@@ -159,7 +159,7 @@ def crystal(random: np.random.Generator) -> System:
 
 def by_engine(engine: LocalEngine, system: System) -> float:
     """Energy and forces in this process."""
-    graph = engine.prepare(system)
+    (graph,) = engine.prepare([system])
     assert not hasattr(graph, "reason")
     (result,) = engine.compute([graph], forces=True, stress=False)
     assert isinstance(result, Result)

@@ -25,7 +25,7 @@ def engine(bundles: Bundles) -> LocalEngine:
 
 
 def graph(engine: LocalEngine, system: System) -> Graph:
-    prepared = engine.prepare(system)
+    (prepared,) = engine.prepare([system])
     assert isinstance(prepared, Graph)
     return prepared
 
@@ -94,7 +94,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_structure_is_refused_with_field_message_and_remedy(engine: LocalEngine, name: str) -> None:
     system, change, reason = BAD[name]
-    fault = engine.prepare(replace(system, **change))  # type: ignore[arg-type]
+    (fault,) = engine.prepare([replace(system, **change)])  # type: ignore[arg-type]
     assert isinstance(fault, Fault)
     assert reason is None or fault.reason == reason
     assert fault.field

@@ -64,7 +64,7 @@ class TestPredict:
         assert answer.stress is not None
         start = 0
         for index, system in enumerate(systems):
-            graph = engine.prepare(system)
+            (graph,) = engine.prepare([system])
             (alone,) = engine.compute([graph], forces=True, stress=True)  # type: ignore[list-item]
             assert isinstance(alone, Result)
             assert alone.forces is not None

@@ -60,7 +60,8 @@ class ServeConfig:
         metrics_port: of the Prometheus endpoint; 0 takes any free one, None serves none.
         dtype: what the network computes in; None is what the bundle was stored in.
         device: as torch names it.
-        threads: of torch; None leaves its default.
+        threads: that compute; None lets each batch have as many as its work keeps busy.
+        deterministic: whether a structure must get the same bits whatever shares its batch.
         drain_seconds: how long accepted requests may take to finish once the server is told to stop.
         budget: of the batcher.
         limits: of requests.
@@ -76,6 +77,7 @@ class ServeConfig:
     dtype: Literal["float32", "float64"] | None = None
     device: str = "cpu"
     threads: int | None = None
+    deterministic: bool = False
     drain_seconds: float = 30.0
     budget: Budget = CPU_BUDGET
     limits: RequestLimits = DEFAULT_LIMITS

@@ -81,6 +81,7 @@ class ServedModel:
             level_of_theory=self.card.config.levels_of_theory[level],
             dtype=self.engine.dtype,
             tensor_parallel=self.engine.tensor_parallel,
+            batch_invariant=self.engine.batch_invariant,
         )
 
     def describe(self, limits: RequestLimits, *, is_default: bool) -> pb.Model:
@@ -176,16 +177,24 @@ def check_names(names: Sequence[str]) -> None:
 
 def _load(path: Path, config: ServeConfig) -> ServedModel:
     started = time.perf_counter()
-    engine = LocalEngine.load(path, dtype=config.dtype, device=config.device, limits=config.limits)
+    engine = LocalEngine.load(
+        path,
+        dtype=config.dtype,
+        device=config.device,
+        limits=config.limits,
+        threads=config.threads,
+        deterministic=config.deterministic,
+    )
     card = engine.card
     logger.info(
-        "loaded %s from %s: %s, %d parameters, %s on %s, %.1f s",
+        "loaded %s from %s: %s, %d parameters, %s on %s (%s), %.1f s",
         card.name,
         path,
         card.digest,
         card.n_parameters,
         engine.dtype,
         config.device,
+        engine.way,
         time.perf_counter() - started,
     )
     return ServedModel(engine, (path / "model.json").read_text(encoding="utf-8"))
