@@ -116,6 +116,7 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
 
     def _understand(self, request: pb.PredictRequest, deadline: float | None) -> Work:
         model = self._gate.registry().find(request.model)
+        model.engine.check_ready()
         forces, stress = _wanted(request)
         if stress and not model.has_stress:
             raise InvalidRequest(
