@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,10 +38,12 @@ def parts(
 
 
 def step(parts: Parts, number: int) -> Batch:
-    keys = parts.sampler.micro_batches(number, rank=0, ranks=1, accumulation=1)[0]
+    keys = parts.sampler.micro_batches(number, rank=0, ranks=1, accumulation=1)[0].keys
     batch = parts.dataset.batch(keys)
     parts.engine.module.train()
-    parts.engine.forward_backward(batch.systems, batch.targets, Counts(*Counts.of(batch.targets)), 1)
+    parts.engine.forward_backward(
+        batch.systems, batch.targets, Counts(*Counts.of(batch.targets)), 1, last=True
+    )
     parts.engine.step(1e-2)
     parts.ema.update(number + 1)
     return batch
@@ -104,7 +107,7 @@ def test_the_exported_potential_is_the_trained_one(
     export_run(run.path, tmp_path / "bundle", checkpoint="last", name="tiny", raw=raw)
     exported, card = load_potential(tmp_path / "bundle")
     parts = trainer.parts
-    batch = parts.dataset.batch(parts.validation)
+    batch = parts.dataset.batch(parts.validation[np.arange(len(parts.validation))])
     weights = [fragment.values.clone() for fragment in parts.engine.fragments()] if raw else parts.ema.parts
     with parts.engine.swapped(weights):
         trained = energies(parts.potential, batch)
