@@ -12,6 +12,7 @@ from tests.serve.conftest import Bundles, crystal, molecule
 
 from equipot.model.batch import Graph, System, build_graph, collate
 from equipot.model.bundle import load_potential
+from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.config import RequestLimits
 from equipot.serve.engine import LocalEngine, Result
 from equipot.serve.errors import Fault
@@ -70,6 +71,21 @@ def test_what_is_not_asked_for_is_not_computed(engine: LocalEngine) -> None:
     answer = result(engine.compute([graph(engine, molecule(1))], forces=False, stress=False)[0])
     assert answer.forces is None
     assert answer.stress is None
+
+
+def test_lists_with_a_skin_give_the_same_answers_along_a_trajectory(engine: LocalEngine) -> None:
+    systems = [molecule(1, 12), crystal(2), molecule(3, 30)]
+    neighbors, rng = SkinnedNeighbors(engine.card.config.cutoff, skin=0.6), np.random.default_rng(0)
+    for _ in range(12):
+        moved = [replace(s, positions=s.positions + rng.normal(0, 0.03, s.positions.shape)) for s in systems]
+        kept = [g for g in engine.prepare(moved, neighbors=neighbors) if isinstance(g, Graph)]
+        built = [g for g in engine.prepare(moved) if isinstance(g, Graph)]
+        assert len(kept) == len(built) == len(systems)
+        for one, other in zip(kept, built, strict=True):
+            np.testing.assert_array_equal(one.senders, other.senders)
+            np.testing.assert_array_equal(one.receivers, other.receivers)
+            np.testing.assert_array_equal(one.cell_shifts, other.cell_shifts)
+    assert neighbors.n_built < 12
 
 
 BAD = {

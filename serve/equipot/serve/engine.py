@@ -116,8 +116,10 @@ class LocalEngine:
         self.dtype = dtype
         self._potential = potential
         self._deterministic = deterministic
-        # Geometry is never less than float32: in bfloat16 an atom would stand on a grid of 0.03 Å.
-        self._batch_dtype = torch.promote_types(_DTYPES[dtype], torch.float32)
+        # Geometry is never less than float32: in bfloat16 an atom would stand on a grid of 0.03 Å. Compiled
+        # code reads it in float64, whatever the network computes in.
+        exact = self._potential.way == "compiled"
+        self._batch_dtype = torch.float64 if exact else torch.promote_types(_DTYPES[dtype], torch.float32)
         self._device = torch.device(device)
         self._limits = limits
         self._threads = threads
