@@ -48,6 +48,12 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Same bits for a structure whatever shares its batch.")
     ] = False,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Processes to spread each model's weights over; they share the threads, or take a GPU each."
+        ),
+    ] = 1,
     max_atoms: Annotated[
         int, typer.Option(help="Most atoms in one structure.")
     ] = DEFAULT_LIMITS.structure_atoms,
@@ -86,6 +92,7 @@ def serve(
         device=device,
         threads=threads,
         deterministic=deterministic,
+        tensor_parallel=tensor_parallel,
         drain_seconds=drain_seconds,
         budget=Budget(
             batch_edges=default_budget(device).batch_edges if max_batch_edges is None else max_batch_edges,

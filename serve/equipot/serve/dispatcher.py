@@ -194,14 +194,16 @@ class Dispatcher:
 
     def _run(
         self, batch: Batch, graphs: list[Graph], started: float
-    ) -> tuple[Batch, Key, list[Result | Fault], float, float]:
+    ) -> tuple[Batch, Key, list[Result | Fault] | CallError, float, float]:
         key = batch.key
         assert isinstance(key, Key)
-        results: list[Result | Fault]
+        results: list[Result | Fault] | CallError
         begun = time.perf_counter()
         try:
             results = key.model.engine.compute(graphs, forces=key.forces, stress=key.stress)
             assert len(results) == len(graphs)
+        except CallError as error:
+            results = error
         except Exception:
             logger.exception("the engine of %s failed on a batch of %d", key.model.name, len(graphs))
             fault = Fault("internal", "", "the engine failed", "the server's log has the reason")
@@ -210,15 +212,26 @@ class Dispatcher:
         return batch, key, results, started, seconds
 
     def _finish(
-        self, batch: Batch, key: Key, results: list[Result | Fault], started: float, seconds: float
+        self,
+        batch: Batch,
+        key: Key,
+        results: list[Result | Fault] | CallError,
+        started: float,
+        seconds: float,
     ) -> None:
         self._computing = False
         self._batcher.finished(batch, seconds)
-        pace = seconds / max(batch.cost, 1)
-        before = self._pace.get(key.model.name, pace)
-        self._pace[key.model.name] = before + RATE_MEMORY * (pace - before)
+        if not isinstance(results, CallError):
+            pace = seconds / max(batch.cost, 1)
+            before = self._pace.get(key.model.name, pace)
+            self._pace[key.model.name] = before + RATE_MEMORY * (pace - before)
         # First the next batch: the engine works while the answers are handed out.
         self._pump()
+        if isinstance(results, CallError):
+            for ticket in {item.ticket for item in batch.items}:
+                if job := self._jobs.get(ticket):
+                    job.fail(results)
+            return
         for ticket in {item.ticket for item in batch.items}:
             if job := self._jobs.get(ticket):
                 job.computed(seconds)

@@ -14,15 +14,16 @@ import numpy.typing as npt
 import torch
 
 from equipot.model.batch import Graph, System, build_graphs, collate
-from equipot.model.bundle import BundleCard, load_potential
-from equipot.model.errors import StructureError
+from equipot.model.bundle import BundleCard, load_potential, read_card
+from equipot.model.errors import ModelError, StructureError
 from equipot.model.inference import FrozenPotential
-from equipot.model.potential import Potential
+from equipot.model.sharding import check_divisible
 from equipot.model.skin import SkinnedNeighbors
 from equipot.model.validate import check_graph, check_supported, check_system
 from equipot.serve.config import RequestLimits
-from equipot.serve.errors import Fault, ServeError
+from equipot.serve.errors import CallError, Fault, ServeError
 from equipot.serve.footprint import footprint
+from equipot.serve.ranks import Ranks
 
 ESTIMATE_MARGIN = 2.0
 """A structure is refused unbuilt if its estimated edges are this many times the limit."""
@@ -84,33 +85,42 @@ class Engine(Protocol):
         """
 
     def compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
-        """Answers a batch, structure by structure; raises nothing that one structure alone caused."""
+        """Answers a batch, structure by structure; raises nothing that one structure alone caused.
+
+        Raises:
+            NotReady: a rank died; the batch may be sent again.
+        """
+
+    def check_ready(self) -> None:
+        """Raises NotReady, with the time after which to ask again, if it cannot compute now."""
+
+    def close(self) -> None:
+        """Lets go of the processes it has, if any."""
 
 
 class LocalEngine:
-    """A bundle loaded whole into this process."""
-
-    tensor_parallel = 1
+    """A bundle whose requests are prepared in this process, and computed here or by ranks of its own."""
 
     def __init__(
         self,
-        potential: Potential,
+        potential: FrozenPotential | Ranks,
         card: BundleCard,
         *,
         dtype: str,
+        device: str,
         limits: RequestLimits,
         threads: int | None = None,
         deterministic: bool = False,
     ) -> None:
         self.card = card
         self.dtype = dtype
-        self._potential = FrozenPotential(potential)
+        self._potential = potential
         self._deterministic = deterministic
         # Geometry is never less than float32: in bfloat16 an atom would stand on a grid of 0.03 Å. Compiled
         # code reads it in float64, whatever the network computes in.
         exact = self._potential.way == "compiled"
         self._batch_dtype = torch.float64 if exact else torch.promote_types(_DTYPES[dtype], torch.float32)
-        self._device = next(potential.parameters()).device
+        self._device = torch.device(device)
         self._limits = limits
         self._threads = threads
         self._most_threads = threads or torch.get_num_threads()
@@ -125,6 +135,7 @@ class LocalEngine:
         limits: RequestLimits,
         threads: int | None = None,
         deterministic: bool = False,
+        tensor_parallel: int = 1,
     ) -> LocalEngine:
         """Loads and verifies a bundle.
 
@@ -136,22 +147,57 @@ class LocalEngine:
             threads: that compute; None lets each batch have as many as its work keeps busy, torch's number
                 at most.
             deterministic: whether a structure must get the same bits in any batch, at whatever cost.
+            tensor_parallel: over how many processes to spread the weights; they share the threads.
 
         Raises:
             BundleError: it is missing, damaged, or of a newer version.
-            ServeError: the device cannot be used.
+            ServeError: the device cannot be used, or the model not be spread so.
         """
         check_device(device)
-        potential, card = load_potential(path, dtype=_DTYPES[dtype] if dtype else None, device=device)
-        options = {"limits": limits, "threads": threads, "deterministic": deterministic}
-        engine = cls(potential, card, dtype=dtype or card.dtype, **options)  # type: ignore[arg-type]
+        potential: FrozenPotential | Ranks
+        if tensor_parallel > 1:
+            card = read_card(path)
+            try:
+                check_divisible(card.config, tensor_parallel)
+            except ModelError as error:
+                raise ServeError(f"{path}: --tensor-parallel {tensor_parallel}: {error}") from None
+            each = max(1, (threads or torch.get_num_threads()) // tensor_parallel)
+            potential = Ranks(path, size=tensor_parallel, dtype=dtype, device=device, threads=each)
+        else:
+            whole, card = load_potential(path, dtype=_DTYPES[dtype] if dtype else None, device=device)
+            potential = FrozenPotential(whole)
+        engine = cls(
+            potential,
+            card,
+            dtype=dtype or card.dtype,
+            # Ranks take their batches from this process's memory.
+            device=device if tensor_parallel == 1 else "cpu",
+            limits=limits,
+            threads=threads,
+            deterministic=deterministic,
+        )
         engine.warm_up()
         return engine
 
     @property
     def way(self) -> str:
-        """How it computes; see `FrozenPotential`."""
+        """How it computes; see `FrozenPotential` and `Ranks`."""
         return self._potential.way
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Over how many ranks the model is spread."""
+        return self._potential.size if isinstance(self._potential, Ranks) else 1
+
+    def check_ready(self) -> None:
+        """Raises NotReady while ranks are being started again."""
+        if isinstance(self._potential, Ranks):
+            self._potential.check_ready()
+
+    def close(self) -> None:
+        """Ends the ranks, if there are any."""
+        if isinstance(self._potential, Ranks):
+            self._potential.close()
 
     @property
     def batch_invariant(self) -> bool:
@@ -214,6 +260,9 @@ class LocalEngine:
         """Answers a batch. If it fails whole, halves are tried, until the structure at fault stands alone."""
         try:
             return self._compute(graphs, forces=forces, stress=stress)
+        except CallError:
+            # No structure's fault, and no half of the batch would fare better.
+            raise
         except Exception as error:
             logger.warning("a batch of %d structures failed: %s", len(graphs), _first_line(error))
             if len(graphs) == 1:
@@ -228,7 +277,7 @@ class LocalEngine:
     def _compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
         batch = collate(graphs, dtype=self._batch_dtype, device=self._device)
         threads = self.threads_for(batch.n_atoms, batch.n_edges)
-        if self._potential.way != "compiled" and threads != torch.get_num_threads():
+        if self._potential.way in ("analytic", "autograd") and threads != torch.get_num_threads():
             torch.set_num_threads(threads)
         prediction = self._potential(
             batch, forces=forces, stress=stress, deterministic=self._deterministic, threads=threads

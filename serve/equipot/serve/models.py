@@ -12,7 +12,7 @@ from pathlib import Path
 from equipot.model.bundle import BundleCard, read_card
 from equipot.serve.config import RequestLimits, ServeConfig
 from equipot.serve.engine import Engine, LocalEngine
-from equipot.serve.errors import InvalidRequest, NotServed, ServeError
+from equipot.serve.errors import InvalidRequest, NotReady, NotServed, ServeError
 from equipot.wire.v1 import potential_pb2 as pb
 
 SHORTEST_DIGEST = 8
@@ -44,6 +44,15 @@ class ServedModel:
     def name(self) -> str:
         """What callers ask for."""
         return self.card.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether its engine can compute now."""
+        try:
+            self.engine.check_ready()
+        except NotReady:
+            return False
+        return True
 
     @property
     def has_stress(self) -> bool:
@@ -184,6 +193,7 @@ def _load(path: Path, config: ServeConfig) -> ServedModel:
         limits=config.limits,
         threads=config.threads,
         deterministic=config.deterministic,
+        tensor_parallel=config.tensor_parallel,
     )
     card = engine.card
     logger.info(

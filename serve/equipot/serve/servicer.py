@@ -121,6 +121,7 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     def _understand(self, request: pb.PredictRequest, model: ServedModel, deadline: float | None) -> Work:
+        model.engine.check_ready()
         forces, stress = _wanted(request)
         if stress and not model.has_stress:
             raise InvalidRequest(
