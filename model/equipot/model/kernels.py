@@ -128,7 +128,8 @@ def available() -> bool:
                 # No compiler, a broken one, a read-only cache, a damaged library: none may stop work.
                 except (OSError, RuntimeError, ImportError) as error:
                     _state.reason = next(iter(str(error).strip().splitlines()), repr(error))
-                    _log.warning("messages: compiled kernels are off: %s", _state.reason)
+                    # No warning: nobody needs them, and `kernel_status` tells whoever asks.
+                    _log.info("messages: compiled kernels are off: %s", _state.reason)
                 _state.loaded = _state.reason is None
     return _state.loaded
 
