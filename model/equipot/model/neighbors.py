@@ -26,12 +26,12 @@ class NeighborList(NamedTuple):
 _calculators = threading.local()
 
 
-def _calculator(cutoff: float) -> vesin.NeighborList:
+def _calculator(cutoff: float, *, full: bool) -> vesin.NeighborList:
     # One per thread: a calculator owns its buffers, and ctypes lets go of the interpreter lock in a call.
-    cache: dict[float, vesin.NeighborList] = _calculators.__dict__.setdefault("by_cutoff", {})
-    if cutoff not in cache:
-        cache[cutoff] = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
-    return cache[cutoff]
+    cache: dict[tuple[float, bool], vesin.NeighborList] = _calculators.__dict__.setdefault("known", {})
+    if (cutoff, full) not in cache:
+        cache[cutoff, full] = vesin.NeighborList(cutoff=cutoff, full_list=full, sorted=full, n_threads=1)
+    return cache[cutoff, full]
 
 
 def neighbor_list(
@@ -45,9 +45,24 @@ def neighbor_list(
         pbc: (3,) periodic directions.
         cutoff: in Å; may exceed the cell, an atom then has several images of one neighbour.
     """
-    receivers, senders, shifts = _calculator(float(cutoff)).compute(positions, cell, pbc, "ijS", copy=False)
+    calculator = _calculator(float(cutoff), full=True)
+    receivers, senders, shifts = calculator.compute(positions, cell, pbc, "ijS", copy=False)
     # copy=False gives views of the calculator's buffers: astype and the copies below own their memory.
     return NeighborList(senders.astype(np.int64), receivers.astype(np.int64), shifts.astype(np.int64))
+
+
+def half_neighbor_list(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int32]]:
+    """The edges of `neighbor_list` in one direction each, in no order, which takes two thirds of the time.
+
+    Returns:
+        receivers (n_edges / 2,), senders (n_edges / 2,), cell_shifts (n_edges / 2, 3): views of buffers that
+        this thread's next call writes over.
+    """
+    calculator = _calculator(float(cutoff), full=False)
+    receivers, senders, shifts = calculator.compute(positions, cell, pbc, "ijS", copy=False)
+    return receivers, senders, shifts
 
 
 def brute_force_neighbor_list(

@@ -54,7 +54,8 @@ def follow(recipe: Recipe, run: RunDirectory, world: World) -> dict[str, torch.T
         engine.module.train()
         loss = 0.0
         for batch in batches:
-            part, _ = engine.forward_backward(batch.systems, batch.targets, counts, world.size)
+            last = batch is batches[-1]
+            part, _ = engine.forward_backward(batch.systems, batch.targets, counts, world.size, last=last)
             loss += float(part) / world.size
         losses.append(world.sum([loss])[0])
         norms.append(engine.step(RATE))

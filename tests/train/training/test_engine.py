@@ -45,10 +45,12 @@ def parts(
 
 
 def step(parts: Parts, number: int) -> Batch:
-    keys = parts.sampler.micro_batches(number, rank=0, ranks=1, accumulation=1)[0]
+    keys = parts.sampler.micro_batches(number, rank=0, ranks=1, accumulation=1)[0].keys
     batch = parts.dataset.batch(keys)
     parts.engine.module.train()
-    parts.engine.forward_backward(batch.systems, batch.targets, Counts(*Counts.of(batch.targets)), 1)
+    parts.engine.forward_backward(
+        batch.systems, batch.targets, Counts(*Counts.of(batch.targets)), 1, last=True
+    )
     parts.engine.step(1e-2)
     parts.ema.update(number + 1)
     return batch

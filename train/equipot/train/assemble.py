@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from equipot.model.egnn import RunLayer
 from equipot.model.potential import Potential, count_parameters
 from equipot.train.checkpoint import Checkpoints, Parallelism
+from equipot.train.columns import Column
 from equipot.train.dataset import Dataset, Sizes, open_stores
 from equipot.train.ema import Ema
 from equipot.train.engine import Engine
 from equipot.train.loss import LossModule
-from equipot.train.recipe import Recipe
+from equipot.train.recipe import Recipe, RecipeError
 from equipot.train.recompute import recomputed
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
@@ -23,6 +24,9 @@ from equipot.train.sampler import Sampler
 from equipot.train.schedule import total_steps
 from equipot.train.splits import Splits
 from equipot.train.world import World
+
+_ROWS_AT_ONCE = 2**20
+_NAMED = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,13 +51,22 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     """Build everything on this rank; the same on all ranks but for their shares.
 
     Raises:
-        TrainError: a store is gone, or the batch is larger than the training split.
+        TrainError: a store is gone, the batch is larger than the training split, or a structure is larger
+            than a micro-batch may be.
     """
     card, splits = RunCard.read(run.card), Splits.load(run.splits)
     stores = open_stores(recipe.data.stores)
     sizes = Sizes.of(stores, recipe.model.cutoff, progress=False)
+    dataset = Dataset(stores, card.config, cache_mib=recipe.batch.cache_mib)
+    costs = sizes.cost_column(splits.train)
+    if recipe.batch.max_edges is not None:
+        check_limit(recipe.batch.max_edges, splits.train, costs, dataset)
     sampler = Sampler(
-        splits.train, sizes.costs(splits.train), structures=recipe.batch.structures, seed=recipe.seed
+        splits.train,
+        costs,
+        structures=recipe.batch.structures,
+        seed=recipe.seed,
+        limit=recipe.batch.max_edges,
     )
     total = total_steps(recipe.optimizer, sampler.steps_per_epoch)
     potential = make_potential(recipe, card)
@@ -63,7 +76,7 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     parallelism = Parallelism(ranks=world.size, zero_stage=recipe.zero.stage, precision=recipe.precision)
     split_sizes = ", ".join(f"{count} {name}" for name, count in card.split_sizes.items())
     return Parts(
-        dataset=Dataset(stores, card.config, cache_mib=recipe.batch.cache_mib),
+        dataset=dataset,
         sampler=sampler,
         validation=splits.validation,
         validation_costs=sizes.costs(splits.validation),
@@ -78,6 +91,29 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
             f"ZeRO stage {recipe.zero.stage}, {recipe.precision}"
         ),
     )
+
+
+def check_limit(limit: int, keys: Column, costs: Column, dataset: Dataset) -> None:
+    """Refuse structures that no micro-batch may hold, before training and not at the step that meets them.
+
+    Raises:
+        RecipeError: naming the largest ones.
+    """
+    dearest: list[tuple[int, int]] = []  # cost and row
+    count = 0
+    for at in range(0, len(keys), _ROWS_AT_ONCE):
+        rows = np.arange(at, min(at + _ROWS_AT_ONCE, len(keys)))
+        values = costs[rows]
+        over = np.flatnonzero(values > limit)
+        count += len(over)
+        found = [(int(values[row]), at + int(row)) for row in over]
+        dearest = sorted(dearest + found, reverse=True)[:_NAMED]
+    if dearest:
+        named = dataset.describe(keys[np.array([row for _, row in dearest])].astype(np.int64))
+        raise RecipeError(
+            f"batch.max_edges = {limit}, but {count} structure(s) of the training split have more "
+            f"edges and atoms, up to {dearest[0][0]}: {named}. Set batch.max_edges ≥ {dearest[0][0]}"
+        )
 
 
 def make_potential(recipe: Recipe, card: RunCard) -> Potential:

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from equipot.model.batch import Graph, System, SystemBatch, build_graph, collate
+from equipot.model.batch import SystemBatch
 from equipot.model.config import ModelConfig
-from equipot.model.errors import ModelError
-from equipot.train.edges import edge_counts
+from equipot.train.columns import Column
+from equipot.train.edge_lists import EdgeError, EdgeMemory, Edges, edges_of
+from equipot.train.edges import structure_sizes
 from equipot.train.errors import DataError
 from equipot.train.splits import Splits
-from equipot.train.store import Labels, Store
+from equipot.train.store import Store
+from equipot.train.structures import Structures
 
 _CHUNK = 65536
-_BYTES_PER_EDGE = 40  # sender, receiver and three shifts, int64
-_BYTES_PER_ATOM = 64  # number, position and labels
+_NUMPY: dict[torch.dtype, DTypeLike] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +55,37 @@ class Batch:
     keys: NDArray[np.int64]
     """(S, 2) store and structure index"""
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(
+            getattr(part, name).nbytes for part in (self.systems, self.targets) for name in part.__slots__
+        )
+
+    def without_labels(self) -> Batch:
+        """The same structures, counting for nothing in a loss."""
+        values = {name: torch.full_like(getattr(self.targets, name), np.nan) for name in Targets.__slots__}
+        return replace(self, targets=Targets(**values))
+
 
 class Dataset:
-    """Graphs and labels of stores, kept in memory within a budget once they were made.
+    """Structures of stores as batches: read, joined and given their edges many at a time.
 
-    The first structures that fit are kept: an epoch visits all of them once, so none is more worth keeping.
+    Edge lists of larger and periodic structures are kept in memory, in a compact form and within a budget;
+    what is not kept is computed again. A batch is the same to the last bit either way. Safe to be used from
+    several threads.
     """
 
     def __init__(self, stores: Sequence[Store], config: ModelConfig, *, cache_mib: int = 0) -> None:
         self._stores = stores
-        self._config = config
-        self._levels = [config.levels_of_theory.index(store.manifest.level_of_theory) for store in stores]
-        self._cache: dict[tuple[int, int], tuple[Graph, Labels]] = {}
-        self._budget = cache_mib * 2**20
+        self._cutoff = config.cutoff
+        self._levels = np.array(
+            [config.levels_of_theory.index(store.manifest.level_of_theory) for store in stores]
+        )
+        values = config.spin_multiplicities
+        self._unstated_spin = values[0] if len(values) == 1 else 0
+        self._firsts = np.cumsum([0, *(len(store) for store in stores)])
+        self._memory = EdgeMemory(cache_mib * 2**20)
 
     def batch(
         self,
@@ -74,24 +94,50 @@ class Dataset:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Batch:
-        """Collate structures (n, 2) of store and structure index."""
-        pairs = [self._item(int(store), int(index)) for store, index in keys]
-        labels = [label for _, label in pairs]
-        absent = np.full((3, 3), np.nan)
-        stress = np.stack(
-            [
-                # a slab's or chain's stress has no volume to refer to, so the model gives none
-                label.stress if label.stress is not None and graph.system.pbc.all() else absent
-                for graph, label in pairs
-            ]
+        """Collate structures (n, 2) of store and structure index.
+
+        Below float64, positions are taken relative to each structure's centre, as `collate` does.
+
+        Raises:
+            DataError: a structure cannot be read or has no finite positions; it is named.
+        """
+        structures = self._read(keys)
+        edges = self._edges(keys, structures)
+        n, positions = structures.n_atoms, structures.positions
+        system_idx = np.repeat(np.arange(len(n)), n)
+        if dtype != torch.float64:
+            centres = np.add.reduceat(positions, structures.first_atoms) / n[:, None]
+            positions = positions - centres[system_idx]
+        spin = structures.spin_multiplicity.astype(np.int64)
+        spin[spin == 0] = self._unstated_spin
+        # a slab's or chain's stress has no volume to refer to, so the model gives none
+        stress = structures.stress  # a copy already
+        stress[~structures.pbc.all(axis=1) | np.isnan(stress).any(axis=(1, 2))] = np.nan
+        kind = _NUMPY[dtype]
+
+        def put(array: NDArray[Any], kind: DTypeLike = np.int64) -> torch.Tensor:
+            # converted by numpy: torch would start another pool of threads for the thread that calls
+            return torch.from_numpy(array.astype(kind, copy=False)).to(device)
+
+        systems = SystemBatch(
+            atomic_numbers=put(structures.atomic_numbers),
+            positions=put(positions, kind),
+            cell=put(structures.cell, kind),
+            pbc=put(structures.pbc, np.bool_),
+            system_idx=put(system_idx),
+            level_idx=put(self._levels[keys[:, 0]]),
+            charge=put(structures.charge),
+            spin_multiplicity=put(spin),
+            senders=put(edges.senders),
+            receivers=put(edges.receivers),
+            cell_shifts=put(edges.cell_shifts, kind),
         )
         targets = Targets(
-            energy=torch.tensor([label.energy for label in labels], dtype=torch.float64, device=device),
-            forces=torch.from_numpy(np.concatenate([label.forces for label in labels])).to(device, dtype),
-            stress=torch.from_numpy(stress).to(device, dtype),
+            energy=put(structures.energy, np.float64),
+            forces=put(structures.forces, kind),
+            stress=put(stress, kind),
         )
-        graphs = [graph for graph, _ in pairs]
-        return Batch(collate(graphs, dtype=dtype, device=device), targets, keys)
+        return Batch(systems, targets, keys)
 
     def describe(self, keys: NDArray[np.int64]) -> str:
         """How an error message calls structures."""
@@ -102,26 +148,19 @@ class Dataset:
         more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
         return ", ".join(names) + more
 
-    def _item(self, store: int, index: int) -> tuple[Graph, Labels]:
-        found = self._cache.get((store, index))
-        if found is not None:
-            return found
-        system = self._known(self._stores[store].system(index), store)
-        try:
-            item = build_graph(system, self._config.cutoff), self._stores[store].labels(index)
-        except ModelError as error:
-            raise DataError(f"{self.describe(np.array([[store, index]]))}: {error}") from error
-        size = item[0].n_edges * _BYTES_PER_EDGE + item[0].n_atoms * _BYTES_PER_ATOM
-        if size <= self._budget:
-            self._budget -= size
-            self._cache[store, index] = item
-        return item
+    def _read(self, keys: NDArray[np.int64]) -> Structures:
+        store_of = keys[:, 0]
+        order = np.argsort(store_of, kind="stable")
+        present = np.flatnonzero(np.bincount(store_of)).tolist()
+        found = Structures.joined([self._stores[k].read(keys[store_of == k, 1]) for k in present])
+        return found if len(present) == 1 else found.take(np.argsort(order))
 
-    def _known(self, system: System, store: int) -> System:
-        values = self._config.spin_multiplicities
-        stated = system.spin_multiplicity
-        spin = values[0] if stated == 0 and len(values) == 1 else stated
-        return replace(system, level_of_theory=self._levels[store], spin_multiplicity=spin)
+    def _edges(self, keys: NDArray[np.int64], structures: Structures) -> Edges:
+        numbers = (self._firsts[keys[:, 0]] + keys[:, 1]).tolist()
+        try:
+            return edges_of(structures, self._cutoff, self._memory, numbers)
+        except EdgeError as error:
+            raise DataError(f"{self.describe(keys[error.row : error.row + 1])}: {error}") from error
 
 
 def open_stores(paths: Sequence[Path]) -> list[Store]:
@@ -177,31 +216,52 @@ def supported(stores: Sequence[Store], keys: NDArray[np.int64], known: Chemistry
 class Sizes:
     """Atoms and edges of every structure, by store."""
 
-    atoms: tuple[NDArray[np.int64], ...]
-    edges: tuple[NDArray[np.int32], ...]
+    of_store: tuple[NDArray[np.int32], ...]
+    """(n_structures, 2) each"""
 
     @staticmethod
     def of(stores: Sequence[Store], cutoff: float, *, progress: bool) -> Sizes:
-        """Count edges within the cutoff (Å), or read the counts kept beside the stores."""
-        edges = tuple(edge_counts(store, cutoff, progress=progress) for store in stores)
-        return Sizes(tuple(store.n_atoms for store in stores), edges)
+        """Count edges within the cutoff (Å), or find the counts kept beside the stores."""
+        return Sizes(tuple(structure_sizes(store, cutoff, progress=progress) for store in stores))
 
-    def costs(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    def costs(self, keys: Column) -> NDArray[np.int64]:
         """(k,) relative cost of computing each structure: edges, and atoms for those that have none."""
-        return self._pick(self.edges, keys) + self._pick(self.atoms, keys)
+        parts = [self._pick(part).sum(axis=1) for part in _blocks(keys)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def mean_neighbors(self, keys: NDArray[np.int64]) -> float:
+    def cost_column(self, keys: Column) -> Column:
+        """The same, found when they are asked for."""
+        return _Costs(self, keys)
+
+    def mean_neighbors(self, keys: Column) -> float:
         """Mean number of neighbours of an atom of these structures; 1 if there is no edge at all."""
-        edges, atoms = self._pick(self.edges, keys).sum(), self._pick(self.atoms, keys).sum()
+        atoms, edges = sum((self._pick(part).sum(axis=0) for part in _blocks(keys)), np.zeros(2, np.int64))
         return float(edges / atoms) if edges else 1.0
 
-    @staticmethod
-    def _pick(columns: Sequence[NDArray[np.integer]], keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        values = np.empty(len(keys), dtype=np.int64)
-        for store, column in enumerate(columns):
-            rows = keys[:, 0] == store
-            values[rows] = column[keys[rows, 1]]
+    def _pick(self, keys: NDArray[np.integer]) -> NDArray[np.int64]:
+        values = np.empty((len(keys), 2), dtype=np.int64)
+        for store, sizes in enumerate(self.of_store):
+            rows = np.flatnonzero(keys[:, 0] == store)
+            if len(rows):
+                values[rows] = sizes[keys[rows, 1]]
         return values
+
+
+class _Costs:
+    def __init__(self, sizes: Sizes, keys: Column) -> None:
+        self._sizes = sizes
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.int64]:
+        return self._sizes.costs(self._keys[rows])
+
+
+def _blocks(keys: Column) -> Iterator[NDArray[np.integer]]:
+    for at in range(0, len(keys), _CHUNK):
+        yield keys[np.arange(at, min(at + _CHUNK, len(keys)))]
 
 
 def splits_summary(splits: Splits) -> dict[str, int]:

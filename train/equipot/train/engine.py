@@ -146,8 +146,12 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
-    def forward_backward(self, *inputs: object) -> tuple[torch.Tensor, ...]:
-        """One micro-batch: the module's outputs, detached. Ranks' gradients are averaged after the last."""
+    def forward_backward(self, *inputs: object, last: bool) -> tuple[torch.Tensor, ...]:
+        """One micro-batch: the module's outputs, detached. Ranks' gradients are averaged after the last.
+
+        All ranks compute equally many in a step; how many may change from step to step.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
         outputs: tuple[torch.Tensor, ...] = self._engine(*inputs)
         # Micro-batches add up: what the loss is normalised by is the caller's affair.
         self._engine.backward(outputs[0], scale_wrt_gas=False)

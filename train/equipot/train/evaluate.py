@@ -16,9 +16,9 @@ from equipot.model.batch import SystemBatch
 from equipot.model.potential import Potential, Prediction
 from equipot.model.references import References
 from equipot.train.dataset import Batch, Dataset
+from equipot.train.divide import divide
 from equipot.train.loss import Counts, Residuals, penalty, predict, residuals
 from equipot.train.recipe import LossSection
-from equipot.train.sampler import divide
 from equipot.train.world import World
 
 _SUMS = ("count", "absolute", "square", "penalty")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from equipot.train.dataset import Batch, Dataset
 from equipot.train.sampler import Sampler
 from equipot.train.world import World
 
-_AHEAD = 2  # batches are small beside a model's activations, and two hide the time of making one
+_BYTES_AHEAD = 2**28
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,29 @@ class StepBatches:
     step: int
     batches: list[Batch]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(batch.nbytes for batch in self.batches)
+
 
 class Loader:
-    """Yields this rank's micro-batches from a step on; a background thread stays a few steps ahead.
+    """Yields this rank's micro-batches from a step on; background threads stay a few steps ahead.
 
-    Use as a context manager: leaving it ends the thread.
+    A step's batches depend on its number alone, so what was made ahead and not used costs nothing but its
+    time: a resumed run begins at its step and has the same batches. Threads, because what costs time in them
+    (neighbour lists, copies) lets go of the interpreter, and a batch made in another process would have to be
+    carried over. Use as a context manager: leaving it ends the threads.
+
+    Args:
+        dataset: makes the batches.
+        sampler: says of which structures.
+        world: whose rank's share is made.
+        accumulation: micro-batches of a step.
+        first_step: where to begin.
+        steps: where to end: the number of the first step that is not made.
+        workers: threads; one keeps up with a training on CPUs.
+        bytes_ahead: what waits to be used is not added to once it takes so many bytes.
     """
 
     def __init__(
@@ -37,46 +55,51 @@ class Loader:
         accumulation: int,
         first_step: int,
         steps: int,
+        workers: int = 1,
+        bytes_ahead: int = _BYTES_AHEAD,
     ) -> None:
         self._dataset = dataset
         self._sampler = sampler
         self._world = world
         self._accumulation = accumulation
         self._range = range(first_step, steps)
-        self._queue: queue.Queue[StepBatches | Exception] = queue.Queue(maxsize=_AHEAD)
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
+        self._depth = workers + 1
+        self._bytes_ahead = bytes_ahead
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        self._largest = 0
 
     def __enter__(self) -> Loader:
-        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._ending.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get_nowait()  # a producer waiting for room must see that it is to end
-            except queue.Empty:
-                self._thread.join(timeout=0.05)
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
     def __iter__(self) -> Iterator[StepBatches]:
-        for _ in self._range:
-            item = self._queue.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        remaining = iter(self._range)
+        waiting: deque[Future[StepBatches]] = deque()
+        self._add(waiting, remaining)
+        while waiting:
+            made = waiting.popleft().result()  # raises what the thread met, where the batch is used
+            self._largest = max(self._largest, made.nbytes)
+            self._add(waiting, remaining)
+            yield made
 
-    def _produce(self) -> None:
-        try:
-            for step in self._range:
-                if self._ending.is_set():
-                    return
-                self._queue.put(StepBatches(step, self._make(step)))
-        except Exception as error:  # raised again where the batches are used
-            self._queue.put(error)
+    def _add(self, waiting: deque[Future[StepBatches]], remaining: Iterator[int]) -> None:
+        while len(waiting) < self._depth:
+            # one always; more when it is known how large they are
+            room = self._bytes_ahead // self._largest if self._largest else 1
+            if waiting and len(waiting) >= room:
+                return
+            step = next(remaining, None)
+            if step is None:
+                return
+            waiting.append(self._threads.submit(self._make, step))
 
-    def _make(self, step: int) -> list[Batch]:
-        parts = self._sampler.micro_batches(
+    def _make(self, step: int) -> StepBatches:
+        made = []
+        for part in self._sampler.micro_batches(
             step, rank=self._world.rank, ranks=self._world.size, accumulation=self._accumulation
-        )
-        return [self._dataset.batch(keys, device=self._world.device) for keys in parts]
+        ):
+            batch = self._dataset.batch(part.keys, device=self._world.device)
+            made.append(batch if part.counts else batch.without_labels())
+        return StepBatches(step, made)

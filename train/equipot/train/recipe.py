@@ -95,8 +95,20 @@ class BatchSection(_Section):
     accumulation: int = Field(
         default=1, ge=1, description="micro-batches per step and rank: less memory at the same result"
     )
+    max_edges: int | None = Field(
+        default=None,
+        ge=1,
+        description="most edges and atoms together in a micro-batch of a rank; a step that has more is "
+        "computed in more micro-batches, with the same result: bounds the memory whatever the sizes",
+    )
     cache_mib: int = Field(
         default=512, ge=0, description="memory per rank for keeping neighbour lists between epochs, MiB"
+    )
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="threads per rank that make the next batches; more for fast GPUs and large structures",
     )
 
 

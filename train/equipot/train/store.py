@@ -15,6 +15,7 @@ from equipot.model.batch import System
 from equipot.train.arrays import OFFSETS, Field, array_bytes, map_rows, per_atom, per_structure
 from equipot.train.errors import DataError
 from equipot.train.manifest import Manifest, ShardEntry, read_json
+from equipot.train.structures import PER_ATOM_NAMES, PER_STRUCTURE_NAMES, Structures, flat_index
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
@@ -153,6 +154,42 @@ class Store:
             forces=np.array(arrays["forces"][start:stop]),
             stress=None if np.isnan(stress).any() else stress,
         )
+
+    def read(self, indices: ArrayLike) -> Structures:
+        """Many structures with their labels at once, in the order given, copied out of the map.
+
+        Raises:
+            DataError: the offsets of a structure's atoms make no sense.
+        """
+        wanted = np.asarray(indices, dtype=np.int64).ravel()
+        order = np.argsort(wanted, kind="stable")
+        ascending = wanted[order]
+        if len(wanted) and not 0 <= ascending[0] <= ascending[-1] < len(self):
+            raise IndexError(f"structures {ascending[0]} to {ascending[-1]} of {len(self)} in {self.path}")
+        bounds = np.searchsorted(ascending, self._starts)
+        parts = [
+            self._read_shard(k, ascending[bounds[k] : bounds[k + 1]])
+            for k in np.flatnonzero(np.diff(bounds)).tolist()
+        ]
+        found = Structures.joined(parts)
+        return found if (order[:-1] <= order[1:]).all() else found.take(np.argsort(order))
+
+    def _read_shard(self, k: int, wanted: NDArray[np.int64]) -> Structures:
+        # plain arrays: indexing numpy's memmap class costs microseconds more
+        arrays = {name: np.asarray(array) for name, array in self._shards[k].arrays.items()}
+        local = wanted - self._starts[k]
+        starts = arrays["atom_offsets"][local]
+        lengths = arrays["atom_offsets"][local + 1] - starts
+        bad = (starts < 0) | (lengths < 1) | (starts + lengths > self._shards[k].entry.atoms)
+        if bad.any():
+            raise DataError(
+                f"{self.path}[{wanted[bad][0]}]: its atoms cannot be found, the store is damaged; "
+                "import the data again"
+            )
+        atoms = flat_index(starts, lengths)
+        values = {name: arrays[name][local] for name in PER_STRUCTURE_NAMES}
+        values |= {name: arrays[name][atoms] for name in PER_ATOM_NAMES}
+        return Structures(n_atoms=lengths, **values)
 
     def origin(self, index: int) -> Origin:
         """File and frame that structure `index` was read from."""

@@ -119,6 +119,7 @@ class Trainer:
             accumulation=self._recipe.batch.accumulation,
             first_step=self._state.step,
             steps=self._total,
+            workers=self._recipe.batch.workers,
         )
         self._display.begin(self._state.step, self._total)
         with loader:
@@ -145,9 +146,9 @@ class Trainer:
         self.parts.engine.module.train()
         terms = torch.zeros(3, dtype=torch.float64)
         spoiled = []
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             _, part = self.parts.engine.forward_backward(
-                batch.systems, batch.targets, counts, self._world.size
+                batch.systems, batch.targets, counts, self._world.size, last=number == len(batches)
             )
             terms += part.sum(1).cpu()
             spoiled.append(batch.keys[~torch.isfinite(part).all(0).cpu().numpy()])
