@@ -159,7 +159,7 @@ class Potential(nn.Module):
         )
 
     def _check_compiling(self, *, by_gradient: bool) -> None:
-        if self.config.messages in BLOCKED_FORMS:
+        if any(form in BLOCKED_FORMS for form in self.config.message_forms):
             _refuse_compiling(
                 f"messages = {self.config.messages!r} cannot be compiled: it works by blocks of edges, with "
                 "derivatives of its own; use messages = 'split' (the same weights)"
@@ -206,7 +206,7 @@ class Potential(nn.Module):
             cutoff=self.config.cutoff,
             radial=self.config.radial,
             dtype=self.embedding.element.weight.dtype,
-            blocked=self.config.messages in BLOCKED_FORMS,
+            blocked=any(form in BLOCKED_FORMS for form in self.config.message_forms),
         )
         return edges, lengths
 

@@ -30,7 +30,7 @@ AXES: dict[str, list[str]] = {
     "batch.accumulation": ["1", "2"],
     "activation_checkpointing": ["false", "true"],
     "model.forces": ["conservative", "direct"],
-    "model.messages": ["plain", "split", "lean", "fast"],
+    "model.messages": ["plain", "split", "lean", "balanced", "fast"],
 }
 # All combinations take long. These have every value of every axis, and the pairs that meet in DeepSpeed.
 QUICK: list[Job] = [
