@@ -9,10 +9,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from equipot.model.config import MessageForm
 from equipot.train.errors import TrainError
 from equipot.train.sections import Section, explain, parse_bytes
 
@@ -107,11 +108,32 @@ class ModelSection(Section):
     normalisation: Literal["layer", "none"] = Field(
         default="layer", description="layer norm of node features"
     )
-    messages: Literal["fast", "lean", "split", "plain"] = Field(
-        default="split",
-        description="evaluation orders of one function: split is quick; fast and lean hold a fifth of its "
-        "activations or less, for wide models; plain is the slow reference",
+    messages: MessageForm | tuple[MessageForm, ...] = Field(
+        default="fast",
+        description="evaluation orders of one function, a word for all layers or a list of one for each: "
+        "fast holds a fifth of the activations of plain, the slow reference; balanced and lean hold less and "
+        "take longer; split holds most of them",
     )
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _known_forms(cls, value: object) -> object:
+        for word in value if isinstance(value, list | tuple) else [value]:
+            if word not in get_args(MessageForm):
+                known = ", ".join(get_args(MessageForm))
+                raise ValueError(
+                    f"{word!r} is none of {known}; give one of them, or a list of one for each layer"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _one_form_for_each_layer(self) -> Self:
+        if isinstance(self.messages, tuple) and len(self.messages) != self.layers:
+            raise ValueError(
+                f"messages lists {len(self.messages)} words for layers = {self.layers}; give one word for "
+                "all layers, or a list of one for each"
+            )
+        return self
 
 
 class BatchSection(Section):
