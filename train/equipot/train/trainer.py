@@ -52,8 +52,9 @@ def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop) -> None:
     world = start_world()
     check_combination(recipe, world.size)
     run = RunDirectory(out)
+    notes = _prepare_together(recipe, run, world, resume=resume)  # has bars of its own
     with Display(silent=not world.is_first) as display:
-        for note in _prepare_together(recipe, run, world, resume=resume):
+        for note in notes:
             display.warn(note)
         Trainer(recipe, run, world, display, stop).run()
 
@@ -283,9 +284,15 @@ class Trainer:
             self._state = replace(self._state, moments_since=self._state.step)
             was = checkpoint.parallelism
             self._display.warn(
-                f"the checkpoint is of {was.ranks} rank(s), ZeRO stage {was.zero_stage}, {was.precision}: "
+                f"the checkpoint is of {was.ranks} rank(s), ZeRO stage {was.zero_stage}, {was.precision}"
+                f"{self._in_files}: "
                 "weights and their average are taken over, the optimizer's moments begin anew, with a warm-up"
             )
+
+    @property
+    def _in_files(self) -> str:
+        exact = self.parts.engine.resumes_exactly
+        return "" if exact else ", and DeepSpeed saves no moments that are offloaded to NVMe"
 
     def _refuse(self, mine: NDArray[np.int64], what: str) -> None:
         gathered = self._world.gather(mine)
