@@ -5,7 +5,7 @@ place; `numpy.load(…, mmap_mode="r")` reads it at any time.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ def header(field: Field, rows: int) -> bytes:
 def append_rows(path: Path, field: Field, rows_before: int, rows: NDArray[Any]) -> None:
     """Makes the array hold its first `rows_before` rows and then `rows`; whatever lay behind is cut off.
 
+    It survives the end of the process; a power cut only after `sync`.
+
     Raises:
         DataError: the file holds fewer rows than it should.
     """
@@ -91,8 +93,13 @@ def append_rows(path: Path, field: Field, rows_before: int, rows: NDArray[Any]) 
         file.write(data.tobytes())
         file.seek(0)
         file.write(header(field, rows_before + len(data)))
-        file.flush()
-        os.fsync(file.fileno())
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Waits until files that were appended to are on disk."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def array_bytes(field: Field, rows: int) -> int:

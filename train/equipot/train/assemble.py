@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -121,7 +121,12 @@ def check_limit(limit: int, keys: Column, costs: Column, dataset: Dataset) -> No
 def make_potential(recipe: Recipe, card: RunCard) -> Potential:
     """The untrained potential, its weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    potential = Potential(card.config, card.references)
+    config = card.config
+    if recipe.zero.stage == 3:
+        # "fast" is "split" on small batches: ranks would ask each other for weights in different orders.
+        forms = tuple("balanced" if form == "fast" else form for form in config.message_forms)
+        config = replace(config, messages=forms)
+    potential = Potential(config, card.references)
     if recipe.activation_checkpointing:
         run_layer: RunLayer = recomputed
         potential.backbone.run_layer = run_layer  # type: ignore[assignment]  # nn.Module declares tensors

@@ -8,16 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from equipot.train import convert, importer
+from equipot.train import convert
 from equipot.train.cli_audit import audit_command
 from equipot.train.cli_mix import mix_command, open_data, parse_fractions
-from equipot.train.data_report import print_import, print_store
+from equipot.train.data_report import ShownImport, print_import, print_store
 from equipot.train.errors import DataError
 from equipot.train.frames import write_frames
 from equipot.train.importer import ImportOptions, import_files
 from equipot.train.long_work import progress_bar, stop_signals
 from equipot.train.mix import CARD, Mix
 from equipot.train.mix_report import print_mix
+from equipot.train.reader_pool import MOST_WORKERS, default_workers
 from equipot.train.sources.base import ReadOptions
 from equipot.train.sources.npz_file import UNITS
 from equipot.train.sources.registry import RELEASES, choose_level, find_files, split_source
@@ -95,6 +96,14 @@ def import_command(
         bool,
         typer.Option("--keep-duplicates", help="Keep frames that are the same as an earlier one to the bit."),
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Processes that read; the store is the same whatever their number. 1: no further process.",
+            show_default=f"the cores, at most {MOST_WORKERS}",
+        ),
+    ] = 0,
 ) -> None:
     """Packs labelled frames into a store; goes on where a killed import stopped.
 
@@ -131,16 +140,15 @@ def import_command(
     )
     with stop_signals() as stopped, progress_bar() as bar:
         task = bar.add_task("opening", total=1.0)
-
-        def show(at: importer.Progress) -> None:
-            what = f"{files[at.source].name if at.source < len(files) else ''}: {at.kept} kept"
-            bar.update(
-                task,
-                completed=at.fraction,
-                description=what + f", {at.rejected} left out" * bool(at.rejected),
-            )
-
-        report = import_files(files, out, options, on_progress=show, should_stop=lambda: bool(stopped))
+        shown = ShownImport(files)
+        report = import_files(
+            files,
+            out,
+            options,
+            workers=workers or default_workers(files),
+            on_progress=lambda at: bar.update(task, completed=at.fraction, description=shown.line(at)),
+            should_stop=lambda: bool(stopped),
+        )
         bar.update(task, completed=1.0)
     print_import(report, Console())
 
