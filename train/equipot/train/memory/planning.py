@@ -13,6 +13,7 @@ import torch
 
 from equipot.train.launch import available_cores
 from equipot.train.memory.machine import (
+    Baseline,
     free_memory,
     has_compiled_kernels,
     measure_baseline,
@@ -50,10 +51,11 @@ def opened(recipe: Recipe) -> Iterator[tuple[RunDirectory, Data]]:
         yield run, Data(recipe, RunCard.read(run.card), open_mix(recipe, run))
 
 
-def measure_machine(recipe: Recipe, ranks: int, say: Say) -> Machine:
-    """Seconds: a process is started that imports what training imports."""
-    say("starting an empty rank")
-    baseline = measure_baseline()
+def measure_machine(recipe: Recipe, ranks: int, say: Say, *, baseline: Baseline | None = None) -> Machine:
+    """Seconds: unless its baseline is known, a process is started that imports what training imports."""
+    if baseline is None:
+        say("starting an empty rank")
+        baseline = measure_baseline()
     say("multiplying matrices")
     threads, wanted = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(int(wanted) if wanted else max(1, available_cores() // ranks))

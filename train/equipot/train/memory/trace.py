@@ -116,28 +116,24 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             calls=np.array([row[5] for row in self._rows]),
         )
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(  # type: ignore[override]
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         out = _on_meta(func, args, kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self._count(func, args, kwargs, out, given, made)
-        for tensor in made:
-            self._hold(tensor)
-        return out
-
-    def _count(
-        self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor], made: list[Tensor]
-    ) -> None:
-        packet = func._overloadpacket
         self._calls += 1
+        packet = func._overloadpacket
         if packet in flop_registry:
             self._flops += flop_registry[packet](*args, **kwargs, out_val=out)
         elif not func.is_view:
-            self._touched += sum(tensor.nbytes for tensor in made)
-            self._touched += sum(min(tensor.nbytes, 2**62) for tensor in given if tensor.numel() > 1)
+            self._touched += sum(tensor.nbytes for tensor in _tensors((args, kwargs, out)))
+        for tensor in _tensors(out):
+            self._hold(tensor)
+        return out
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -156,7 +152,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._rows.append((kind, change, self._phase, self._flops, self._touched, self._calls))
 
 
-def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+def _tensors(values: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _on_meta(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
     # The one operator of a step whose result's shape may depend on numbers, and in ours does not.
     if func is torch.ops.aten.bincount.default and args[0].is_meta:
         return args[0].new_empty(kwargs.get("minlength", args[2] if len(args) > 2 else 0))
