@@ -109,8 +109,8 @@ def main() -> None:
             )
             done.append(found)
             print(
-                f"{name}: {found.predicted_bytes / 2**20:.0f} MiB predicted, {found.measured.peak / 2**20:.0f} "
-                f"measured, {found.memory_error:+.1%}; time {found.time_error:+.0%}",
+                f"{name}: predicted {found.predicted_bytes / 2**20:.0f} MiB, measured "
+                f"{found.measured.peak / 2**20:.0f}, {found.memory_error:+.1%}; time {found.time_error:+.0%}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -33,7 +33,7 @@ parameters is half as long as the model is wide, and each rank's part of it has 
 
 
 LARGEST_BUCKET = 50_000_000
-"""Elements per communication bucket: DeepSpeed's own 5e8 would reserve gigabytes whatever the model's size."""
+"""Elements per communication bucket: DeepSpeed's own 5e8 reserves gigabytes whatever the model's size."""
 
 
 class RecipeError(TrainError):

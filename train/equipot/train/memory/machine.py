@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from equipot.model.kernels import available
+from equipot.train.allocator import give_memory_back
 from equipot.train.errors import TrainError
 from equipot.train.launch import free_port, rank_environment
 
@@ -59,16 +60,17 @@ def has_compiled_kernels() -> bool:
 
 def measure_rates(width: int, dtype: torch.dtype) -> Rates:
     """In about a second, with as many threads as torch uses now."""
+    give_memory_back()  # as training does: new tensors cost new pages
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, columns = 1024, min(width, 4096)
     left = torch.randn(rows, columns, device=device).to(dtype)
     right = torch.randn(columns, columns, device=device).to(dtype)
-    big, out = torch.randn(2**22, device=device), torch.empty(2**22, device=device)
+    big = torch.randn(2**22, device=device)
     tiny = torch.zeros(1, device=device)
     flops = 2.0 * rows * columns * columns
     return Rates(
         gemm=flops / _best(lambda: left @ right),
-        bandwidth=3.0 * big.nbytes / _best(lambda: torch.mul(big, out, out=out)),
+        bandwidth=3.0 * big.nbytes / _best(lambda: big * big),
         call=_best(lambda: tiny + 1),
     )
 

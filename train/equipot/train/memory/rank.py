@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from equipot.train.allocator import give_memory_back
 from equipot.train.assemble import assemble
 from equipot.train.engine import start_world
 from equipot.train.errors import TrainError
@@ -32,6 +33,7 @@ def run(job: dict[str, Any]) -> None:
     scratch = Path(job["scratch"])
     (scratch / f"pid-{os.getpid()}").touch()
     assert Trainer is not None  # imported, as in training
+    give_memory_back()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe = Recipe.model_validate(job["recipe"])
     world = start_world()

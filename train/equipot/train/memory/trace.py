@@ -116,7 +116,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             calls=np.array([row[5] for row in self._rows]),
         )
 
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload,
         types: object,
