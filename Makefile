@@ -8,11 +8,12 @@ OUT ?= demo-run
 # Threads that spin while they wait starve the other ranks and processes of a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test lint format protos bench clean
+.PHONY: help setup demo test test-slow lint format protos bench clean
 
 help:
 	@echo "make demo       import real data, train, export, serve, predict: the whole product in minutes"
-	@echo "make test       set up and run every check and test"
+	@echo "make test       set up and run every check and test but the slow ones"
+	@echo "make test-slow  the tests that take minutes to hours"
 	@echo "make bench      the benchmarks, as JSON"
 	@echo "make format     rewrite the code in the house's style"
 	@echo "make protos     regenerate the protobuf code"
@@ -39,7 +40,10 @@ lint: $(SETUP)
 	PYTHON=$(BIN)/python scripts/gen_protos.sh --check
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(SETUP)
+	$(BIN)/python -m pytest -m slow
 
 bench: $(SETUP)
 	@for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done

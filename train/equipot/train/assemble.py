@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from equipot.model.egnn import RunLayer
-from equipot.model.geometry import Edges
 from equipot.model.potential import Potential, count_parameters
 from equipot.train.checkpoint import Checkpoints, Parallelism
 from equipot.train.columns import Column
@@ -20,6 +17,7 @@ from equipot.train.ema import Ema
 from equipot.train.engine import Engine
 from equipot.train.loss import LossModule
 from equipot.train.recipe import Recipe, RecipeError
+from equipot.train.recompute import recomputed
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
 from equipot.train.sampler import Sampler
@@ -73,7 +71,8 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     total = total_steps(recipe.optimizer, sampler.steps_per_epoch)
     potential = make_potential(recipe, card)
     n_parameters = count_parameters(potential)  # before ZeRO-3 takes the weights apart
-    engine = Engine(LossModule(potential, recipe.loss), recipe, world)
+    module = LossModule(potential, recipe.loss, two_passes=recipe.zero.stage == 3)
+    engine = Engine(module, recipe, world)
     parallelism = Parallelism(ranks=world.size, zero_stage=recipe.zero.stage, precision=recipe.precision)
     split_sizes = ", ".join(f"{count} {name}" for name, count in card.split_sizes.items())
     return Parts(
@@ -122,12 +121,6 @@ def make_potential(recipe: Recipe, card: RunCard) -> Potential:
     torch.manual_seed(recipe.seed)
     potential = Potential(card.config, card.references)
     if recipe.activation_checkpointing:
-        run_layer: RunLayer = _recomputed
+        run_layer: RunLayer = recomputed
         potential.backbone.run_layer = run_layer  # type: ignore[assignment]  # nn.Module declares tensors
     return potential
-
-
-def _recomputed(layer: nn.Module, h: torch.Tensor, edges: Edges) -> torch.Tensor:
-    # The re-entrant form cannot be differentiated twice, which conservative forces need.
-    output: torch.Tensor = recompute(layer, h, edges, use_reentrant=False)
-    return output
