@@ -24,6 +24,7 @@ from equipot.train.checkpoint import (
     read_weights,
 )
 from equipot.train.errors import TrainError
+from equipot.train.evaluate import Tally, evaluate
 from equipot.train.export import export_run
 from equipot.train.loss import Counts
 from equipot.train.metrics import read_rows
@@ -227,6 +228,29 @@ def test_a_request_to_stop_saves_before_the_next_step(
     assert "stopped as asked at step 0 of 6 and saved" in capfd.readouterr().out
     train(run, resume=True)
     assert names(run)[0] == "step-00000006"
+
+
+def test_a_validation_is_given_up_to_stop_and_made_when_resumed(
+    train: Callable[..., Path], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+
+    def asked_meanwhile(*arguments: Any, **options: Any) -> Tally:
+        stop.requested = True
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("equipot.train.trainer.evaluate", asked_meanwhile)
+        run = train(tmp_path / "run", stop=stop)
+    assert names(run) == ["step-00000005"]
+    assert not [row for row in read_rows(run / "metrics.csv") if row.validation_loss is not None]
+    train(run, resume=True)
+    for mine, theirs in zip(read_rows(run / "metrics.csv"), read_rows(finished / "metrics.csv"), strict=True):
+        assert (mine.step, mine.loss, mine.validation_loss) == (
+            theirs.step,
+            theirs.loss,
+            theirs.validation_loss,
+        )
 
 
 def test_a_run_without_a_checkpoint_is_begun_anew(train: Callable[..., Path], tmp_path: Path) -> None:

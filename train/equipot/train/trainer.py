@@ -19,7 +19,7 @@ from equipot.train.checkpoint import Checkpoint, CheckpointError, newest_valid
 from equipot.train.console import Display
 from equipot.train.engine import start_world
 from equipot.train.errors import TrainError
-from equipot.train.evaluate import Errors, evaluate
+from equipot.train.evaluate import Errors, EvaluationStopped, evaluate
 from equipot.train.launch import available_cores
 from equipot.train.loader import Loader, StepBatches
 from equipot.train.loss import Counts, weighted
@@ -131,7 +131,10 @@ class Trainer:
             steps = iter(loader)
             while True:
                 if self._validation_is_due():
-                    self._validate()
+                    try:
+                        self._validate()
+                    except EvaluationStopped:
+                        return False
                 if self._state.step >= self._total or self._is_out_of_patience:
                     return True
                 if self._checkpoint_is_due() and self.parts.checkpoints.may_begin(self._state):
@@ -230,6 +233,7 @@ class Trainer:
                 self._world,
                 self._recipe.loss,
                 stress=self._recipe.loss.stress > 0,
+                stopped=lambda: self._stop.requested,
             )
         self._last_errors = errors = tally.errors()
         self._state = self._state.after_validation(tally.loss())
