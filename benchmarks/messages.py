@@ -1,11 +1,13 @@
-"""Time and memory of the forms of the message function, against the plain one, in one process.
+"""Time and memory of a step in each form of the message function, against the plain one, in one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/messages.py [--widths 256 1024] [--repeats 5] [--out FILE]
+    python benchmarks/messages.py [--widths 256 1024] [--repeats 5] [--threads 1] [--out FILE]
 
 Rounds go through all variants in turn, and the least CPU-seconds of each count: on a machine with other
 work the ratios hold where times do not. Activations are the most bytes alive during a step beyond those
 at its start, with the buffers of the parameters' gradients already there. Efficiency is the rate of the
 step's matrix products on edges and atoms, as if nothing else took time, over that of one product alone.
+Rows in bf16 run under autocast and are compared with plain in float32; without a processor that multiplies
+bf16 they are left out. A goal is met when the time, or the activations, are at most that share of plain's.
 """
 
 import argparse
@@ -14,8 +16,9 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,24 +30,55 @@ from equipot.model.kernels import available, kernel_status, pure_torch
 from equipot.model.potential import Potential, Prediction
 from equipot.model.references import References
 
-# Name in the report, form of the messages, whether compiled kernels may do the work.
+
+class Variant(NamedTuple):
+    """What a row is about."""
+
+    form: str
+    compiled: bool
+    bf16: bool = False
+
+
 VARIANTS = {
-    "plain": ("plain", False),
-    "split": ("split", False),
-    "fast": ("fast", False),
-    "lean": ("lean", False),
-    "fast, compiled": ("fast", True),
-    "lean, compiled": ("lean", True),
+    "plain": Variant("plain", compiled=False),
+    "split": Variant("split", compiled=False),
+    "fast": Variant("fast", compiled=False),
+    "balanced": Variant("balanced", compiled=False),
+    "lean": Variant("lean", compiled=False),
+    "fast, compiled": Variant("fast", compiled=True),
+    "balanced, compiled": Variant("balanced", compiled=True),
+    "lean, compiled": Variant("lean", compiled=True),
+    "fast, bf16": Variant("fast", compiled=False, bf16=True),
+    "fast, compiled, bf16": Variant("fast", compiled=True, bf16=True),
 }
 LAYERS = 3
+
+# Shares of plain: time at widths 256 and 1024, activations at both.
+GOALS: dict[tuple[str, str], tuple[float, float, float | None]] = {
+    ("direct", "fast"): (0.50, 0.40, 0.25),
+    ("direct", "lean"): (0.60, 0.48, 0.06),
+    ("direct", "fast, compiled"): (0.32, 0.33, 0.22),
+    ("direct", "lean, compiled"): (0.40, 0.40, 0.05),
+    ("direct", "fast, bf16"): (0.35, 0.22, None),
+    ("direct", "fast, compiled, bf16"): (0.30, 0.20, None),
+    ("conservative", "fast"): (0.60, 0.45, 0.25),
+    ("conservative", "lean"): (0.90, 0.62, 0.06),
+    ("conservative", "fast, compiled"): (0.30, 0.32, 0.22),
+    ("conservative", "lean, compiled"): (0.40, 0.42, 0.10),
+    ("conservative", "balanced, compiled"): (0.40, 0.42, 0.10),
+    ("conservative", "fast, bf16"): (0.35, 0.22, None),
+    ("conservative", "fast, compiled, bf16"): (0.30, 0.20, None),
+}
 
 # Products (E, H) × (H, H) per layer of one step: forward, gradients by inputs, by weights, and second order.
 # The plain form's first product counts twice, as its rows are twice as long.
 EDGE_PRODUCTS = {
-    "direct": {"plain": 9, "split": 3, "fast": 3, "lean": 4},
-    "conservative": {"plain": 18, "split": 6, "fast": 6, "lean": 11},
-    "inference": {"plain": 6, "split": 2, "fast": 2, "lean": 3},
+    "direct": {"plain": 9, "split": 3, "fast": 3, "balanced": 3, "lean": 4},
+    "conservative": {"plain": 18, "split": 6, "fast": 6, "balanced": 8, "lean": 11},
+    "inference": {"plain": 6, "split": 2, "fast": 2, "balanced": 2, "lean": 3},
 }
+# The plain form's direct head multiplies on edges once, with rows twice as long.
+HEAD_PRODUCTS = {"direct": 6, "conservative": 0, "inference": 0}
 # Products (N, H) × (H, H): five per layer and pass, of which the plain form does two on edges.
 ATOM_PASSES = {"direct": 3, "conservative": 6, "inference": 2}
 
@@ -80,12 +114,15 @@ def make_model(width: int, form: str, forces: str, batch: SystemBatch) -> Potent
     return Potential(config, references).to(batch.positions.dtype)
 
 
-def make_step(model: Potential, batch: SystemBatch, task: str, *, compiled: bool) -> Callable[[], Tensor]:
+def make_step(
+    model: Potential, batch: SystemBatch, task: str, *, compiled: bool, bf16: bool = False
+) -> Callable[[], Tensor]:
     """One training step up to the gradients, or one prediction."""
     target = torch.randn_like(batch.positions)
 
     def train() -> Tensor:
-        prediction: Prediction = model(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            prediction: Prediction = model(batch)
         assert prediction.forces is not None
         loss = prediction.energy.square().mean() + (prediction.forces - target).square().mean()
         model.zero_grad(set_to_none=False)
@@ -128,58 +165,92 @@ def cpu_seconds(step: Callable[[], Tensor]) -> float:
 
 
 def product_seconds(edges: int, width: int, dtype: torch.dtype) -> float:
-    """CPU-seconds of one product (E, H) × (H, H), in the best of the rows' cuts tried."""
-    weight = torch.randn(width, width, dtype=dtype)
+    """CPU-seconds of one product (E, H) × (H, H), by the quickest library and cut of the rows."""
+    weight = torch.randn(width, width).to(dtype)
     best = float("inf")
     for rows in (256, 512, 1024):
-        x, out = torch.randn(rows, width, dtype=dtype), torch.empty(rows, width, dtype=dtype)
-        torch.mm(x, weight, out=out)
+        x, out = torch.randn(rows, width).to(dtype), torch.empty(rows, width, dtype=dtype)
+        products: list[Callable[[], object]] = [partial(torch.mm, x, weight, out=out)]
+        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            products.append(partial(torch.ops.mkldnn._linear_pointwise, x, weight, None, "none", [], ""))
         count = max(3, int(2e9 / (2 * rows * width * width)))
-        start = time.process_time()
-        for _ in range(count):
-            torch.mm(x, weight, out=out)
-        best = min(best, (time.process_time() - start) / count / rows)
+        for product in products:
+            product()
+            start = time.process_time()
+            for _ in range(count):
+                product()
+            best = min(best, (time.process_time() - start) / count / rows)
     return best * edges
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies bf16, and not this program for it."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def compare(width: int, task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per variant."""
     batch = make_batch(args.systems, args.atoms, torch.float32)
     forces = "direct" if task == "direct" else "conservative"
-    steps = {
-        name: make_step(make_model(width, form, forces, batch), batch, task, compiled=compiled)
-        for name, (form, compiled) in VARIANTS.items()
-        if available() or not compiled
+    variants = {
+        name: variant
+        for name, variant in VARIANTS.items()
+        if (available() or not variant.compiled)
+        and ((has_bf16() and task != "inference") or not variant.bf16)
     }
-    for step in steps.values():
+    steps = {
+        name: make_step(make_model(width, form, forces, batch), batch, task, compiled=compiled, bf16=bf16)
+        for name, (form, compiled, bf16) in variants.items()
+    }
+    memory = {}
+    for name, step in steps.items():
         step()
-    memory = {name: peak_bytes(step) for name, step in steps.items()}
+        memory[name] = peak_bytes(step)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    product = []
+    product: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(args.repeats):
         for name, step in steps.items():
             times[name].append(cpu_seconds(step))
-        product.append(product_seconds(batch.n_edges, width, torch.float32))
+        for bf16, found in product.items():
+            found.append(
+                product_seconds(batch.n_edges, width, torch.bfloat16 if bf16 else torch.float32)
+                if has_bf16() or not bf16
+                else 0.0
+            )
     rows = []
-    for name in steps:
-        seconds, form = min(times[name]), VARIANTS[name][0]
+    for name, (form, _, bf16) in variants.items():
+        seconds = min(times[name])
         on_atoms = (3 if form == "plain" else 5) * ATOM_PASSES[task] * batch.n_atoms / batch.n_edges
-        products = (EDGE_PRODUCTS[task][form] + on_atoms) * LAYERS * min(product)
-        rows.append(
-            {
-                "task": task,
-                "width": width,
-                "edges": batch.n_edges,
-                "atoms": batch.n_atoms,
-                "variant": name,
-                "cpu_ms": round(1e3 * seconds, 1),
-                "time_ratio": round(seconds / min(times["plain"]), 3),
-                "activations_mb": round(memory[name] / 1e6, 1),
-                "activations_ratio": round(memory[name] / memory["plain"], 3),
-                "gemm_efficiency": round(products / seconds, 2),
-            }
-        )
+        products = (EDGE_PRODUCTS[task][form] + on_atoms) * LAYERS + HEAD_PRODUCTS[task] * (form == "plain")
+        row = {
+            "task": task,
+            "width": width,
+            "edges": batch.n_edges,
+            "atoms": batch.n_atoms,
+            "variant": name,
+            "cpu_ms": round(1e3 * seconds, 1),
+            "time_ratio": round(seconds / min(times["plain"]), 3),
+            "activations_mb": round(memory[name] / 1e6, 1),
+            "activations_ratio": round(memory[name] / memory["plain"], 3),
+            "gemm_efficiency": round(products * min(product[bf16]) / seconds, 2),
+        }
+        rows.append(row | goals_of(row))
     return rows
+
+
+def goals_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The row's goals, and whether they are met."""
+    goals = GOALS.get((row["task"], row["variant"]))
+    if goals is None or row["width"] not in (256, 1024):
+        return {}
+    time_goal, activations_goal = goals[0 if row["width"] == 256 else 1], goals[2]
+    found = {"time_goal": time_goal, "time_met": row["time_ratio"] <= time_goal}
+    if activations_goal is None:
+        return found
+    return found | {
+        "activations_goal": activations_goal,
+        "activations_met": row["activations_ratio"] <= activations_goal,
+    }
 
 
 def main() -> None:
@@ -187,15 +258,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 1024])
     parser.add_argument(
-        "--tasks", nargs="+", default=["direct", "conservative", "inference"], help="what a step does"
+        "--tasks", nargs="+", default=["direct", "conservative"], help="and inference; what a step does"
     )
     parser.add_argument("--systems", type=int, default=16)
     parser.add_argument("--atoms", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--machine", help="its class and load, for the report")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     rows = []
     for width in args.widths:
         for task in args.tasks:
@@ -205,12 +277,13 @@ def main() -> None:
     report = {
         "command": "python benchmarks/messages.py "
         + f"--widths {' '.join(map(str, args.widths))} --tasks {' '.join(args.tasks)} "
-        + f"--systems {args.systems} --atoms {args.atoms} --repeats {args.repeats}",
+        + f"--systems {args.systems} --atoms {args.atoms} --repeats {args.repeats} --threads {args.threads}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": args.machine or platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "kernels": "compiled" if available() else kernel_status(),
-        "threads": 1,
+        "threads": args.threads,
+        "bf16": "in hardware" if has_bf16() else "not in hardware, so its rows are left out",
         "torch": torch.__version__,
         "rows": rows,
     }

@@ -58,7 +58,7 @@ def main() -> int:
     overrides = ["--set", f'data.stores=["{store}"]']
     equipot("train", RECIPE, "--ranks", "2", "--out", run, *overrides)
     equipot("train", RECIPE, "--out", out / "untrained-run", *overrides, "--set", "optimizer.steps=0")
-    equipot("data", "frames", store, "--splits", run / "splits.npz", "--split", "test", "--out", test)
+    equipot("data", "frames", run, "--split", "test", "--out", test)
     equipot("export", run, "--out", out / "bundle", "--name", "alcohols")
     equipot("export", out / "untrained-run", "--out", out / "untrained", "--name", "untrained")
 

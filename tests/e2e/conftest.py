@@ -64,7 +64,7 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
     recipe.write_text(RECIPE.format(store=job.store))
     succeed("train", recipe, "--ranks", 2, "--out", job.run, cwd=home)
     succeed("export", job.run, "--out", job.bundle, "--name", "alcohols", cwd=home)
-    succeed("data", "frames", job.store, "--splits", job.run / "splits.npz", "--split", "test",
+    succeed("data", "frames", job.run, "--split", "test",
             "--out", job.test_frames, cwd=home)  # fmt: skip
     return job
 

@@ -21,6 +21,13 @@ def test_json_round_trip() -> None:
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+@pytest.mark.parametrize("words", ["balanced", ("lean", "fast", "split"), ["lean", "fast", "split"]])
+def test_messages_are_one_word_or_one_for_each_layer(words: Any) -> None:
+    config = ModelConfig(**MINIMAL, layers=3, messages=words)
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config.message_forms == (("balanced",) * 3 if words == "balanced" else ("lean", "fast", "split"))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -38,6 +45,10 @@ def test_json_round_trip() -> None:
         ("forces", "gradient"),
         ("normalisation", "batch"),
         ("messages", "quick"),
+        ("messages", 3),
+        ("messages", ("fast", "lean")),
+        ("messages", ("fast", "lean", "quick")),
+        ("messages", ()),
         ("residual", "yes"),
         ("architecture", ""),
         ("elements", ()),

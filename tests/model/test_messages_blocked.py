@@ -1,8 +1,8 @@
 """The blocked message function is the plain one: values, first and second derivatives, refusals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from equipot.model import kernels, messages, messages_blocked
 from equipot.model.batch import System, SystemBatch, build_graph, collate
 from equipot.model.block_work import Inputs
 from equipot.model.blocks import block_edges
@@ -19,6 +20,25 @@ from equipot.model.egnn import EGNN
 from equipot.model.messages_blocked import sum_messages
 from equipot.model.potential import Potential
 from equipot.model.references import References
+
+
+@pytest.fixture(autouse=True)
+def _by_blocks_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Graphs for tests are so small that the fast form would take the split one.
+    monkeypatch.setattr(messages, "LEAST", messages.Least(0, 0))
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def sweeps(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both kinds of sweeps, where there are both."""
+    if request.param == "torch":
+        with kernels.pure_torch():
+            yield
+        return
+    if not kernels.available():
+        pytest.skip(kernels.kernel_status())
+    yield
+
 
 # Relative, in float64, as the house asks.
 RTOL = 1e-10
@@ -67,7 +87,7 @@ def plain(case: Case) -> Sum:
     return run
 
 
-def blocked(case: Case, *, keep: bool, size: int) -> Sum:
+def blocked(case: Case, *, keep: Literal[0, 1, 3], size: int) -> Sum:
     edges = block_edges(case.senders, case.receivers, case.n_atoms, size=size)
     return lambda x: sum_messages(x, edges, keep=keep)
 
@@ -101,11 +121,12 @@ def assert_same(expected: list[Tensor], found: list[Tensor]) -> None:
         torch.testing.assert_close(b, a, rtol=0.0, atol=RTOL * scale)
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["lean", "fast"])
+@pytest.mark.usefixtures("sweeps")
+@pytest.mark.parametrize("keep", [0, 1, 3], ids=["lean", "balanced", "fast"])
 @pytest.mark.parametrize("size", [16, 256])
 @pytest.mark.parametrize(("n_atoms", "n_edges"), [(20, 300), (3, 1), (40, 2000), (4, 0)])
 def test_values_and_derivatives_are_those_of_the_plain_form(
-    n_atoms: int, n_edges: int, size: int, keep: bool
+    n_atoms: int, n_edges: int, size: int, keep: Literal[0, 1, 3]
 ) -> None:
     case = make_case(n_atoms, n_edges, 9)
     fast = blocked(case, keep=keep, size=size)
@@ -118,8 +139,9 @@ def test_values_and_derivatives_are_those_of_the_plain_form(
         )
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["lean", "fast"])
-def test_derivatives_are_those_of_finite_differences(keep: bool) -> None:
+@pytest.mark.usefixtures("sweeps")
+@pytest.mark.parametrize("keep", [0, 1, 3], ids=["lean", "balanced", "fast"])
+def test_derivatives_are_those_of_finite_differences(keep: Literal[0, 1, 3]) -> None:
     case = make_case(5, 12, 3)
     f = blocked(case, keep=keep, size=4)
     # The second time only where it is provided: after a first by what depends on positions.
@@ -128,6 +150,7 @@ def test_derivatives_are_those_of_finite_differences(keep: bool) -> None:
     assert torch.autograd.gradgradcheck(lambda *x: f(Inputs(*x, *weights)), tuple(case.x[:4]))
 
 
+@pytest.mark.usefixtures("sweeps")
 def test_several_pulls_on_one_sum_add_up() -> None:
     case = make_case(20, 300, 9)
 
@@ -138,12 +161,13 @@ def test_several_pulls_on_one_sum_add_up() -> None:
         loss = one.square().sum() + two.sin().sum()
         return [loss, *torch.autograd.grad(loss, case.x)]
 
-    assert_same(gradients(plain(case)), gradients(blocked(case, keep=True, size=64)))
+    assert_same(gradients(plain(case)), gradients(blocked(case, keep=3, size=64)))
 
 
+@pytest.mark.usefixtures("sweeps")
 def test_a_retained_graph_gives_the_same_gradients_again() -> None:
     case = make_case(20, 300, 9)
-    energy, geometry, _ = two_rounds(blocked(case, keep=True, size=64), case.x)
+    energy, geometry, _ = two_rounds(blocked(case, keep=3, size=64), case.x)
     (pull, _) = torch.autograd.grad(energy, geometry, create_graph=True)
     loss = pull.square().sum()
     once = torch.autograd.grad(loss, case.x, retain_graph=True)
@@ -151,9 +175,10 @@ def test_a_retained_graph_gives_the_same_gradients_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+@pytest.mark.usefixtures("sweeps")
 def test_what_is_not_provided_is_refused() -> None:
     case = make_case(20, 300, 9)
-    f = blocked(case, keep=False, size=64)
+    f = blocked(case, keep=0, size=64)
     energy, geometry, _ = two_rounds(f, case.x)
     with pytest.raises(RuntimeError, match="messages = 'split'"):
         torch.autograd.grad(energy, case.x.w_down, create_graph=True)
@@ -165,7 +190,7 @@ def test_what_is_not_provided_is_refused() -> None:
 
 def test_a_share_left_behind_is_never_added_to_another_pass() -> None:
     case = make_case(20, 300, 9)
-    f = blocked(case, keep=False, size=64)
+    f = blocked(case, keep=0, size=64)
     out = f(case.x)
     g = torch.ones_like(out, requires_grad=True)
     pull = torch.autograd.grad(out, case.x.radial, g, create_graph=True)[0]
@@ -207,14 +232,14 @@ def make_batch(
     return collate([build_graph(systems[name], 4.0) for name in names], dtype=dtype)
 
 
-def make_model(form: str, forces: str, dtype: torch.dtype, width: int = 12) -> Potential:
+def make_model(form: Any, forces: str, dtype: torch.dtype, width: int = 12) -> Potential:
     config = ModelConfig(
         width=width,
         layers=2,
         radial=6,
         cutoff=4.0,
         forces=forces,  # type: ignore[arg-type]
-        messages=form,  # type: ignore[arg-type]
+        messages=form,
         elements=(1, 6, 8),
         levels_of_theory=("a", "b"),
         mean_neighbors=18.0,
@@ -236,7 +261,8 @@ def step(model: Potential, batch: SystemBatch) -> list[Tensor]:
     return [t.detach() for t in [*outputs, *gradients]]
 
 
-@pytest.mark.parametrize("form", ["split", "lean", "fast"])
+@pytest.mark.usefixtures("sweeps")
+@pytest.mark.parametrize("form", ["lean", "balanced", "fast", ("lean", "split")])
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
 @pytest.mark.parametrize(
     "names", [("crystal", "isolated", "molecule"), ("molecule",), ("isolated",), ("isolated", "crystal")]
@@ -247,18 +273,20 @@ def test_a_training_step_is_that_of_the_plain_form(form: str, forces: str, names
     assert_same(expected, step(make_model(form, forces, torch.float64), batch))
 
 
+@pytest.mark.usefixtures("sweeps")
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_narrow_dtypes_stay_near_float64(forces: str, dtype: torch.dtype, tolerance: float) -> None:
     reference = step(make_model("plain", forces, torch.float64), make_batch(torch.float64))
     batch = make_batch(torch.float32)
-    for form in ("lean", "fast"):
+    for form in ("lean", "balanced", "fast"):
         found = step(make_model(form, forces, dtype), batch)
         assert found[0].dtype == torch.float64
         for a, b in zip(reference, found, strict=True):
             assert float((a - b).abs().max()) <= tolerance * float(a.abs().max())
 
 
+@pytest.mark.usefixtures("sweeps")
 def test_autocast_keeps_to_one_dtype_in_both_passes() -> None:
     batch = make_batch(torch.float32)
     reference = step(make_model("fast", "conservative", torch.float32), batch)
@@ -277,3 +305,26 @@ def test_checkpointed_layers_give_the_same_step(form: str, forces: str) -> None:
     assert isinstance(model.backbone, EGNN)
     model.backbone.run_layer = partial(checkpoint, use_reentrant=False)
     assert_same(expected, step(model, batch))
+
+
+@pytest.mark.usefixtures("sweeps")
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+def test_the_fast_form_says_the_same_on_both_sides_of_its_threshold(
+    forces: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = make_batch(torch.float64)
+    expected = step(make_model("plain", forces, torch.float64), batch)
+    numbers = 12 * batch.n_edges
+    calls: list[int] = []
+    by_blocks = messages_blocked.sum_messages
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return by_blocks(*args, **kwargs)
+
+    monkeypatch.setattr(messages, "sum_messages", counted)
+    for least, layers_by_blocks in ((numbers, 2), (numbers + 1, 0)):
+        monkeypatch.setattr(messages, "LEAST", messages.Least(least, least))
+        calls.clear()
+        assert_same(expected, step(make_model("fast", forces, torch.float64), batch))
+        assert len(calls) == layers_by_blocks

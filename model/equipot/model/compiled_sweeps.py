@@ -1,4 +1,7 @@
-"""The sweeps of `message_sweeps` in C++, with the same signatures. `kernels` builds and loads them."""
+"""The sweeps of `message_sweeps` in C++, with the same signatures, and those of `strengths_blocked`.
+
+`kernels` builds and loads them.
+"""
 
 import torch
 from torch import Tensor
@@ -71,5 +74,20 @@ def reverse_push(
     )
 
 
-def _graph(edges: BlockedEdges) -> tuple[Tensor, Tensor, list[int]]:
-    return edges.senders, edges.receivers, edges.bounds
+def strengths(x: Inputs, edges: BlockedEdges) -> Tensor:
+    """s (E, outputs), see `strengths_blocked`, from inputs with W (outputs, H) in the place of W_2."""
+    out: Tensor = torch.ops.equipot.strengths(list(x), *_graph(edges))
+    return out
+
+
+def strengths_reverse(x: Inputs, edges: BlockedEdges, g_out: Tensor, wanted: Wanted) -> list[Tensor | None]:
+    """Gradients of ⟨G, s⟩ by P, Q, ρ, W_r, where wanted, and W."""
+    grads: list[Tensor | None] = torch.ops.equipot.strengths_reverse(
+        list(x), *_graph(edges), g_out, [int(w) for w in wanted]
+    )
+    return grads
+
+
+def _graph(edges: BlockedEdges) -> tuple[Tensor, Tensor]:
+    # These sweeps cut edges as it suits them: they add to a receiver's sum whenever its edges come.
+    return edges.senders, edges.receivers

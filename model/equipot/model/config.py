@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from equipot.model.elements import MAX_ATOMIC_NUMBER
 from equipot.model.errors import ModelError
@@ -12,8 +12,8 @@ from equipot.model.errors import ModelError
 _CHOICES = {
     "forces": ("conservative", "direct"),
     "normalisation": ("layer", "none"),
-    "messages": ("fast", "lean", "split", "plain"),
 }
+MessageForm = Literal["fast", "balanced", "lean", "split", "plain"]
 _TUPLES = ("elements", "levels_of_theory", "charges", "spin_multiplicities")
 
 
@@ -37,9 +37,9 @@ class ModelConfig:
     """Whether a layer adds to the atoms' features or replaces them."""
     normalisation: Literal["layer", "none"] = "layer"
     """LayerNorm before each layer and before the heads, or nothing."""
-    messages: Literal["fast", "lean", "split", "plain"] = "split"
+    messages: MessageForm | tuple[MessageForm, ...] = "fast"
     """Order of evaluation of the messages: the same function of the same parameters, in more or less time and
-    memory; see `messages`."""
+    memory; see `messages`. One word, or one for each layer; a head takes the last layer's."""
     elements: tuple[int, ...]
     """Atomic numbers the model knows, ascending."""
     levels_of_theory: tuple[str, ...]
@@ -66,11 +66,34 @@ class ModelConfig:
                 raise ModelError(
                     f"model config: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
                 )
+        self._check_messages()
         if not isinstance(self.residual, bool):
             raise ModelError(f"model config: residual is {self.residual!r}; give true or false")
         if not isinstance(self.architecture, str) or not self.architecture:
             raise ModelError(f"model config: architecture is {self.architecture!r}; give a name")
         self._check_sets()
+
+    def _check_messages(self) -> None:
+        if isinstance(self.messages, list):
+            object.__setattr__(self, "messages", tuple(self.messages))
+        words = self.messages if isinstance(self.messages, tuple) else (self.messages,)
+        known = get_args(MessageForm)
+        for word in words:
+            if word not in known:
+                raise ModelError(
+                    f"model config: messages holds {word!r}; choose one of {', '.join(known)}, or a list of "
+                    "them with one for each layer"
+                )
+        if isinstance(self.messages, tuple) and len(words) != self.layers:
+            raise ModelError(
+                f"model config: messages lists {len(words)} words for {self.layers} layer(s); give one word "
+                "for all, or one for each"
+            )
+
+    @property
+    def message_forms(self) -> tuple[MessageForm, ...]:
+        """One word for each layer."""
+        return self.messages if isinstance(self.messages, tuple) else (self.messages,) * self.layers
 
     def _check_sets(self) -> None:
         for name in ("elements", "charges", "spin_multiplicities"):

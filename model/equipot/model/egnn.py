@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equipot.model.config import ModelConfig
+from equipot.model.config import MessageForm, ModelConfig
 from equipot.model.geometry import Edges
 from equipot.model.messages import MessageSum
 from equipot.model.norm import LayerNorm
@@ -27,11 +27,11 @@ def run_layer_directly(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
 class EGNNLayer(nn.Module):
     """One round of messages: u_i = W_d silu(W_c h_i + W_g Σ_j m_ij / √mean_neighbors + b) + b'."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, form: MessageForm) -> None:
         super().__init__()
         width = config.width
         self.norm = LayerNorm(width) if config.normalisation == "layer" else nn.Identity()
-        self.messages = MessageSum(width, config.radial, form=config.messages)
+        self.messages = MessageSum(width, config.radial, form=form)
         self.own = nn.Linear(width, width)
         self.gathered = nn.Linear(width, width, bias=False)
         self.down = nn.Linear(width, width)
@@ -54,7 +54,7 @@ class EGNN(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EGNNLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(EGNNLayer(config, form) for form in config.message_forms)
         self.norm = LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
         self.run_layer: RunLayer = run_layer_directly
 

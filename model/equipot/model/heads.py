@@ -77,7 +77,7 @@ class ForceHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = PairLinear(config.width, config.radial, form=config.messages)
+        self.up = PairLinear(config.width, config.radial, form=config.message_forms[-1])
         self.down = nn.Linear(config.width, len(config.levels_of_theory), bias=False)
 
     def forward(self, h: Tensor, edges: Edges, directions: Tensor, edge_level: Tensor) -> Tensor:

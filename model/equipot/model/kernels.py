@@ -1,8 +1,8 @@
 """Decides which sweeps compute the messages, and builds the compiled ones once per machine.
 
-The compiled sweeps are optional: on a CPU, in float32 and float64, where there is a C++ compiler. Whatever
-keeps them from being built is remembered as the reason, and the sweeps in pure torch do the work. Knows
-nothing of the function they compute.
+The compiled sweeps are optional: on a CPU, where there is a C++ compiler, in float32 and float64, and in
+bfloat16 where the processor multiplies it. Whatever keeps them from being built is remembered as the reason,
+and the sweeps in pure torch do the work. Knows nothing of the function they compute.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from equipot.model.blocks import BlockedEdges
 from equipot.model.message_sweeps import Direction
 
 SOURCE = Path(__file__).with_name("message_kernels.cpp")
-HEADER = SOURCE.with_suffix(".h")
+HEADERS = tuple(sorted(SOURCE.parent.glob("message_*.h")))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 LOCK_SECONDS = 900.0
 """How long to wait for another process that is building; far more than a build takes."""
@@ -95,8 +95,16 @@ _state = _State()
 
 def sweeps_for(x: Inputs) -> Sweeps:
     """The fastest sweeps that can take these inputs here."""
-    fits = x.at_receiver.device.type == "cpu" and x.at_receiver.dtype in (torch.float32, torch.float64)
-    return compiled_sweeps if fits and _state.choice == "auto" and available() else message_sweeps
+    return compiled_sweeps if compiled_for(x.at_receiver) else message_sweeps
+
+
+def compiled_for(features: Tensor) -> bool:
+    """Whether compiled code takes inputs of these features' kind here."""
+    if features.device.type != "cpu" or _state.choice != "auto" or not available():
+        return False
+    if features.dtype == torch.bfloat16:
+        return bool(torch.ops.equipot.has_bfloat16())
+    return features.dtype in (torch.float32, torch.float64)
 
 
 @contextmanager
@@ -135,7 +143,7 @@ def cache_folder() -> Path:
     """Where builds are kept: a folder per source, flags, torch and processor, as code fits one alone."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     base = Path(root) if root else Path.home() / ".cache" / "equipot"
-    key = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS)))
     for part in (*FLAGS, torch.__version__, platform.python_version(), _processor()):
         key.update(part.encode())
     return base / f"messages-{key.hexdigest()[:16]}"

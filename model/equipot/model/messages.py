@@ -1,4 +1,4 @@
-"""The messages between atoms: the hot spot of the model, in four orders of evaluation.
+"""The messages between atoms: the hot spot of the model, in five orders of evaluation.
 
 With h the atoms' features, i an edge's receiver and j its sender:
 
@@ -10,9 +10,12 @@ With h the atoms' features, i an edge's receiver and j its sender:
 "split" multiplies on every atom, then gathers and adds: the same numbers for a fraction of the work, as a
 structure has tens of edges per atom. "lean" does so block by block of edges and forgets what it computed, to
 compute it again for derivatives: memory no longer grows with edges × width. "fast" is lean, but keeps the one
-to three tensors (E, H) whose recomputation costs a matrix product. All have the same parameters.
+to three tensors (E, H) whose recomputation costs a matrix product (one for first derivatives, three for
+second ones), and where there is so little to do that going by blocks takes longer, it takes the split form.
+"balanced" keeps one in any case. All have the same parameters.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,12 +23,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equipot.model.block_work import Inputs
+from equipot.model.config import MessageForm
 from equipot.model.geometry import Edges, sum_by_index
+from equipot.model.kernels import compiled_for
 from equipot.model.messages_blocked import sum_messages
 from equipot.model.strengths_blocked import strengths_of_edges
 
-MessageForm = Literal["fast", "lean", "split", "plain"]
-BLOCKED_FORMS = ("fast", "lean")
+BLOCKED_FORMS = ("fast", "balanced", "lean")
+EDGE_TENSORS: dict[MessageForm, Literal[0, 1, 3]] = {"lean": 0, "balanced": 1, "fast": 3}
+
+
+@dataclass(slots=True)
+class Least:
+    """Numbers (edges × width) from which the fast form goes by blocks. Measured: below, split is as quick."""
+
+    compiled: int = 2**15
+    torch: int = 2**19
+
+
+LEAST = Least()
 
 
 class PairLinear(nn.Module):
@@ -44,6 +60,13 @@ class PairLinear(nn.Module):
     def forward(self, h: Tensor, edges: Edges) -> Tensor:
         """Pre-activations (E, H) from the atoms' features (N, H)."""
         return self._plain(h, edges) if self.form == "plain" else self._split(h, edges)
+
+    def by_blocks(self, h: Tensor, edges: Edges) -> bool:
+        """Whether what comes after these pre-activations is to be computed block by block, without them."""
+        if self.form not in BLOCKED_FORMS or edges.blocked is None:
+            return False
+        least = LEAST.compiled if compiled_for(h) else LEAST.torch
+        return self.form != "fast" or edges.radial.shape[0] * h.shape[1] >= least
 
     def _plain(self, h: Tensor, edges: Edges) -> Tensor:
         inputs = torch.cat([h[edges.receivers], h[edges.senders], edges.radial], dim=-1)
@@ -67,12 +90,13 @@ class MessageSum(nn.Module):
 
     def forward(self, h: Tensor, edges: Edges) -> Tensor:
         """Sums (N, H), in float32 or wider, from the atoms' features (N, H)."""
-        if edges.blocked is not None:
+        if self.up.by_blocks(h, edges):
+            assert edges.blocked is not None
             at_receiver, at_sender = self.up.receiver(h), self.up.sender(h)
             others = edges.radial, edges.envelope, self.up.radial.weight, self.down.weight, self.down.bias
             # Under autocast the linears above decide the dtype, and everything else has to follow.
             inputs = Inputs(at_receiver, at_sender, *(t.to(at_receiver.dtype) for t in others))
-            return sum_messages(inputs, edges.blocked, keep=self.up.form == "fast")
+            return sum_messages(inputs, edges.blocked, keep=EDGE_TENSORS[self.up.form])
         hidden = functional.silu(self.up(h, edges))
         messages = functional.silu(self.down(hidden)) * edges.envelope
         return sum_by_index(messages, edges.receivers, edges.n_atoms)
@@ -80,7 +104,8 @@ class MessageSum(nn.Module):
 
 def edge_strengths(up: PairLinear, down: nn.Linear, h: Tensor, edges: Edges) -> Tensor:
     """Numbers (E, outputs) φ_ij = W (envelope · silu(z_ij)), for direct forces, from features (N, H)."""
-    if edges.blocked is not None:
+    if up.by_blocks(h, edges):
+        assert edges.blocked is not None
         at_receiver, at_sender = up.receiver(h), up.sender(h)
         others = edges.radial, up.radial.weight, down.weight
         radial, w_radial, w_out = (tensor.to(at_receiver.dtype) for tensor in others)

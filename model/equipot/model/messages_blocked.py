@@ -9,7 +9,7 @@ both.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class _Job:
     """What belongs to one call and is no tensor to differentiate by."""
 
     edges: BlockedEdges
-    keep: bool
+    keep: int
     stash: _Stash
     sweeps: Sweeps
 
@@ -80,14 +80,14 @@ class _Context(FunctionCtx):
     next_functions: tuple[tuple[Any, int], ...]
 
 
-def sum_messages(x: Inputs, edges: BlockedEdges, *, keep: bool) -> Tensor:
+def sum_messages(x: Inputs, edges: BlockedEdges, *, keep: Literal[0, 1, 3]) -> Tensor:
     """Σ_j m_ij (N, H) in float32 or wider.
 
     Args:
         x: the function's inputs, all in one dtype.
         edges: its edges.
-        keep: whether to keep edge tensors between the passes, to save about a quarter of the time: one
-            (E, H) for first derivatives, three for second ones.
+        keep: how many edge tensors (E, H) to keep between the passes, each for a matrix product less per
+            pass that needs it. First derivatives alone have use for one.
 
     Raises:
         RuntimeError: in a backward pass that asks for what is not provided: third derivatives, second ones
@@ -104,7 +104,7 @@ class _Messages(torch.autograd.Function):
         x = Inputs(*tensors)
         ctx.set_materialize_grads(False)
         ctx.job = job
-        out, y = _without_autocast(x, lambda: job.sweeps.forward(x, job.edges, keep=job.keep))
+        out, y = _without_autocast(x, lambda: job.sweeps.forward(x, job.edges, keep=job.keep > 0))
         # An output without numbers: `_Pull` takes it as an input, so autograd runs `_Pull` before this node.
         link = out.new_empty(0)
         ctx.save_for_backward(*x, y, link)
@@ -149,7 +149,7 @@ class _Pull(torch.autograd.Function):
         ctx.job = job
         by = Wanted._make([*wanted, False, False])
         grads, g_hidden = _without_autocast(
-            x, lambda: job.sweeps.reverse(x, job.edges, g_out, by, y_kept=y, keep=job.keep)
+            x, lambda: job.sweeps.reverse(x, job.edges, g_out, by, y_kept=y, keep=job.keep > 1)
         )
         ctx.save_for_backward(g_out, g_hidden, y, *x)
         return grads[:4]
@@ -161,7 +161,7 @@ class _Pull(torch.autograd.Function):
         g_push, g_hidden, y, *tensors = ctx.saved_tensors
         x, direction, job = Inputs(*tensors), Direction(*t), ctx.job
         pushed, t_y = _without_autocast(
-            x, lambda: job.sweeps.push(x, job.edges, direction, y_kept=y, keep=job.keep)
+            x, lambda: job.sweeps.push(x, job.edges, direction, y_kept=y, keep=job.keep > 1)
         )
         job.stash.put(_Deferred(g_push, direction, t_y, g_hidden))
         return (None, None, pushed.to(g_push.dtype), *(None,) * 9)

@@ -91,8 +91,11 @@ class Potential(nn.Module):
                 of rows, so a common batch cannot promise that.
 
         Raises:
-            ModelError: stress was asked of a model with direct forces.
+            ModelError: stress was asked of a model with direct forces; or torch.compile traces what it cannot
+                compile: conservative forces in training, or messages in blocks.
         """
+        if torch.compiler.is_compiling():
+            self._check_compiling(by_gradient=stress or (forces and self.force_head is None))
         if stress and self.force_head is not None:
             raise ModelError(
                 "stress: this model has direct forces, which belong to no energy, so it has no stress; "
@@ -155,6 +158,18 @@ class Potential(nn.Module):
             energy=energy, forces=force, stress=_stress(batch, vectors, pull) if stress else None
         )
 
+    def _check_compiling(self, *, by_gradient: bool) -> None:
+        if any(form in BLOCKED_FORMS for form in self.config.message_forms):
+            _refuse_compiling(
+                f"messages = {self.config.messages!r} cannot be compiled: it works by blocks of edges, with "
+                "derivatives of its own; use messages = 'split' (the same weights)"
+            )
+        if by_gradient and self.training and torch.is_grad_enabled():
+            _refuse_compiling(
+                "the loss of conservative forces is a second derivative, which torch.compile does not have; "
+                "train uncompiled (eval mode can be compiled), or with direct forces"
+            )
+
     def _predict(self, batch: SystemBatch, forces: bool, stress: bool, differentiable: bool) -> Prediction:
         vectors = batch.edge_vectors()
         by_gradient = stress or (forces and self.force_head is None)
@@ -191,7 +206,7 @@ class Potential(nn.Module):
             cutoff=self.config.cutoff,
             radial=self.config.radial,
             dtype=self.embedding.element.weight.dtype,
-            blocked=self.config.messages in BLOCKED_FORMS,
+            blocked=any(form in BLOCKED_FORMS for form in self.config.message_forms),
         )
         return edges, lengths
 
@@ -210,6 +225,12 @@ class Potential(nn.Module):
                 torch.tensor(self.references.scale, device=device),
             )
         return self._reference_tensors[device]
+
+
+# Raised within the trace, it would be taken for code that cannot be traced.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_compiling(reason: str) -> None:
+    raise ModelError(f"torch.compile: {reason}")
 
 
 def _stress(batch: SystemBatch, vectors: Tensor, pull: Tensor) -> Tensor:

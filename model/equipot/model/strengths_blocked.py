@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from equipot.model import compiled_sweeps
 from equipot.model.block_work import (
     Inputs,
     Room,
@@ -20,6 +21,7 @@ from equipot.model.block_work import (
     wide_zeros,
 )
 from equipot.model.blocks import BlockedEdges
+from equipot.model.kernels import compiled_for
 
 
 def strengths_of_edges(
@@ -37,6 +39,7 @@ def strengths_of_edges(
 
 class _Context(FunctionCtx):
     edges: BlockedEdges
+    compiled: bool
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -46,34 +49,47 @@ class _Strengths(torch.autograd.Function):
     def forward(ctx: _Context, edges: BlockedEdges, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.edges = edges
+        ctx.compiled = compiled_for(tensors[0])
         x, w_out = _inputs(*tensors), tensors[4]
         with torch.autocast(w_out.device.type, enabled=False):
-            out: Tensor = x.radial.new_empty(x.radial.shape[0], w_out.shape[0])
-            room = Room(x, edges)
-            for block in edges.blocks:
-                hidden, slope = room.cut(block, 2)
-                silu_and_slope(first_of(x, edges, block, hidden), hidden, slope)
-                torch.mm(hidden, w_out.t(), out=rows_of(out, block))
-        return out
+            return compiled_sweeps.strengths(x, edges) if ctx.compiled else _forward(x, w_out, edges)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, g_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_out, edges = _inputs(*ctx.saved_tensors), ctx.saved_tensors[4], ctx.edges
+        x, w_out = _inputs(*ctx.saved_tensors), ctx.saved_tensors[4]
         first_four = ctx.needs_input_grad[1:5]
+        wanted = Wanted._make([*first_four[:3], False, first_four[3], False])
         with torch.autocast(w_out.device.type, enabled=False):
-            sums = Sums(x, Wanted._make([*first_four[:3], False, first_four[3], False]))
-            g_w_out = wide_zeros(w_out)
-            room = Room(x, edges)
-            for block in edges.blocks:
-                hidden, slope, g_z = room.cut(block, 3)
-                silu_and_slope(first_of(x, edges, block, hidden), hidden, slope)
-                g_rows = rows_of(g_out, block)
-                add_product(g_w_out, g_rows, hidden)
-                sums.add_first(x, edges, block, torch.mm(g_rows, w_out, out=g_z).mul_(slope))
-            grads = sums.result(x)
-        by_first = grads.at_receiver, grads.at_sender, grads.radial, grads.w_radial
-        return (None, *by_first, g_w_out.to(w_out.dtype))
+            if ctx.compiled:
+                return (None, *compiled_sweeps.strengths_reverse(x, ctx.edges, g_out, wanted))
+            return (None, *_reverse(x, w_out, ctx.edges, g_out, wanted))
+
+
+def _forward(x: Inputs, w_out: Tensor, edges: BlockedEdges) -> Tensor:
+    out: Tensor = x.radial.new_empty(x.radial.shape[0], w_out.shape[0])
+    room = Room(x, edges)
+    for block in edges.blocks:
+        hidden, slope = room.cut(block, 2)
+        silu_and_slope(first_of(x, edges, block, hidden), hidden, slope)
+        torch.mm(hidden, w_out.t(), out=rows_of(out, block))
+    return out
+
+
+def _reverse(
+    x: Inputs, w_out: Tensor, edges: BlockedEdges, g_out: Tensor, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
+    sums = Sums(x, wanted)
+    g_w_out = wide_zeros(w_out)
+    room = Room(x, edges)
+    for block in edges.blocks:
+        hidden, slope, g_z = room.cut(block, 3)
+        silu_and_slope(first_of(x, edges, block, hidden), hidden, slope)
+        g_rows = rows_of(g_out, block)
+        add_product(g_w_out, g_rows, hidden)
+        sums.add_first(x, edges, block, torch.mm(g_rows, w_out, out=g_z).mul_(slope))
+    grads = sums.result(x)
+    return grads.at_receiver, grads.at_sender, grads.radial, grads.w_radial, g_w_out.to(w_out.dtype)
 
 
 def _inputs(

@@ -37,7 +37,7 @@ def alcohols() -> Path:
     return ROOT / "examples" / "data" / "ethanol-methanol.extxyz"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_frames() -> MakeFrames:
     def make(
         count: int, *, seed: int = 0, periodic: bool = False, sizes: tuple[int, ...] = (2, 3, 5)

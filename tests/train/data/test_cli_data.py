@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from equipot.cli.main import main
-from equipot.train.splits import split
 from equipot.train.store import Store
 
 SAYING = ("--level-of-theory", "PBE/def2-SVP", "--licence", "MIT")
@@ -45,19 +44,17 @@ def test_import_info_frames(alcohols: Path, tmp_path: Path, run: Run) -> None:
     assert code == 0
     assert out.strip() == f"130 test frames written to {frames}"
     opened = Store.open(store)
-    splits = split([opened], fractions=(0.8, 0.1, 0.1), seed=4)
+    assert run("mix", store, "--seed", 4, "--out", tmp_path / "mix")[0] == 0
+    test = np.load(tmp_path / "mix" / "test.npy").tolist()
     written = ase.io.read(frames, ":")
-    assert len(written) == len(splits.test) == 130
-    for atoms, (_, i) in zip(written, splits.test, strict=True):
+    assert len(written) == len(test) == 130
+    for atoms, i in zip(written, test, strict=True):
         assert atoms.info["source_frame"] == opened.origin(i).frame
         assert atoms.get_potential_energy() == opened.labels(i).energy
         np.testing.assert_allclose(atoms.get_forces(), opened.labels(i).forces, atol=1e-8)
         assert not atoms.pbc.any()
-    splits.save(tmp_path / "splits.npz")
     again = tmp_path / "again.extxyz"
-    assert (
-        run("frames", store, "--splits", tmp_path / "splits.npz", "--split", "test", "--out", again)[0] == 0
-    )
+    assert run("frames", tmp_path / "mix", "--split", "test", "--out", again)[0] == 0
     assert again.read_bytes() == frames.read_bytes()
 
 
@@ -124,7 +121,6 @@ def test_a_mistake_in_the_options_names_the_option(alcohols: Path, tmp_path: Pat
         (("--split", "test", "--fractions", "0.5,0.5"), "that sum to 1"),
         (("--split", "test", "--fractions", "a,b,c"), "give three numbers"),
         (("--split", "test", "--fractions", "0.9,0.1,0"), "this split is empty"),
-        (("--split", "test", "--splits", "none.npz"), "none.npz: is not a file of splits"),
     ],
 )
 def test_mistakes_in_frames(

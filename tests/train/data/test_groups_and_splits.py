@@ -1,6 +1,6 @@
 """Frames of one group never end up in different splits, and the same seed gives the same splits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ase
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from equipot.train.errors import DataError
 from equipot.train.importer import ImportReport
-from equipot.train.splits import Splits, split
+from equipot.train.splits import Caps, Dealer, blocks_of, place
 from equipot.train.store import Store
 
 MakeFrames = Callable[..., list[ase.Atoms]]
@@ -22,8 +22,26 @@ def groups_in(stores: list[Store], part: NDArray[np.int64]) -> set[tuple[int, in
     return {(int(k), int(stores[k].groups[i])) for k, i in part}
 
 
-def parts(splits: Splits) -> list[NDArray[np.int64]]:
-    return [splits.train, splits.validation, splits.test]
+def parts(
+    stores: list[Store], *, fractions: Sequence[float], seed: int, caps: Caps | None = None
+) -> list[NDArray[np.int64]]:
+    """(k, 2) store and structure in training, validation and test."""
+    caps = caps or Caps()
+    dealer = Dealer(fractions, seed)
+    dealt = [dealer.deal(store, caps) for store in stores]
+    dealer.check()
+    found: list[list[tuple[int, int]]] = [[], [], []]
+    for k, (store, groups) in enumerate(zip(stores, dealt, strict=True)):
+        lists = [np.full(length, -1) for length in groups.lengths]
+        seen = np.zeros(len(groups.numbers), dtype=np.int64)
+        for block in blocks_of(store):
+            rows, owner, places = place(block, groups, seen, caps.max_atoms)
+            for split in range(3):
+                lists[split][places[owner == split]] = block.first + rows[owner == split]
+        for split in range(3):
+            assert (lists[split] >= 0).all()
+            found[split] += [(k, i) for i in lists[split].tolist()]
+    return [np.array(each, dtype=np.int64).reshape(-1, 2) for each in found]
 
 
 @pytest.fixture
@@ -36,21 +54,21 @@ def two_stores(make_frames: MakeFrames, make_store: MakeStore) -> list[Store]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 17])
 def test_no_group_is_in_two_splits_and_no_structure_is_lost(two_stores: list[Store], seed: int) -> None:
-    splits = split(two_stores, fractions=EIGHT, seed=seed)
-    a, b, c = (groups_in(two_stores, part) for part in parts(splits))
+    dealt = parts(two_stores, fractions=EIGHT, seed=seed)
+    a, b, c = (groups_in(two_stores, part) for part in dealt)
     assert a & b == a & c == b & c == set()
-    everything = np.concatenate(parts(splits))
+    everything = np.concatenate(dealt)
     assert sorted(map(tuple, everything.tolist())) == [
         (k, i) for k, s in enumerate(two_stores) for i in range(len(s))
     ]
-    assert [len(part) for part in parts(splits)] == pytest.approx([232, 29, 29], abs=4)
+    assert [len(part) for part in dealt] == pytest.approx([232, 29, 29], abs=4)
 
 
 def test_the_seed_decides_and_nothing_else(two_stores: list[Store]) -> None:
-    one, same, other = (split(two_stores, fractions=EIGHT, seed=seed) for seed in (5, 5, 6))
-    for a, b in zip(parts(one), parts(same), strict=True):
+    one, same, other = (parts(two_stores, fractions=EIGHT, seed=seed) for seed in (5, 5, 6))
+    for a, b in zip(one, same, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(parts(one), parts(other), strict=True))
+    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(one, other, strict=True))
 
 
 def test_groups_of_very_different_size(make_frames: MakeFrames, make_store: MakeStore) -> None:
@@ -60,7 +78,7 @@ def test_groups_of_very_different_size(make_frames: MakeFrames, make_store: Make
     store = make_store(frames)
     assert store.manifest.groups == 11
     for seed in range(20):
-        sizes = [len(part) for part in parts(split([store], fractions=EIGHT, seed=seed))]
+        sizes = [len(part) for part in parts([store], fractions=EIGHT, seed=seed)]
         assert sizes[0] >= 60
         assert min(sizes) >= 4
 
@@ -72,14 +90,13 @@ def test_every_split_gets_a_group_when_there_are_just_enough(
     for atoms in frames:
         atoms.numbers[:] = 8
     store = make_store(frames, group_by="block:10")
-    assert [len(part) for part in parts(split([store], fractions=EIGHT, seed=0))] == [10, 10, 10]
-    whole = split([store], fractions=(1, 0, 0), seed=0)
-    assert [len(part) for part in parts(whole)] == [30, 0, 0]
-    assert [len(part) for part in parts(split([store], fractions=(0.5, 0, 0.5), seed=0))] in (
+    assert [len(part) for part in parts([store], fractions=EIGHT, seed=0)] == [10, 10, 10]
+    assert [len(part) for part in parts([store], fractions=(1, 0, 0), seed=0)] == [30, 0, 0]
+    assert [len(part) for part in parts([store], fractions=(0.5, 0, 0.5), seed=0)] in (
         [10, 0, 20],
         [20, 0, 10],
     )
-    assert len(split([store], fractions=(0, 0, 1), seed=0).test) == 30
+    assert len(parts([store], fractions=(0, 0, 1), seed=0)[2]) == 30
 
 
 def test_too_few_groups_name_the_remedy(make_frames: MakeFrames, make_store: MakeStore) -> None:
@@ -87,7 +104,7 @@ def test_too_few_groups_name_the_remedy(make_frames: MakeFrames, make_store: Mak
     with pytest.raises(
         DataError, match=r"1 group\(s\) of structures cannot fill 3 splits; import with a finer --group-by"
     ):
-        split([store], fractions=EIGHT, seed=0)
+        parts([store], fractions=EIGHT, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -95,31 +112,7 @@ def test_too_few_groups_name_the_remedy(make_frames: MakeFrames, make_store: Mak
 )
 def test_impossible_fractions(two_stores: list[Store], fractions: tuple[float, ...]) -> None:
     with pytest.raises(DataError, match="that sum to 1, as"):
-        split(two_stores, fractions=fractions, seed=0)
-
-
-def test_splits_survive_a_file(two_stores: list[Store], tmp_path: Path) -> None:
-    splits = split(two_stores, fractions=EIGHT, seed=3)
-    splits.save(tmp_path / "splits.npz")
-    again = Splits.load(tmp_path / "splits.npz")
-    for a, b in zip(parts(splits), parts(again), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert b.dtype == np.int64
-    assert (again.seed, again.fractions, again.digests) == (splits.seed, splits.fractions, splits.digests)
-    again.check_stores(two_stores)
-    with pytest.raises(DataError, match="is not the store that was split"):
-        again.check_stores(two_stores[::-1])
-    with pytest.raises(DataError, match=r"2 store\(s\), 1 given"):
-        again.check_stores(two_stores[:1])
-    (tmp_path / "splits.npz").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="is not a file of splits"):
-        Splits.load(tmp_path / "splits.npz")
-
-
-def test_splits_are_never_unpickled(tmp_path: Path) -> None:
-    np.savez(tmp_path / "evil.npz", train=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(DataError, match="is not a file of splits"):
-        Splits.load(tmp_path / "evil.npz")
+        parts(two_stores, fractions=fractions, seed=0)
 
 
 def test_blocks_are_of_one_file_and_one_composition(make_frames: MakeFrames, make_store: MakeStore) -> None:

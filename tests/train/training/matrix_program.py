@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from equipot.train.assemble import make_potential
-from equipot.train.dataset import Dataset, open_stores
+from equipot.train.dataset import Dataset
 from equipot.train.engine import Engine, start_world
 from equipot.train.loss import Counts, LossModule
+from equipot.train.prepare import open_mix
 from equipot.train.recipe import Recipe, load_recipe
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
-from equipot.train.splits import Splits
 from equipot.train.world import World
 
 STEPS = 3
@@ -27,7 +27,7 @@ RATE = 1e-3
 
 def follow(recipe: Recipe, run: RunDirectory, world: World) -> dict[str, torch.Tensor]:
     """Loss and gradient norm of each step, and all fp32 weights after the last, by name."""
-    splits, card = Splits.load(run.splits), RunCard.read(run.card)
+    mix, card = open_mix(recipe, run), RunCard.read(run.card)
     config = replace(
         card.config,
         width=recipe.model.width,
@@ -36,13 +36,14 @@ def follow(recipe: Recipe, run: RunDirectory, world: World) -> dict[str, torch.T
         messages=recipe.model.messages,
     )
     card = replace(card, config=config)
-    dataset = Dataset(open_stores(recipe.data.stores), config, cache_mib=1)
+    dataset = Dataset(mix.stores, config, cache_mib=1)
+    _, training = mix.training(recipe.data.subset)
     two_passes = recipe.zero.stage == 3
     module = LossModule(make_potential(recipe, card), recipe.loss, two_passes=two_passes)
     engine = Engine(module, recipe, world)
     losses, norms = [], []
     for step in range(STEPS):
-        keys = splits.train[step * recipe.batch.structures :][: recipe.batch.structures]
+        keys = training[np.arange(recipe.batch.structures) + step * recipe.batch.structures]
         # Unequal parts: a mean of the ranks' means would not be the mean of all.
         parts = np.split(
             keys, np.linspace(0, len(keys), world.size * recipe.batch.accumulation + 1)[1:-1].astype(int) - 1
@@ -53,10 +54,9 @@ def follow(recipe: Recipe, run: RunDirectory, world: World) -> dict[str, torch.T
         counts = Counts(*world.sum(list(labels)))
         engine.module.train()
         loss = 0.0
-        for number, batch in enumerate(batches, start=1):
-            part, _ = engine.forward_backward(
-                batch.systems, batch.targets, counts, world.size, last=number == len(batches)
-            )
+        for batch in batches:
+            last = batch is batches[-1]
+            part, _ = engine.forward_backward(batch.systems, batch.targets, counts, world.size, last=last)
             loss += float(part) / world.size
         losses.append(world.sum([loss])[0])
         norms.append(engine.step(RATE))

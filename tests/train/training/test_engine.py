@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,7 +115,7 @@ def test_the_exported_potential_is_the_trained_one(
     export_run(run.path, tmp_path / "bundle", checkpoint="last", name="tiny", raw=raw)
     exported, card = load_potential(tmp_path / "bundle")
     parts = trainer.parts
-    batch = parts.dataset.batch(parts.validation)
+    batch = parts.dataset.batch(parts.validation[np.arange(len(parts.validation))])
     weights = [fragment.values.clone() for fragment in parts.engine.fragments()] if raw else parts.ema.parts
     with parts.engine.swapped(weights):
         trained = energies(parts.potential, batch)

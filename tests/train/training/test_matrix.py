@@ -30,11 +30,12 @@ AXES: dict[str, list[str]] = {
     "batch.accumulation": ["1", "2"],
     "activation_checkpointing": ["false", "true"],
     "model.forces": ["conservative", "direct"],
-    "model.messages": ["plain", "split", "lean", "fast"],
+    "model.messages": ["plain", "split", "lean", "balanced", "fast"],
 }
 # All combinations take long. These have every value of every axis, and the pairs that meet in DeepSpeed.
 QUICK: list[Job] = [
     ("zero.stage=0", "activation_checkpointing=true", "model.messages=fast"),
+    ("zero.stage=0", "batch.accumulation=2"),
     ("zero.stage=1", "zero.offload_optimizer=cpu", "model.messages=plain", "batch.accumulation=2"),
     ("zero.stage=2", "zero.offload_optimizer=cpu", "model.messages=lean", "activation_checkpointing=true"),
     ("zero.stage=2", "precision=bf16", "model.messages=fast", "batch.accumulation=2"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ from equipot.model.egnn import RunLayer
 from equipot.model.potential import Potential, count_parameters
 from equipot.train.checkpoint import Parallelism
 from equipot.train.columns import Column
-from equipot.train.dataset import Dataset, Sizes, open_stores
+from equipot.train.dataset import Dataset, Sizes
 from equipot.train.ema import Ema
 from equipot.train.engine import Engine
 from equipot.train.loss import LossModule
+from equipot.train.places import Places
+from equipot.train.prepare import open_mix
 from equipot.train.recipe import Recipe, RecipeError
 from equipot.train.recompute import recomputed
 from equipot.train.run_card import RunCard
@@ -23,7 +25,6 @@ from equipot.train.run_directory import RunDirectory
 from equipot.train.sampler import Sampler
 from equipot.train.saving import Checkpoints
 from equipot.train.schedule import total_steps
-from equipot.train.splits import Splits
 from equipot.train.world import World
 
 _ROWS_AT_ONCE = 2**20
@@ -36,8 +37,7 @@ class Parts:
 
     dataset: Dataset
     sampler: Sampler
-    validation: NDArray[np.int64]
-    """(k, 2) store and structure index"""
+    validation: Places
     validation_costs: NDArray[np.int64]
     potential: Potential
     engine: Engine
@@ -55,15 +55,17 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
         TrainError: a store is gone, the batch is larger than the training split, or a structure is larger
             than a micro-batch may be.
     """
-    card, splits = RunCard.read(run.card), Splits.load(run.splits)
-    stores = open_stores(recipe.data.stores)
-    sizes = Sizes.of(stores, recipe.model.cutoff, progress=False)
+    card, mix = RunCard.read(run.card), open_mix(recipe, run)
+    sizes = Sizes.of(mix.stores, recipe.model.cutoff, progress=False)
+    stores = [store.kept_in(recipe.data.memory) for store in mix.stores]
     dataset = Dataset(stores, card.config, cache_mib=recipe.batch.cache_mib)
-    costs = sizes.cost_column(splits.train)
+    _, draws = mix.training(recipe.data.subset)
+    validation = mix.part("validation")
+    costs = sizes.cost_column(draws)
     if recipe.batch.max_edges is not None:
-        check_limit(recipe.batch.max_edges, splits.train, costs, dataset)
+        check_limit(recipe.batch.max_edges, draws, costs, dataset)
     sampler = Sampler(
-        splits.train,
+        draws,
         costs,
         structures=recipe.batch.structures,
         seed=recipe.seed,
@@ -75,12 +77,12 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     module = LossModule(potential, recipe.loss, two_passes=recipe.zero.stage == 3)
     engine = Engine(module, recipe, world)
     parallelism = Parallelism(ranks=world.size, zero_stage=recipe.zero.stage, precision=recipe.precision)
-    split_sizes = ", ".join(f"{count} {name}" for name, count in card.split_sizes.items())
+    split_sizes = ", ".join(f"{count} {name}" for name, count in card.mix.sizes.items())
     return Parts(
         dataset=dataset,
         sampler=sampler,
-        validation=splits.validation,
-        validation_costs=sizes.costs(splits.validation),
+        validation=validation,
+        validation_costs=sizes.costs(validation),
         potential=potential,
         engine=engine,
         ema=Ema(engine, recipe.ema.decay),
@@ -120,7 +122,12 @@ def check_limit(limit: int, keys: Column, costs: Column, dataset: Dataset) -> No
 def make_potential(recipe: Recipe, card: RunCard) -> Potential:
     """The untrained potential, its weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    potential = Potential(card.config, card.references)
+    config = card.config
+    if recipe.zero.stage == 3:
+        # "fast" is "split" on small batches: ranks would ask each other for weights in different orders.
+        forms = tuple("balanced" if form == "fast" else form for form in config.message_forms)
+        config = replace(config, messages=forms)
+    potential = Potential(config, card.references)
     if recipe.activation_checkpointing:
         run_layer: RunLayer = recomputed
         potential.backbone.run_layer = run_layer  # type: ignore[assignment]  # nn.Module declares tensors

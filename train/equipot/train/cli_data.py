@@ -1,31 +1,35 @@
 """`equipot data`: import files into a store, look at a store, write a split back as frames."""
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from equipot.train import importer
-from equipot.train.data_report import print_import, print_store
+from equipot.train import convert
+from equipot.train.cli_audit import audit_command
+from equipot.train.cli_mix import mix_command, open_data, parse_fractions
+from equipot.train.data_report import ShownImport, print_import, print_store
 from equipot.train.errors import DataError
 from equipot.train.frames import write_frames
 from equipot.train.importer import ImportOptions, import_files
+from equipot.train.long_work import progress_bar, stop_signals
+from equipot.train.mix import CARD, Mix
+from equipot.train.mix_report import print_mix
+from equipot.train.reader_pool import MOST_WORKERS, default_workers
 from equipot.train.sources.base import ReadOptions
 from equipot.train.sources.npz_file import UNITS
 from equipot.train.sources.registry import RELEASES, choose_level, find_files, split_source
-from equipot.train.splits import NAMES, Splits, split
+from equipot.train.splits import NAMES
 from equipot.train.store import Store
 
 _LEVELS = "; ".join(f"{name} {', '.join(source.levels)}" for name, source in RELEASES.items())
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Import, inspect and split labelled structures."
 )
+app.command("audit")(audit_command)
 
 
 @app.command("import")
@@ -92,6 +96,14 @@ def import_command(
         bool,
         typer.Option("--keep-duplicates", help="Keep frames that are the same as an earlier one to the bit."),
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Processes that read; the store is the same whatever their number. 1: no further process.",
+            show_default=f"the cores, at most {MOST_WORKERS}",
+        ),
+    ] = 0,
 ) -> None:
     """Packs labelled frames into a store; goes on where a killed import stopped.
 
@@ -126,31 +138,42 @@ def import_command(
         max_force=max_force,
         keep_duplicates=keep_duplicates,
     )
-    with _stop_signals() as stopped, _bar() as bar:
+    with stop_signals() as stopped, progress_bar() as bar:
         task = bar.add_task("opening", total=1.0)
-
-        def show(at: importer.Progress) -> None:
-            what = f"{files[at.source].name if at.source < len(files) else ''}: {at.kept} kept"
-            bar.update(
-                task,
-                completed=at.fraction,
-                description=what + f", {at.rejected} left out" * bool(at.rejected),
-            )
-
-        report = import_files(files, out, options, on_progress=show, should_stop=lambda: bool(stopped))
+        shown = ShownImport(files)
+        report = import_files(
+            files,
+            out,
+            options,
+            workers=workers or default_workers(files),
+            on_progress=lambda at: bar.update(task, completed=at.fraction, description=shown.line(at)),
+            should_stop=lambda: bool(stopped),
+        )
         bar.update(task, completed=1.0)
     print_import(report, Console())
 
 
+app.command("mix")(mix_command)
+
+
 @app.command("info")
 def info_command(
-    store: Annotated[Path, typer.Argument(help="A store.", show_default=False)],
+    place: Annotated[Path, typer.Argument(help="A store or a mix.", show_default=False)],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything and compare the checksum.")
     ] = False,
+    store_root: Annotated[
+        Path | None, typer.Option(help="Folder of a mix's stores, if they were moved.", show_default=False)
+    ] = None,
 ) -> None:
-    """Shows what a store holds and where it came from."""
-    opened = Store.open(store)
+    """Shows what a store or a mix holds and where it came from."""
+    if (place / CARD).is_file():
+        mix = Mix.open(place, store_root=store_root)
+        if verify:
+            mix.verify()
+        print_mix(mix, Console(), verified=verify)
+        return
+    opened = Store.open(place)
     if verify:
         opened.verify()
     print_store(opened, Console(), verified=verify)
@@ -158,53 +181,58 @@ def info_command(
 
 @app.command("frames")
 def frames_command(
-    stores: Annotated[list[Path], typer.Argument(help="Stores, in the recipe's order.", show_default=False)],
+    places: Annotated[
+        list[Path],
+        typer.Argument(help="A run, a mix, or stores that are to be split.", show_default=False),
+    ],
     part: Annotated[str, typer.Option("--split", help=" | ".join(NAMES))],
     out: Annotated[Path, typer.Option("--out", "-o", help="Extended xyz to write.", show_default=False)],
-    splits: Annotated[
-        Path | None, typer.Option(help="splits.npz of a run: its very splits.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the splits, as in the recipe.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the stores' split, as in the recipe.")] = 0,
     fractions: Annotated[str, typer.Option(help="Of training, validation and test.")] = "0.8,0.1,0.1",
+    store_root: Annotated[
+        Path | None, typer.Option(help="Folder of a mix's stores, if they were moved.", show_default=False)
+    ] = None,
 ) -> None:
     """Writes the labelled frames of one split, to predict and compare."""
-    opened = [Store.open(path) for path in stores]
-    if splits is None:
-        found = split(opened, fractions=_fractions(fractions), seed=seed)
-    else:
-        found = Splits.load(splits)
-        found.check_stores(opened)
-    count = write_frames(opened, found.part(part), out)
+    with tempfile.TemporaryDirectory() as scratch:
+        mix = open_data(
+            places,
+            seed=seed,
+            fractions=parse_fractions(fractions),
+            store_root=store_root,
+            scratch=Path(scratch),
+        )
+        count = write_frames(mix.stores, mix.part(part), out)
     Console().print(f"{count} {part} frames written to {out}", soft_wrap=True, highlight=False)
 
 
-def _fractions(text: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
-        raise DataError(f"--fractions {text}: give three numbers that sum to 1, as 0.8,0.1,0.1") from None
+class Layout(StrEnum):
+    """What a store can be converted to."""
+
+    bp = "bp"
+    npy = "npy"
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """While open, SIGINT and SIGTERM are noted instead of obeyed; a second one ends the process at once."""
-    noted: list[int] = []
+@app.command("convert")
+def convert_command(
+    store: Annotated[str, typer.Argument(help="A store.", show_default=False)],
+    to: Annotated[
+        Layout, typer.Option(help="bp: an ADIOS2 file. npy: memory-mapped files.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new name, for bp NAME.bp.", show_default=False)],
+) -> None:
+    """Writes a store anew in another layout, the same to the last bit.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar
+    What is written takes its name when it is complete; a conversion that was killed is begun again.
+    """
+    opened = Store.open(store)
+    with progress_bar() as bar:
+        task = bar.add_task(f"writing {out.name}", total=len(opened))
+        write = convert.to_bp if to is Layout.bp else convert.to_npy
+        write(opened, out, on_progress=lambda written: bar.update(task, completed=written))
+    Console().print(
+        f"{len(opened)} structures written to {out}, digest {opened.manifest.digest}\n"
+        f"next:  equipot data info {out} --verify",
+        soft_wrap=True,
+        highlight=False,
+    )

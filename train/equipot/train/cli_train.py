@@ -49,12 +49,13 @@ def train(
     size = int(os.environ["WORLD_SIZE"]) if joining else ranks
     settings = load_recipe(recipe, set_ or [])
     check_combination(settings, size)
-    for store in settings.data.stores:
-        if not store.is_dir():
-            raise RecipeError(
-                f"{recipe}: data.stores names {store}, which is no directory (relative paths are relative to "
-                f"{Path.cwd()}); make it with `equipot data import`"
-            )
+    for key, paths, verb in (("stores", settings.data.stores, "import"), ("mix", [settings.data.mix], "mix")):
+        for path in paths:
+            if path is not None and not path.is_dir():
+                raise RecipeError(
+                    f"{recipe}: data.{key} names {path}, which is no directory (relative paths are relative "
+                    f"to {Path.cwd()}); make it with `equipot data {verb}`"
+                )
     if not resume and RunDirectory(directory).has_checkpoints and not joining:
         raise RunError(f"{directory} already holds a run; continue it with --resume, or choose another --out")
     job = Job(recipe=settings, out=directory, resume=resume)

@@ -1,10 +1,9 @@
-"""Stores, splits and chemistry of a run as graphs and labels in memory. Knows no order of steps, no loss."""
+"""Structures of a run as graphs and labels in memory, and their sizes. Knows no order of steps, no loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,21 +16,11 @@ from equipot.train.columns import Column
 from equipot.train.edge_lists import EdgeError, EdgeMemory, Edges, edges_of
 from equipot.train.edges import structure_sizes
 from equipot.train.errors import DataError
-from equipot.train.splits import Splits
+from equipot.train.places import in_blocks
 from equipot.train.store import Store
 from equipot.train.structures import Structures
 
-_CHUNK = 65536
 _NUMPY: dict[torch.dtype, DTypeLike] = {torch.float32: np.float32, torch.float64: np.float64}
-
-
-@dataclass(frozen=True, slots=True)
-class Chemistry:
-    """What occurs in some structures, each ascending."""
-
-    elements: tuple[int, ...]
-    charges: tuple[int, ...]
-    spin_multiplicities: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,55 +152,6 @@ class Dataset:
             raise DataError(f"{self.describe(keys[error.row : error.row + 1])}: {error}") from error
 
 
-def open_stores(paths: Sequence[Path]) -> list[Store]:
-    """Open the stores of a recipe.
-
-    Raises:
-        DataError: one is no store, or damaged, or holds nothing.
-    """
-    stores = [Store.open(path) for path in paths]
-    for store in stores:
-        if len(store) == 0:
-            raise DataError(f"{store.path} holds no structures; import some with `equipot data import`")
-    return stores
-
-
-def levels_of_theory(stores: Sequence[Store]) -> tuple[str, ...]:
-    """Names of the stores' levels of theory, each once, in the order of the stores."""
-    return tuple(dict.fromkeys(store.manifest.level_of_theory for store in stores))
-
-
-def chemistry(stores: Sequence[Store], keys: NDArray[np.int64]) -> Chemistry:
-    """What occurs in these structures, (k, 2) of store and structure index."""
-    elements: set[int] = set()
-    charges: set[int] = set()
-    spins: set[int] = set()
-    for store, rows in _by_store(stores, keys):
-        indices = keys[rows, 1]
-        for chunk in np.array_split(indices, max(1, -(-len(indices) // _CHUNK))):
-            present = store.element_counts(chunk).sum(axis=0)
-            elements.update(int(number) for number in np.flatnonzero(present))
-        charges.update(int(value) for value in np.unique(store.column("charge")[indices]))
-        spins.update(int(value) for value in np.unique(store.column("spin_multiplicity")[indices]))
-    return Chemistry(tuple(sorted(elements)), tuple(sorted(charges)), tuple(sorted(spins)))
-
-
-def supported(stores: Sequence[Store], keys: NDArray[np.int64], known: Chemistry) -> NDArray[np.bool_]:
-    """Which of these structures hold only what a model of that chemistry knows."""
-    result = np.ones(len(keys), dtype=np.bool_)
-    for store, rows in _by_store(stores, keys):
-        for chunk in np.array_split(rows, max(1, -(-len(rows) // _CHUNK))):
-            counts = store.element_counts(keys[chunk, 1])
-            counts[:, list(known.elements)] = 0
-            result[chunk] = ~counts.any(axis=1)
-        indices = keys[rows, 1]
-        spins = store.column("spin_multiplicity")[indices]
-        unstated_is_fine = (spins == 0) & (len(known.spin_multiplicities) == 1)
-        result[rows] &= np.isin(store.column("charge")[indices], known.charges)
-        result[rows] &= np.isin(spins, known.spin_multiplicities) | unstated_is_fine
-    return result
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Sizes:
     """Atoms and edges of every structure, by store."""
@@ -226,7 +166,7 @@ class Sizes:
 
     def costs(self, keys: Column) -> NDArray[np.int64]:
         """(k,) relative cost of computing each structure: edges, and atoms for those that have none."""
-        parts = [self._pick(part).sum(axis=1) for part in _blocks(keys)]
+        parts = [self._pick(part).sum(axis=1) for part in in_blocks(keys)]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def cost_column(self, keys: Column) -> Column:
@@ -235,7 +175,7 @@ class Sizes:
 
     def mean_neighbors(self, keys: Column) -> float:
         """Mean number of neighbours of an atom of these structures; 1 if there is no edge at all."""
-        atoms, edges = sum((self._pick(part).sum(axis=0) for part in _blocks(keys)), np.zeros(2, np.int64))
+        atoms, edges = sum((self._pick(part).sum(axis=0) for part in in_blocks(keys)), np.zeros(2, np.int64))
         return float(edges / atoms) if edges else 1.0
 
     def _pick(self, keys: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -257,20 +197,3 @@ class _Costs:
 
     def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.int64]:
         return self._sizes.costs(self._keys[rows])
-
-
-def _blocks(keys: Column) -> Iterator[NDArray[np.integer]]:
-    for at in range(0, len(keys), _CHUNK):
-        yield keys[np.arange(at, min(at + _CHUNK, len(keys)))]
-
-
-def splits_summary(splits: Splits) -> dict[str, int]:
-    """Number of structures in each split."""
-    return {name: len(splits.part(name)) for name in ("train", "validation", "test")}
-
-
-def _by_store(stores: Sequence[Store], keys: NDArray[np.int64]) -> Iterator[tuple[Store, NDArray[np.int64]]]:
-    for number, store in enumerate(stores):
-        rows = np.flatnonzero(keys[:, 0] == number)
-        if len(rows):
-            yield store, rows

@@ -300,7 +300,8 @@ def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
     bucket = max(1024, min(n_elements, _LARGEST_BUCKET))
     configuration: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": recipe.batch.accumulation,
+        # We say which micro-batch is the last. Told their number, DeepSpeed would at stage 0 divide by it.
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optimizer.clip,
         "steps_per_print": 2**62,
         "bf16": {"enabled": recipe.precision == "bf16"},

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from equipot.model.batch import SystemBatch
 from equipot.model.potential import Potential, Prediction
 from equipot.model.references import References
+from equipot.train.columns import Column
 from equipot.train.dataset import Batch, Dataset
 from equipot.train.divide import divide
 from equipot.train.loss import Counts, Residuals, penalty, predict, residuals
@@ -102,6 +103,11 @@ class Tally:
         self._sums = total[: self._sums.size].reshape(self._sums.shape)
         self._structures = total[self._sums.size :]
 
+    def include(self, other: Tally) -> None:
+        """Add the sums of other structures, with the same levels and loss."""
+        self._sums += other._sums
+        self._structures += other._structures
+
     def errors(self, level: int | None = None) -> Errors:
         """Errors of one level of theory, or of all structures together."""
         chosen = slice(None) if level is None else slice(level, level + 1)
@@ -141,7 +147,7 @@ class EvaluationStopped(Exception):
 def evaluate(
     potential: Potential,
     dataset: Dataset,
-    keys: NDArray[np.int64],
+    keys: Column,
     costs: NDArray[np.int64],
     world: World,
     loss: LossSection,
@@ -149,7 +155,7 @@ def evaluate(
     stress: bool,
     stopped: Callable[[], bool] | None = None,
 ) -> Tally:
-    """Errors of a potential over structures (k, 2), computed by all ranks together.
+    """Errors of a potential over structures, computed by all ranks together.
 
     Collective, and in step: under ZeRO-3 every forward pass is, so all ranks compute equally many batches.
 
@@ -161,7 +167,7 @@ def evaluate(
     for mine in evaluation_batches(costs, world):
         if stopped is not None and world.any(stopped()):
             raise EvaluationStopped
-        batch = dataset.batch(keys[mine.rows], device=world.device)
+        batch = dataset.batch(keys[mine.rows].astype(np.int64), device=world.device)
         prediction = predict(potential, batch.systems, forces=True, stress=stress)
         if mine.counts:
             tally.add(residuals(prediction, batch.targets, batch.systems), batch.systems)
@@ -173,7 +179,7 @@ def evaluate_references(
     references: References,
     elements: Sequence[int],
     dataset: Dataset,
-    keys: NDArray[np.int64],
+    keys: Column,
     loss: LossSection,
 ) -> Tally:
     """Errors of reference energies and zero forces: what is known before any network."""
@@ -184,7 +190,7 @@ def evaluate_references(
     for rows in np.array_split(np.arange(len(keys)), max(1, -(-len(keys) // 256))):
         if not len(rows):
             continue
-        batch: Batch = dataset.batch(keys[rows])
+        batch: Batch = dataset.batch(keys[rows].astype(np.int64))
         systems = batch.systems
         numbers = torch.from_numpy(columns)[systems.atomic_numbers]
         atomic = table[systems.level_idx[systems.system_idx], numbers]

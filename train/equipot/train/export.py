@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +24,12 @@ from equipot.train.checkpoint import (
     read_weights,
     step_name,
 )
-from equipot.train.dataset import Dataset, Sizes, open_stores
+from equipot.train.dataset import Dataset, Sizes
 from equipot.train.errors import DataError
-from equipot.train.evaluate import Errors, evaluate, evaluate_references
+from equipot.train.evaluate import Errors, Tally, evaluate, evaluate_references
+from equipot.train.prepare import reopen_mix
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
-from equipot.train.splits import Splits
 from equipot.train.world import World
 
 _PREFIX = "potential."  # the potential's name inside the trained module
@@ -51,14 +51,14 @@ def export_run(run_path: Path, out: Path, *, checkpoint: str = "best", name: str
     """
     console = Console(highlight=False)
     run = RunDirectory(run_path)
-    card, splits = RunCard.read(run.card), Splits.load(run.splits)
+    card = RunCard.read(run.card)
     chosen = choose_checkpoint(run, checkpoint)
     kind = "weights" if raw else "ema"
     potential = Potential(card.config, card.references)
     potential.load_state_dict(dict(named_tensors(chosen, kind)))
     metrics: dict[str, Any] = {}
     try:
-        metrics = _test(card, splits, potential, console)
+        metrics = _test(run, card, potential, console)
     except DataError as error:
         console.print(
             f"[yellow]warning:[/] exported without test errors: {escape(str(error))}", soft_wrap=True
@@ -102,32 +102,36 @@ def named_tensors(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tens
         yield name.removeprefix(_PREFIX), tensor
 
 
-def _test(card: RunCard, splits: Splits, potential: Potential, console: Console) -> dict[str, Any]:
-    if not len(splits.test):
+def _test(run: RunDirectory, card: RunCard, potential: Potential, console: Console) -> dict[str, Any]:
+    if not card.mix.sizes["test"]:
         console.print("the test split is empty: exported without test errors")
         return {}
-    stores = open_stores([Path(store.path) for store in card.stores])
-    splits.check_stores(stores)
-    dataset = Dataset(stores, card.config)
-    costs = Sizes.of(stores, card.config.cutoff, progress=True).costs(splits.test)
-    stress = potential.force_head is None and any(store.manifest.has_stress for store in stores)
+    mix = reopen_mix(run, card)
+    loss, levels = card.recipe.loss, dict(enumerate(card.config.levels_of_theory))
+    dataset, places = Dataset(mix.stores, card.config), mix.part("test")
+    sizes = Sizes.of(mix.stores, card.config.cutoff, progress=True)
+    stress = potential.force_head is None and any(store.manifest.has_stress for store in mix.stores)
     world = World(rank=0, size=1, device=torch.device("cpu"))
-    tally = evaluate(potential, dataset, splits.test, costs, world, card.recipe.loss, stress=stress)
-    baseline = evaluate_references(
-        card.references, card.config.elements, dataset, splits.test, card.recipe.loss
-    )
-    levels = dict(enumerate(card.config.levels_of_theory))
-    _print_errors(console, tally.errors(), baseline.errors())
+    tally, by_source = Tally(len(levels), loss), {}
+    for k, source in enumerate(mix.card.sources):
+        part = places.of_store(k)
+        if len(part):
+            found = evaluate(potential, dataset, part, sizes.costs(part), world, loss, stress=stress)
+            by_source[source.name] = found.errors()
+            tally.include(found)
+    baseline = evaluate_references(card.references, card.config.elements, dataset, places, loss)
+    _print_errors(console, tally.errors(), baseline.errors(), by_source if len(by_source) > 1 else {})
     return {
         "test": {
             **tally.errors().to_json(),
             "by_level_of_theory": {name: tally.errors(level).to_json() for level, name in levels.items()},
+            "by_source": {name: errors.to_json() for name, errors in by_source.items()},
             "baseline_references_zero_forces": baseline.errors().to_json(),
         }
     }
 
 
-def _print_errors(console: Console, model: Errors, baseline: Errors) -> None:
+def _print_errors(console: Console, model: Errors, baseline: Errors, by_source: Mapping[str, Errors]) -> None:
     table = Table(
         title=f"{model.structures} structures of the test split, mean absolute errors", title_justify="left"
     )
@@ -140,8 +144,14 @@ def _print_errors(console: Console, model: Errors, baseline: Errors) -> None:
     table.add_column("")
     for title, _ in shown:
         table.add_column(title, justify="right")
-    for label, errors in (("model", model), ("reference energies, zero forces", baseline)):
-        table.add_row(label, *(f"{getattr(errors, field):.4g}" for _, field in shown))
+    rows = {
+        "model": model,
+        **{f"  on {name}": errors for name, errors in by_source.items()},
+        "reference energies, zero forces": baseline,
+    }
+    for label, errors in rows.items():
+        values = (getattr(errors, field) for _, field in shown)
+        table.add_row(escape(label), *("–" if value is None else f"{value:.4g}" for value in values))
     console.print(table)
 
 
@@ -154,8 +164,8 @@ def _provenance(card: RunCard, checkpoint: Checkpoint, kind: str) -> dict[str, A
             {key: value for key, value in store.to_json().items() if key != "path"}
             for store in card.stores
         ],
-        "splits": {"digest": card.splits_digest, **card.split_sizes},
-        "seeds": {"run": card.recipe.seed, "splits": card.recipe.data.seed},
+        "mix": {key: value for key, value in card.mix.to_json().items() if key != "path"},
+        "seeds": {"run": card.recipe.seed},
         "checkpoint": checkpoint.name,
         "steps": checkpoint.state.step,
         "epochs": checkpoint.state.epoch,

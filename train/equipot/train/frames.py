@@ -9,14 +9,15 @@ import ase.io
 import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-from numpy.typing import NDArray
 
+from equipot.train.columns import Column
 from equipot.train.errors import DataError
+from equipot.train.places import in_blocks
 from equipot.train.store import Store
 
 
-def write_frames(stores: Sequence[Store], indices: NDArray[np.int64], path: Path) -> int:
-    """Writes the structures (k, 2) of (store, structure) in their order; returns how many.
+def write_frames(stores: Sequence[Store], keys: Column, path: Path) -> int:
+    """Writes structures in their order; returns how many.
 
     Each frame has energy, forces and stress where known, charge and spin_multiplicity where stated, and
     where it comes from (level_of_theory, source_file, source_frame), under names the importer reads back.
@@ -24,18 +25,19 @@ def write_frames(stores: Sequence[Store], indices: NDArray[np.int64], path: Path
     Raises:
         DataError: nothing to write, or the file cannot be written.
     """
-    if not len(indices):
+    if not len(keys):
         raise DataError("no structure to write: this split is empty")
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with aside.open("w", encoding="utf-8") as file:
-            for k, i in indices:
-                ase.io.write(file, as_atoms(stores[int(k)], int(i)), format="extxyz")
+            for block in in_blocks(keys):
+                for k, i in block.tolist():
+                    ase.io.write(file, as_atoms(stores[k], i), format="extxyz")
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
-    return len(indices)
+    return len(keys)
 
 
 def as_atoms(store: Store, index: int) -> ase.Atoms:

@@ -76,6 +76,7 @@ class Manifest:
         charges, spin_multiplicities: value (as text) → number of structures.
         sources: imported files; a structure's origin is (index in this list, frame).
         rejected: reason → frames left out.
+        rejected_bytes: length of `rejected.csv`, which lists all of them.
         notes: what was decided or found odd about kept frames.
         warnings: what the labels as a whole look wrong for, with the evidence.
         shards: folders, in order.
@@ -100,6 +101,7 @@ class Manifest:
     spin_multiplicities: dict[str, int] = field(default_factory=dict)
     sources: list[SourceEntry] = field(default_factory=list)
     rejected: dict[str, Tally] = field(default_factory=dict)
+    rejected_bytes: int = 0
     notes: dict[str, Tally] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     shards: list[ShardEntry] = field(default_factory=list)
@@ -121,6 +123,14 @@ class Manifest:
     def atomic_numbers(self) -> tuple[int, ...]:
         """The elements present, as sorted atomic numbers."""
         return tuple(sorted(int(z) for z in self.elements))
+
+    def reject(self, reason: str, source: int, frame: int, detail: str) -> None:
+        """Counts a frame that is left out."""
+        self.rejected.setdefault(reason, Tally()).add(source, frame, detail)
+
+    def note(self, code: str, source: int, frame: int, detail: str) -> None:
+        """Counts something decided or found odd about a kept frame."""
+        self.notes.setdefault(code, Tally()).add(source, frame, detail)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object, with format, version and units."""

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
-
-import numpy as np
-from numpy.typing import NDArray
+from pathlib import Path
 
 from equipot.model.config import ModelConfig
-from equipot.train.dataset import Sizes, chemistry, levels_of_theory, open_stores, splits_summary, supported
+from equipot.train.dataset import Sizes
 from equipot.train.errors import DataError
-from equipot.train.recipe import Recipe
-from equipot.train.reference_fit import fit_references
-from equipot.train.run_card import RunCard, StoreRecord, changes_on_resume, digest_of_splits
+from equipot.train.mix import Mix
+from equipot.train.mix_build import build_mix
+from equipot.train.mix_request import FRACTIONS, of_stores
+from equipot.train.recipe import DataSection, Recipe
+from equipot.train.run_card import MixRecord, RunCard, StoreRecord, changes_on_resume
 from equipot.train.run_directory import RunDirectory, RunError
-from equipot.train.splits import Splits, split
 from equipot.train.store import Store
 
 
-def prepare(recipe: Recipe, run: RunDirectory, *, resume: bool) -> list[str]:
-    """Write the run's card and splits, or check that they fit a run to be continued.
+def prepare(
+    recipe: Recipe,
+    run: RunDirectory,
+    *,
+    resume: bool,
+    on_progress: Callable[[str, float], None] = lambda what, fraction: None,
+) -> list[str]:
+    """Write the run's card, and of stores its mix, or check that they fit a run to be continued.
 
     Returns:
         What the user should be told.
@@ -28,75 +34,117 @@ def prepare(recipe: Recipe, run: RunDirectory, *, resume: bool) -> list[str]:
     Raises:
         TrainError: the directory is taken, the data cannot be used, or the recipe is not the run's own.
     """
-    stores = open_stores(recipe.data.stores)
     if run.has_checkpoints:
         if not resume:
             raise RunError(
                 f"{run.path} already holds a run; continue it with --resume, or choose another --out"
             )
-        return _continue(recipe, run, stores)
+        return _continue(recipe, run)
     run.path.mkdir(parents=True, exist_ok=True)
     run.checkpoints.mkdir(exist_ok=True)
     notes = [f"nothing to resume in {run.path}: the run begins"] if resume else []
-    splits = split(stores, fractions=recipe.data.fractions, seed=recipe.data.seed)
-    splits, left_out = _only_supported(stores, splits)
-    splits.save(run.splits)
-    make_card(recipe, stores, splits).write(run.card)
-    return notes + left_out
+    if recipe.data.mix is None:
+        shutil.rmtree(run.mix, ignore_errors=True)  # of an earlier start that took no step
+        mix = _mix_of_stores(recipe.data, run.mix, on_progress)
+    else:
+        mix = open_mix(recipe, run)
+        mix.verify()
+    make_card(recipe, mix).write(run.card)
+    return notes + _left_out(mix)
 
 
-def make_card(recipe: Recipe, stores: Sequence[Store], splits: Splits) -> RunCard:
-    """Derive from the training split, and from it alone, what the model needs to know of the data."""
-    if not len(splits.train):
-        raise DataError("the training split is empty; import more structures or raise data.fractions[0]")
-    known = chemistry(stores, splits.train)
-    levels = levels_of_theory(stores)
-    sizes = Sizes.of(stores, recipe.model.cutoff, progress=True)
-    _check_labels(recipe, stores)
+def open_mix(recipe: Recipe, run: RunDirectory) -> Mix:
+    """The mix that the recipe names, or the one that the run made of its stores.
+
+    Raises:
+        DataError: it is gone or damaged, or a store is gone or not the one that was mixed.
+    """
+    data = recipe.data
+    if data.mix is None:
+        return Mix.open(run.mix, stores=data.stores)
+    return Mix.open(data.mix, store_root=data.store_root)
+
+
+def reopen_mix(run: RunDirectory, card: RunCard) -> Mix:
+    """The mix a run was trained on, from wherever this is called.
+
+    Raises:
+        DataError: as `open_mix`, or it is another mix by now.
+    """
+    mix = Mix.open(card.mix.path or run.mix, stores=[Path(store.path) for store in card.stores])
+    _check_same(card, mix)
+    return mix
+
+
+def make_card(recipe: Recipe, mix: Mix) -> RunCard:
+    """Derive from the training split, and from it alone, what the model needs to know of the data.
+
+    Elements, references and mean neighbours are those of the whole training split, whatever the subset: the
+    models of a scaling curve differ in nothing else, and are validated and tested on the same structures.
+    """
+    known = mix.card.chemistry
+    _check_labels(recipe, mix.stores)
+    sizes = Sizes.of(mix.stores, recipe.model.cutoff, progress=True)
     return RunCard(
         recipe=recipe,
         config=ModelConfig(
             **recipe.model.model_dump(),
             elements=known.elements,
-            levels_of_theory=levels,
+            levels_of_theory=mix.card.levels,
             charges=known.charges,
             spin_multiplicities=known.spin_multiplicities,
-            mean_neighbors=sizes.mean_neighbors(splits.train),
+            mean_neighbors=sizes.mean_neighbors(mix.part("train")),
         ),
-        references=fit_references(stores, splits.train, known.elements, levels),
-        stores=tuple(StoreRecord.of(store) for store in stores),
-        splits_digest=digest_of_splits(splits),
-        split_sizes=splits_summary(splits),
+        references=mix.card.references,
+        stores=tuple(StoreRecord.of(store) for store in mix.stores),
+        mix=MixRecord.of(mix, recipe.data.subset, own=recipe.data.mix is None),
     )
 
 
-def _continue(recipe: Recipe, run: RunDirectory, stores: Sequence[Store]) -> list[str]:
-    card = RunCard.read(run.card)
-    splits = Splits.load(run.splits)
-    splits.check_stores(stores)
+def _mix_of_stores(data: DataSection, out: Path, on_progress: Callable[[str, float], None]) -> Mix:
+    names = [Store.open(path).manifest.name for path in data.stores]
+    request = of_stores(
+        [path.resolve() for path in data.stores], names, data.seed or 0, data.fractions or FRACTIONS
+    )
+    return build_mix(request, out, on_progress=on_progress)
+
+
+def _continue(recipe: Recipe, run: RunDirectory) -> list[str]:
+    card, mix = RunCard.read(run.card), open_mix(recipe, run)
     changes = changes_on_resume(card.recipe, recipe)
-    if changes:
-        replace(card, recipe=recipe).write(run.card)
+    _check_same(card, mix)
+    own = recipe.data.mix is None
+    now = replace(
+        card,
+        recipe=recipe,
+        stores=tuple(StoreRecord.of(store) for store in mix.stores),
+        mix=replace(card.mix, path="" if own else str(mix.path.resolve())),
+    )
+    if changes or (now.stores, now.mix) != (card.stores, card.mix):
+        now.write(run.card)
     return [f"the recipe has changed: {change}" for change in changes]
 
 
-def _only_supported(stores: Sequence[Store], splits: Splits) -> tuple[Splits, list[str]]:
-    known = chemistry(stores, splits.train)
-    kept: dict[str, NDArray[np.int64]] = {}
+def _check_same(card: RunCard, mix: Mix) -> None:
+    if mix.card.digest != card.mix.digest:
+        raise DataError(
+            f"{mix.path}: is not the mix that the run was begun with (it is {mix.card.digest[:15]}…, then it "
+            f"was {card.mix.digest[:15]}…); name that one, or begin another run with another --out"
+        )
+
+
+def _left_out(mix: Mix) -> list[str]:
     notes = []
-    for name in ("validation", "test"):
-        keys = splits.part(name)
-        mask = supported(stores, keys, known)
-        kept[name] = keys[mask]
-        if not mask.all():
-            notes.append(
-                f"{int((~mask).sum())} of {len(keys)} {name} structures hold elements, charges or spins "
-                "absent from the training split: they are left out"
-            )
-    return replace(splits, validation=kept["validation"], test=kept["test"]), notes
+    for source in mix.card.sources:
+        for reason, count in source.left_out.items():
+            if reason.startswith("elements"):
+                notes.append(
+                    f"{source.name}: {count} validation and test structures are left out, which hold {reason}"
+                )
+    return notes
 
 
-def _check_labels(recipe: Recipe, stores: Sequence[Store]) -> None:
+def _check_labels(recipe: Recipe, stores: tuple[Store, ...]) -> None:
     available = {
         "energy": any(store.manifest.with_energy for store in stores),
         "forces": any(store.manifest.has_forces for store in stores),

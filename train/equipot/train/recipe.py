@@ -6,16 +6,16 @@ in a recipe are relative to the directory in which the command is run.
 
 from __future__ import annotations
 
-import difflib
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from equipot.model.config import MessageForm
 from equipot.train.errors import TrainError
+from equipot.train.sections import Section, explain, parse_bytes
 
 # Keys that people look for and that are deliberately absent: the answer is better than "unknown key".
 _ELSEWHERE = {
@@ -36,31 +36,67 @@ class RecipeError(TrainError):
     """A recipe that cannot be run: the message names the key, the value and the remedy."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class DataSection(Section):
+    """[data]: what is trained on: stores, split here, or a mix, which is split already."""
 
-
-class DataSection(_Section):
-    """[data]: which stores are trained on, and how they are split."""
-
-    stores: Annotated[tuple[Path, ...], Field(min_length=1)] = Field(
-        description="packed stores made by `equipot data import`; several are trained on together"
+    stores: tuple[Path, ...] = Field(
+        default=(),
+        description="packed stores made by `equipot data import`; several are trained on together",
     )
-    fractions: tuple[float, float, float] = Field(
-        default=(0.8, 0.1, 0.1), description="shares of training, validation and test; they add up to 1"
+    mix: Path | None = Field(
+        default=None, description="a mix made by `equipot data mix`, in the place of stores"
     )
-    seed: int = Field(default=0, ge=0, description="seed of the split; groups of frames are never divided")
+    store_root: Path | None = Field(
+        default=None, description="folder that holds the mix's stores, if they were moved"
+    )
+    memory: Literal["map", "ray"] = Field(
+        default="map",
+        description="where structures are read from: mapped files, or the memory and local disks of a Ray "
+        "cluster's nodes, for data larger than one node's memory",
+    )
+    subset: float | str = Field(
+        default=1.0,
+        description='how much of the training split: a fraction in (0, 1], or bytes as "120 GB"; smaller '
+        "subsets lie inside larger ones, validation and test stay the same",
+    )
+    fractions: tuple[float, float, float] | None = Field(
+        default=None,
+        description="shares of training, validation and test; they add up to 1; 0.8, 0.1, 0.1 by default",
+    )
+    seed: int | None = Field(
+        default=None, ge=0, description="seed of the split, 0 by default; groups of frames are never divided"
+    )
+
+    @field_validator("subset", mode="before")
+    @classmethod
+    def _fraction_or_bytes(cls, value: object) -> object:
+        if isinstance(value, str):
+            parse_bytes(value)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(f'{value!r}: give a fraction above 0, up to 1, or bytes as "120 GB"')
+        return value
 
     @model_validator(mode="after")
-    def _fractions_add_up(self) -> DataSection:
-        if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6 or self.fractions[0] == 0:
+    def _stores_or_a_mix(self) -> DataSection:
+        if bool(self.stores) == (self.mix is not None):
             raise ValueError(
-                f"fractions = {list(self.fractions)} must be non-negative, add up to 1 and train on something"
+                'give either data.stores = ["…"], as made by `equipot data import`, or data.mix = "…", as '
+                "made by `equipot data mix`"
+            )
+        for name in ("fractions", "seed"):
+            if self.mix is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is the mix's own: remove it, or make another mix with it")
+        if self.mix is None and self.store_root is not None:
+            raise ValueError("store_root is for a mix whose stores were moved; with stores give their paths")
+        shares = self.fractions
+        if shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-6 or shares[0] == 0):
+            raise ValueError(
+                f"fractions = {list(shares)} must be non-negative, add up to 1 and train on something"
             )
         return self
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """[model]: the network; elements, charges and mean neighbours come from the training split."""
 
     architecture: Literal["egnn"] = Field(default="egnn", description="the kind of network")
@@ -77,14 +113,35 @@ class ModelSection(_Section):
     normalisation: Literal["layer", "none"] = Field(
         default="layer", description="layer norm of node features"
     )
-    messages: Literal["fast", "lean", "split", "plain"] = Field(
-        default="split",
-        description="evaluation orders of one function: split is quick; fast and lean hold a fifth of its "
-        "activations or less, for wide models; plain is the slow reference",
+    messages: MessageForm | tuple[MessageForm, ...] = Field(
+        default="fast",
+        description="evaluation orders of one function, a word for all layers or a list of one for each: "
+        "fast holds a fifth of the activations of plain, the slow reference; balanced and lean hold less and "
+        "take longer; split holds most of them",
     )
 
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _known_forms(cls, value: object) -> object:
+        for word in value if isinstance(value, list | tuple) else [value]:
+            if word not in get_args(MessageForm):
+                known = ", ".join(get_args(MessageForm))
+                raise ValueError(
+                    f"{word!r} is none of {known}; give one of them, or a list of one for each layer"
+                )
+        return value
 
-class BatchSection(_Section):
+    @model_validator(mode="after")
+    def _one_form_for_each_layer(self) -> Self:
+        if isinstance(self.messages, tuple) and len(self.messages) != self.layers:
+            raise ValueError(
+                f"messages lists {len(self.messages)} words for layers = {self.layers}; give one word for "
+                "all layers, or a list of one for each"
+            )
+        return self
+
+
+class BatchSection(Section):
     """[batch]: how many structures make a step."""
 
     structures: int = Field(
@@ -112,7 +169,7 @@ class BatchSection(_Section):
     )
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """[optimizer]: AdamW with linear warm-up, then a cosine down to a fraction of the peak rate."""
 
     learning_rate: float = Field(
@@ -143,7 +200,7 @@ class OptimizerSection(_Section):
         return self
 
 
-class LossSection(_Section):
+class LossSection(Section):
     """[loss]: weighted sum of means over the whole global batch; absent labels count for nothing."""
 
     kind: Literal["huber", "mse", "mae"] = Field(default="huber", description="penalty of one residual")
@@ -163,7 +220,7 @@ class LossSection(_Section):
         return self
 
 
-class ZeroSection(_Section):
+class ZeroSection(Section):
     """[zero]: what DeepSpeed's ZeRO divides among the ranks, and what it keeps elsewhere meanwhile."""
 
     stage: Literal[0, 1, 2, 3] = Field(
@@ -185,7 +242,7 @@ class ZeroSection(_Section):
     )
 
 
-class EmaSection(_Section):
+class EmaSection(Section):
     """[ema]: an exponential moving average of the weights, used for validation and export."""
 
     decay: float = Field(
@@ -193,7 +250,7 @@ class EmaSection(_Section):
     )
 
 
-class ValidationSection(_Section):
+class ValidationSection(Section):
     """[validation]: how often the validation split is evaluated, and when that ends training."""
 
     every_epochs: int = Field(default=1, ge=1, description="epochs between two validations")
@@ -202,7 +259,7 @@ class ValidationSection(_Section):
     )
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """[checkpoint]: when the run is saved. The best one and the one at the end are always kept."""
 
     every_epochs: int | None = Field(default=1, ge=1, description="epochs between two checkpoints")
@@ -223,7 +280,7 @@ class CheckpointSection(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One training run. Top-level keys stand before the first [section] of the file."""
 
     seed: int = Field(
@@ -234,7 +291,8 @@ class Recipe(_Section):
     )
     activation_checkpointing: bool = Field(
         default=False,
-        description="recompute each layer in the backward pass: less memory, about a third slower",
+        description="recompute each layer in the backward pass: less memory, about a quarter slower; pays "
+        "with plain or split messages and direct forces, or zero.stage = 3",
     )
     data: DataSection
     model: ModelSection = ModelSection()
@@ -274,8 +332,7 @@ def parse_recipe(values: Mapping[str, object], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(dict(item)) for item in error.errors()]
-        raise RecipeError(f"{source}: " + "; ".join(problems)) from None
+        raise RecipeError(f"{source}: {explain(error, Recipe, 'recipe', _ELSEWHERE)}") from None
 
 
 def check_combination(recipe: Recipe, ranks: int) -> None:
@@ -356,54 +413,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {name} is a value, not a section")
         section = inner
     section[names[-1]] = value
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        return _explain_unknown(location)
-    if problem["type"] == "value_error":
-        return f"{key}: " + str(problem["msg"]).removeprefix("Value error, ")
-    meaning = _describe(location)
-    hint = f" ({meaning})" if meaning else ""
-    if problem["type"] == "missing":
-        return f"{key} is missing{hint}; add it to the recipe"
-    return f"{key} = {_show(problem.get('input'))}: {str(problem['msg']).lower()}{hint}"
-
-
-def _explain_unknown(location: Sequence[str]) -> str:
-    key = ".".join(location)
-    for prefix, answer in _ELSEWHERE.items():
-        if key == prefix or key.startswith(prefix):
-            return f"unknown key {key}: {answer}"
-    section = _section_model(location[:-1])
-    names = list(section.model_fields) if section else []
-    close = difflib.get_close_matches(location[-1], names, n=1)
-    if close:
-        return f"unknown key {key}: did you mean {'.'.join([*location[:-1], close[0]])}?"
-    return f"unknown key {key}: remove it, or use one of {', '.join(names)}"
-
-
-def _section_model(location: Sequence[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Recipe
-    for name in location:
-        field = model.model_fields.get(name)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return None
-        model = inner
-    return model
-
-
-def _describe(location: Sequence[str]) -> str | None:
-    for depth in range(len(location), 0, -1):
-        section = _section_model(location[: depth - 1])
-        if section and location[depth - 1] in section.model_fields:
-            return section.model_fields[location[depth - 1]].description
-    return None
-
-
-def _show(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

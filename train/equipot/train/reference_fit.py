@@ -1,112 +1,85 @@
-"""Reference energies per element and level of theory, and the scale of the rest."""
+"""Reference energies per element of one level of theory, and the scale of the rest, from sums alone.
 
-from collections.abc import Sequence
+The sums are those of the normal equations: 119 × 119 numbers, whatever the number of structures, so one pass
+over the data is enough.
+"""
+
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equipot.model.references import References
-from equipot.train.errors import DataError
-from equipot.train.store import N_ELEMENTS, Store
+from equipot.train.store import N_ELEMENTS
 
 RIDGE = 1e-9
 """Relative to each element's weight: bends a well-determined energy by 1e-9 of its distance from the mean."""
-_BLOCK = 65536
 
 
-def fit_references(
-    stores: Sequence[Store],
-    train_indices: NDArray[np.int64],
-    elements: Sequence[int],
-    levels: Sequence[str],
-) -> References:
-    """Ridge least squares of total energies on element counts, one fit per level of theory.
+@dataclass(slots=True, eq=False)
+class NormalEquations:
+    """Sums over structures of one level of theory with an energy; `add` brings more, in any order.
 
-    The ridge draws towards the mean energy per atom, so a set that does not determine every element (one
-    composition, say) still gets finite values, and an element a level never saw gets that mean.
-
-    Args:
-        stores: what the indices refer to; each is of one level of theory.
-        train_indices: (k, 2) store and structure index; nothing else is looked at.
-        elements: atomic numbers of the columns.
-        levels: levels of theory of the rows.
-
-    Returns:
-        energy (n_levels, n_elements) in eV per atom; scale (n_levels,) in eV: RMS of the force components
-        (per Å), or without forces the standard deviation of the energy per atom that the references leave.
-
-    Raises:
-        DataError: a level without training structures with an energy, or an element that is not listed.
+    Attributes:
+        structures: how many were added.
+        normal: (119, 119) Σ cᵀc over the structures' counts of elements c.
+        right: (119,) Σ c·E in eV.
+        energy: Σ E in eV.
+        atoms: of all of them.
+        force_square, force_count: Σ F² in (eV/Å)², and number of force components.
     """
-    energy = np.zeros((len(levels), len(elements)))
-    scale = np.ones(len(levels))
-    for row, level in enumerate(levels):
-        of_level = [
-            (store, train_indices[train_indices[:, 0] == k, 1])
-            for k, store in enumerate(stores)
-            if store.manifest.level_of_theory == level
-        ]
-        energy[row], spread = _fit(of_level, elements, level)
-        rms = _rms_force(of_level)
-        scale[row] = rms or spread or 1.0
-    return References(energy=energy, scale=scale)
 
+    structures: int = 0
+    normal: NDArray[np.float64] = field(default_factory=lambda: np.zeros((N_ELEMENTS, N_ELEMENTS)))
+    right: NDArray[np.float64] = field(default_factory=lambda: np.zeros(N_ELEMENTS))
+    energy: float = 0.0
+    atoms: int = 0
+    force_square: float = 0.0
+    force_count: int = 0
 
-_Part = tuple[Store, NDArray[np.int64]]
+    def add(self, counts: NDArray[np.float64], energies: NDArray[np.float64]) -> None:
+        """Adds structures: (n, 119) atoms of each atomic number, (n,) total energies in eV, NaN if absent."""
+        there = np.isfinite(energies)
+        if not there.all():
+            counts, energies = counts[there], energies[there]
+        present = np.flatnonzero(counts.any(axis=0))
+        inner = counts[:, present]
+        self.normal[np.ix_(present, present)] += inner.T @ inner
+        self.right[present] += inner.T @ energies
+        self.energy += float(energies.sum())
+        self.atoms += int(inner.sum())
+        self.structures += len(energies)
 
+    def add_forces(self, forces: NDArray[np.float64]) -> None:
+        """Adds force components in eV/Å to the scale; NaN where absent."""
+        there = forces[np.isfinite(forces)]
+        self.force_square += float(np.square(there).sum())
+        self.force_count += there.size
 
-def _blocks(parts: Sequence[_Part], elements: Sequence[int]) -> list[tuple[Store, NDArray[np.int64]]]:
-    known = set(elements)
-    blocks = []
-    for store, indices in parts:
-        missing = set(store.manifest.atomic_numbers) - known
-        with_energy = indices[np.isfinite(store.energies[indices])]
-        for at in range(0, len(with_energy), _BLOCK):
-            block = with_energy[at : at + _BLOCK]
-            if missing and store.element_counts(block)[:, sorted(missing)].any():
-                raise DataError(
-                    f"{store.path}: holds atomic numbers {sorted(missing)}, the model lists {sorted(known)}"
-                )
-            blocks.append((store, block))
-    return blocks
+    @property
+    def elements(self) -> NDArray[np.int64]:
+        """Atomic numbers that occur, ascending."""
+        return np.flatnonzero(self.normal.diagonal())
 
+    def solve(self, elements: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(len(elements),) energies in eV per atom: ridge least squares of total energies on element counts.
 
-def _fit(parts: Sequence[_Part], elements: Sequence[int], level: str) -> tuple[NDArray[np.float64], float]:
-    """Energies per element, and the standard deviation per atom of what they leave."""
-    blocks = _blocks(parts, elements)
-    columns = np.asarray(elements, dtype=np.int64)
-    if not blocks or columns.max(initial=0) >= N_ELEMENTS:
-        raise DataError(f"level of theory {level!r}: no structure with an energy in the training split")
-    n_atoms = sum(float(store.n_atoms[block].sum()) for store, block in blocks)
-    mean = sum(float(store.energies[block].sum()) for store, block in blocks) / n_atoms
+        The ridge draws towards the mean energy per atom, so a set that does not determine every element (one
+        composition, say) still gets finite values of ordinary size, and an element it lacks gets that mean.
 
-    normal = np.zeros((len(columns), len(columns)))
-    right = np.zeros(len(columns))
-    for store, block in blocks:
-        counts = store.element_counts(block)[:, columns]
-        normal += counts.T @ counts
-        right += counts.T @ (store.energies[block] - mean * store.n_atoms[block])
-    # columns scaled to one: a rare element is bent no more than a common one
-    weight = np.sqrt(np.where(normal.diagonal() > 0, normal.diagonal(), 1.0))
-    values, vectors = np.linalg.eigh(normal / np.outer(weight, weight))
-    energies = mean + (vectors @ ((vectors.T @ (right / weight)) / (np.maximum(values, 0) + RIDGE))) / weight
+        Args:
+            elements: atomic numbers of the result; every one that occurs is among them.
+        """
+        normal = self.normal[np.ix_(elements, elements)]
+        mean = self.energy / self.atoms if self.atoms else 0.0
+        right = self.right[elements] - mean * normal.sum(axis=1)
+        # columns scaled to one: a rare element is bent no more than a common one
+        weight = np.sqrt(np.where(normal.diagonal() > 0, normal.diagonal(), 1.0))
+        values, vectors = np.linalg.eigh(normal / np.outer(weight, weight))
+        scaled = (vectors.T @ (right / weight)) / (np.maximum(values, 0) + RIDGE)
+        energies: NDArray[np.float64] = mean + (vectors @ scaled) / weight
+        return energies
 
-    left = np.concatenate(
-        [
-            (store.energies[block] - store.element_counts(block)[:, columns] @ energies)
-            / store.n_atoms[block]
-            for store, block in blocks
-        ]
-    )
-    return energies, float(left.std())
-
-
-def _rms_force(parts: Sequence[_Part]) -> float:
-    """RMS of all force components in eV/Å that are there; 0 if none is."""
-    square, count = 0.0, 0
-    for store, indices in parts:
-        for forces in store.force_blocks(indices):
-            there = forces[np.isfinite(forces)]
-            square += float(np.square(there).sum())
-            count += there.size
-    return float(np.sqrt(square / count)) if count else 0.0
+    @property
+    def force_scale(self) -> float:
+        """RMS of the force components in eV/Å; 0 if there is none."""
+        return float(np.sqrt(self.force_square / self.force_count)) if self.force_count else 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,14 @@ from typing import Any
 
 from equipot.model.config import ModelConfig
 from equipot.model.references import References
+from equipot.train.mix import Mix
 from equipot.train.recipe import Recipe, parse_recipe
 from equipot.train.run_directory import RunError
-from equipot.train.splits import Splits
+from equipot.train.splits import NAMES
 from equipot.train.store import Store
 
 _FORMAT = "equipot-run"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +50,50 @@ class StoreRecord:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixRecord:
+    """What a run remembers of its mix.
+
+    Attributes:
+        path: absolute; "" for the one that the run made of its stores and keeps itself.
+        digest: of the mix.
+        share: of every source's training structures that is trained on, as a fraction in text.
+        sources: name and weight of each, in the order of the stores.
+        sizes: structures in each split, of the training split those that are trained on.
+        draws: structures that an epoch takes of these.
+    """
+
+    path: str
+    digest: str
+    share: str
+    sources: tuple[tuple[str, str], ...]
+    sizes: Mapping[str, int]
+    draws: int
+
+    @staticmethod
+    def of(mix: Mix, subset: float | str, *, own: bool) -> MixRecord:
+        """Note a mix and the subset of it; `own` if the run keeps it."""
+        once, drawn = mix.training(subset)
+        sizes = {name: len(once if name == "train" else mix.part(name)) for name in NAMES}
+        return MixRecord(
+            path="" if own else str(mix.path.resolve()),
+            digest=mix.card.digest,
+            share=str(mix.share(subset)),
+            sources=tuple((source.name, source.weight) for source in mix.card.sources),
+            sizes=sizes,
+            draws=len(drawn),
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """As plain values."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> MixRecord:
+        """The inverse of :meth:`to_json`."""
+        return MixRecord(**{**values, "sources": tuple((name, weight) for name, weight in values["sources"])})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RunCard:
     """What is trained on what; written before the first step and read by resume and export."""
@@ -58,8 +102,7 @@ class RunCard:
     config: ModelConfig
     references: References
     stores: tuple[StoreRecord, ...]
-    splits_digest: str
-    split_sizes: Mapping[str, int]
+    mix: MixRecord
 
     def write(self, path: Path) -> None:
         """Write it aside, then name it."""
@@ -71,7 +114,7 @@ class RunCard:
             "model": self.config.to_json(),
             "references": self.references.to_json(),
             "stores": [store.to_json() for store in self.stores],
-            "splits": {"digest": self.splits_digest, **self.split_sizes},
+            "mix": self.mix.to_json(),
         }
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps(body, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -93,33 +136,25 @@ class RunCard:
             ) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{path} cannot be read: {error}") from error
-        if body.get("format") != _FORMAT or body.get("version", 0) > _VERSION:
-            raise RunError(f"{path} is of another format or a newer version; use the equipot that wrote it")
-        splits = dict(body["splits"])
+        if body.get("format") != _FORMAT or body.get("version") != _VERSION:
+            raise RunError(f"{path} is of another format or version; use the equipot that wrote it")
         return RunCard(
             recipe=parse_recipe(body["recipe"], str(path)),
             config=ModelConfig.from_json(body["model"]),
             references=References.from_json(body["references"]),
             stores=tuple(StoreRecord(**store) for store in body["stores"]),
-            splits_digest=splits.pop("digest"),
-            split_sizes=splits,
+            mix=MixRecord.from_json(body["mix"]),
         )
 
 
-def digest_of_splits(splits: Splits) -> str:
-    """Identity of who is trained on: SHA-256 over the three lists of indices."""
-    hasher = hashlib.sha256()
-    for name in ("train", "validation", "test"):
-        hasher.update(name.encode())
-        hasher.update(splits.part(name).astype("<i8").tobytes())
-    return f"sha256:{hasher.hexdigest()}"
-
-
 # What makes a run the run it is. The rest of a recipe may change when it is continued.
+_PLACES = (("data", "stores"), ("data", "mix"), ("data", "store_root"))
+"""Where the data lie may change; that they are the same is checked by digest."""
 _IDENTITY: Sequence[tuple[str, ...]] = (
     ("seed",),
     ("data", "fractions"),
     ("data", "seed"),
+    ("data", "subset"),
     ("model",),
     ("batch", "structures"),
 )
@@ -134,7 +169,7 @@ def changes_on_resume(begun: Recipe, now: Recipe) -> list[str]:
     before, after = _flat(begun.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     changed = []
     for key in sorted(set(before) | set(after)):
-        if before.get(key) == after.get(key) or key[:2] == ("data", "stores"):
+        if before.get(key) == after.get(key) or key[:2] in _PLACES:
             continue
         name = ".".join(key)
         if any(key[: len(prefix)] == prefix for prefix in _IDENTITY):

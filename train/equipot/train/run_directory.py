@@ -24,9 +24,9 @@ class RunDirectory:
         return self.path / "recipe.resolved.json"
 
     @property
-    def splits(self) -> Path:
-        """Which structures are trained on, validated on, tested on."""
-        return self.path / "splits.npz"
+    def mix(self) -> Path:
+        """Which structures are trained on, validated on, tested on, if the recipe names stores and no mix."""
+        return self.path / "mix"
 
     @property
     def metrics(self) -> Path:

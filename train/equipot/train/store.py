@@ -1,25 +1,29 @@
-"""The packed store, read: memory-mapped flat arrays, one structure is one slice. `store_writer` writes it."""
+"""The packed store, read: flat arrays, one structure is one slice. `store_writer` writes it.
+
+Where the arrays lie is a `storage.base.Storage`'s business; by default they are memory-mapped files.
+"""
 
 import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from equipot.model.batch import System
-from equipot.train.arrays import OFFSETS, Field, array_bytes, map_rows, per_atom, per_structure
+from equipot.train.arrays import per_atom, per_structure
 from equipot.train.errors import DataError
-from equipot.train.manifest import Manifest, ShardEntry, read_json
-from equipot.train.structures import PER_ATOM_NAMES, PER_STRUCTURE_NAMES, Structures, flat_index
+from equipot.train.manifest import Manifest
+from equipot.train.storage.base import Arrays, Storage, chunks
+from equipot.train.storage.memory_map import MemoryMap
+from equipot.train.storage.opening import RAY, open_storage
+from equipot.train.structures import Structures
 
-MANIFEST = "manifest.json"
-JOURNAL = "journal.json"
-SHARDS = "shards"
 N_ELEMENTS = 119
 """Atomic numbers 0 to 118."""
 _GATHER_BLOCK = 65536
@@ -44,95 +48,70 @@ class Origin(NamedTuple):
     frame: int
 
 
-class _Shard:
-    """The arrays of one folder, mapped on first use."""
-
-    def __init__(self, folder: Path, entry: ShardEntry, columns: Sequence[str]) -> None:
-        self.folder = folder
-        self.entry = entry
-        self._columns = columns
-
-    def files(self) -> Iterator[tuple[str, Field, int]]:
-        yield "atom_offsets", OFFSETS, self.entry.structures + 1
-        for name, field in per_structure(self._columns).items():
-            yield name, field, self.entry.structures
-        for name, field in per_atom(self._columns).items():
-            yield name, field, self.entry.atoms
-
-    def check(self) -> None:
-        for name, field, rows in self.files():
-            path = self.folder / f"{name}.npy"
-            size = path.stat().st_size if path.exists() else 0
-            if size < array_bytes(field, rows):
-                what = "is missing" if not size else f"is cut short ({size} bytes)"
-                raise DataError(f"{path}: {what}, the store is damaged; import the data again")
-
-    @cached_property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        found = {}
-        for name, _, rows in self.files():
-            path = self.folder / f"{name}.npy"
-            try:
-                found[name] = map_rows(path, rows)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path}: {error}; the store is damaged, import the data again") from None
-        return found
-
-
 class Store:
     """A packed store, read-only.
 
     Attributes:
-        path: its folder.
+        path: its folder, also of one that is served from elsewhere.
         manifest: what it says of itself.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, storage: Storage | None = None) -> None:
+        """Use `open`; this takes the folder as it is, by default one of memory-mapped files."""
         self.path = path
         self.manifest = manifest
-        self._shards = [
-            _Shard(path / SHARDS / entry.name, entry, manifest.columns) for entry in manifest.shards
-        ]
+        self._address: str | Path = path
+        self._storage = storage or MemoryMap(path, manifest)
         self._starts = [0]
         for entry in manifest.shards:
             self._starts.append(self._starts[-1] + entry.structures)
+        self._first_rows = np.array(self._starts, dtype=np.int64)
 
     @staticmethod
-    def open(path: str | Path) -> "Store":
+    def open(address: str | Path) -> "Store":
         """Opens a store; reads its manifest and the size of its files, not the data.
+
+        Args:
+            address: folder of a store, an ADIOS2 file that `convert` wrote, or "ray:" and either of these.
 
         Raises:
             DataError: not a store, an unfinished one, of a newer version, or damaged.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise DataError(
-                f"{folder}: no such store; make one with: equipot data import FILE… --out {folder}"
-            )
-        if not (folder / MANIFEST).exists():
-            if (folder / JOURNAL).exists():
-                raise DataError(f"{folder}: its import is not finished; run the same import command again")
-            raise DataError(f"{folder}: is not an equipot store (no {MANIFEST})")
-        manifest = Manifest.from_json(read_json(folder / MANIFEST), folder / MANIFEST)
-        store = Store(folder, manifest)
-        if store._starts[-1] != manifest.structures:
-            raise DataError(f"{folder / MANIFEST}: damaged, its shards do not add up; import the data again")
-        for shard in store._shards:
-            shard.check()
+        store = Store(*open_storage(address))
+        store._address = address
         return store
+
+    def kept_in(self, memory: Literal["map", "ray"]) -> "Store":
+        """This store, or the same one with its structures held by the nodes of a Ray cluster.
+
+        Raises:
+            DataError: ray is not installed, or no cluster runs here.
+        """
+        return self if memory == "map" else Store.open(f"{RAY}{self.path.resolve()}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens the store for itself: maps and connections cannot be sent.
+        return Store.open, (self._address,)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def _locate(self, index: int) -> tuple[dict[str, NDArray[Any]], int]:
+    def _place(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"structure {index} of {self.path}, which holds {len(self)}")
-        k = bisect.bisect_right(self._starts, index) - 1
-        return self._shards[k].arrays, index - self._starts[k]
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return shard, index - self._starts[shard]
+
+    def _find(self, index: int) -> tuple[Arrays, int]:
+        return self._storage.find(*self._place(int(index)))
+
+    def _value(self, index: int, name: str) -> Any:  # noqa: ANN401 - a scalar of the array's type
+        shard, row = self._place(int(index))
+        return self._storage.rows(shard, name, row, row + 1)[0]
 
     def system(self, index: int) -> System:
         """Structure `index` (copied out of the map); its level of theory is 0."""
-        arrays, i = self._locate(int(index))
+        arrays, i = self._find(index)
         start, stop = arrays["atom_offsets"][i : i + 2]
         return System(
             atomic_numbers=arrays["atomic_numbers"][start:stop].astype(np.int64),
@@ -146,7 +125,7 @@ class Store:
 
     def labels(self, index: int) -> Labels:
         """Labels of structure `index`."""
-        arrays, i = self._locate(int(index))
+        arrays, i = self._find(index)
         start, stop = arrays["atom_offsets"][i : i + 2]
         stress = np.array(arrays["stress"][i])
         return Labels(
@@ -156,7 +135,9 @@ class Store:
         )
 
     def read(self, indices: ArrayLike) -> Structures:
-        """Many structures with their labels at once, in the order given, copied out of the map.
+        """Many structures with their labels at once, at least one, in the order given; copied.
+
+        The quickest way to get many: served from other nodes, a thousand take as many round trips as one.
 
         Raises:
             DataError: the offsets of a structure's atoms make no sense.
@@ -166,64 +147,74 @@ class Store:
         ascending = wanted[order]
         if len(wanted) and not 0 <= ascending[0] <= ascending[-1] < len(self):
             raise IndexError(f"structures {ascending[0]} to {ascending[-1]} of {len(self)} in {self.path}")
-        bounds = np.searchsorted(ascending, self._starts)
-        parts = [
-            self._read_shard(k, ascending[bounds[k] : bounds[k + 1]])
-            for k in np.flatnonzero(np.diff(bounds)).tolist()
-        ]
-        found = Structures.joined(parts)
+        places = np.empty((len(wanted), 2), dtype=np.int64)
+        places[:, 0] = self._first_rows.searchsorted(ascending, side="right") - 1
+        places[:, 1] = ascending - self._first_rows[places[:, 0]]
+        found = self._storage.gather(places)
         return found if (order[:-1] <= order[1:]).all() else found.take(np.argsort(order))
-
-    def _read_shard(self, k: int, wanted: NDArray[np.int64]) -> Structures:
-        # plain arrays: indexing numpy's memmap class costs microseconds more
-        arrays = {name: np.asarray(array) for name, array in self._shards[k].arrays.items()}
-        local = wanted - self._starts[k]
-        starts = arrays["atom_offsets"][local]
-        lengths = arrays["atom_offsets"][local + 1] - starts
-        bad = (starts < 0) | (lengths < 1) | (starts + lengths > self._shards[k].entry.atoms)
-        if bad.any():
-            raise DataError(
-                f"{self.path}[{wanted[bad][0]}]: its atoms cannot be found, the store is damaged; "
-                "import the data again"
-            )
-        atoms = flat_index(starts, lengths)
-        values = {name: arrays[name][local] for name in PER_STRUCTURE_NAMES}
-        values |= {name: arrays[name][atoms] for name in PER_ATOM_NAMES}
-        return Structures(n_atoms=lengths, **values)
 
     def origin(self, index: int) -> Origin:
         """File and frame that structure `index` was read from."""
-        arrays, i = self._locate(int(index))
-        return Origin(self.manifest.sources[int(arrays["source"][i])].file, int(arrays["frame"][i]))
+        source = self.manifest.sources[int(self._value(index, "source"))]
+        return Origin(source.file, int(self._value(index, "frame")))
 
     def name(self, index: int) -> str:
         """The source's own identifier of structure `index`, "" if it has none."""
-        arrays, i = self._locate(int(index))
-        return bytes(arrays["name"][i]).decode("utf-8", "replace") if "name" in arrays else ""
+        if "name" not in self.manifest.columns:
+            return ""
+        return bytes(self._value(index, "name")).decode("utf-8", "replace")
 
     def extra(self, index: int, name: str) -> NDArray[Any] | None:
         """A further per-atom array (n_atoms,) of structure `index`, as tags; None if the store has none."""
         if name not in self.manifest.columns:
             return None
-        arrays, i = self._locate(int(index))
-        start, stop = arrays["atom_offsets"][i : i + 2]
-        return np.array(arrays[name][start:stop])
+        shard, row = self._place(int(index))
+        start, stop = self._storage.rows(shard, "atom_offsets", row, row + 2)
+        return np.array(self._storage.rows(shard, name, int(start), int(stop)))
 
     def blocks(self, name: str) -> Iterator[NDArray[Any]]:
         """One per-structure array, shard by shard."""
-        for shard in self._shards:
-            yield shard.arrays[name]
+        for k, entry in enumerate(self.manifest.shards):
+            yield self._storage.rows(k, name, 0, entry.structures)
 
     def column(self, name: str) -> NDArray[Any]:
         """One per-structure array over all shards, (n_structures, …), copied into memory."""
-        parts = [shard.arrays[name] for shard in self._shards]
+        parts = list(self.blocks(name))
         field = per_structure(self.manifest.columns)[name]
         return np.concatenate(parts) if parts else np.empty((0, *field.row), field.dtype)
+
+    def chunks(self) -> Iterator[tuple[int, NDArray[np.int64], Arrays]]:
+        """All arrays piece by piece in the store's order, some 32 MiB at a time.
+
+        Yields:
+            The shard, the structures' numbers of atoms (n,), and their arrays by name without atom_offsets.
+        """
+        columns = self.manifest.columns
+        for k, entry in enumerate(self.manifest.shards):
+            for start, stop, offsets in chunks(self._storage, k, entry.structures):
+                first, last = int(offsets[0]), int(offsets[-1])
+                arrays = {name: self._storage.rows(k, name, start, stop) for name in per_structure(columns)}
+                for name in per_atom(columns):
+                    arrays[name] = self._storage.rows(k, name, first, last)
+                yield k, np.diff(offsets), arrays
+
+    def values(self, name: str, indices: ArrayLike) -> NDArray[Any]:
+        """(len(indices), …) rows of one per-structure array, without reading the others."""
+        wanted = np.asarray(indices, dtype=np.int64).ravel()
+        field = per_structure(self.manifest.columns)[name]
+        found = np.empty((len(wanted), *field.row), field.dtype)
+        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        for k in np.unique(shard_of).tolist():
+            rows = np.flatnonzero(shard_of == k)
+            rows = rows[np.argsort(wanted[rows], kind="stable")]
+            found[rows] = self._storage.take(k, name, wanted[rows] - self._starts[k])
+        return found
 
     @cached_property
     def n_atoms(self) -> NDArray[np.int64]:
         """(n_structures,) number of atoms of each."""
-        parts = [np.diff(shard.arrays["atom_offsets"]) for shard in self._shards]
+        shards = enumerate(self.manifest.shards)
+        parts = [np.diff(self._storage.rows(k, "atom_offsets", 0, e.structures + 1)) for k, e in shards]
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
     @cached_property
@@ -260,28 +251,27 @@ class Store:
                 f"structures {wanted[order[0]]} to {wanted[order[-1]]} of {len(self)} in {self.path}"
             )
         bounds = np.searchsorted(wanted[order], self._starts)
-        for k, shard in enumerate(self._shards):
+        for k in range(len(self.manifest.shards)):
             of_shard = order[bounds[k] : bounds[k + 1]]
             for at in range(0, len(of_shard), _GATHER_BLOCK):
                 rows = of_shard[at : at + _GATHER_BLOCK]
                 local = wanted[rows] - self._starts[k]
-                offsets = shard.arrays["atom_offsets"]
-                starts, lengths = offsets[local], offsets[local + 1] - offsets[local]
+                starts = self._storage.take(k, "atom_offsets", local)
+                lengths = self._storage.take(k, "atom_offsets", local + 1) - starts
                 owner = np.repeat(np.arange(len(rows)), lengths)
                 before = np.cumsum(lengths) - lengths
                 atoms = np.arange(len(owner)) + (starts - before)[owner]
-                yield rows, shard.arrays[name][atoms], owner
+                yield rows, self._storage.take(k, name, atoms), owner
 
     def verify(self) -> None:
         """Reads everything and compares with the manifest's checksum; DataError if a byte has changed."""
         chain, columns = b"", self.manifest.columns
-        for shard in self._shards:
-            a = shard.arrays
-            for i in range(shard.entry.structures):
-                start, stop = a["atom_offsets"][i : i + 2]
-                parts = [a[name][i : i + 1] for name in chained(columns)]
-                parts += [a[name][start:stop] for name in per_atom(columns)]
-                chain = link(chain, [np.asarray(part) for part in parts])
+        for _, counts, arrays in self.chunks():
+            whole = [arrays[name] for name in chained(columns)]
+            atoms = [arrays[name] for name in per_atom(columns)]
+            ends = [0, *np.cumsum(counts).tolist()]
+            for i, (begin, end) in enumerate(pairwise(ends)):
+                chain = link(chain, [a[i : i + 1] for a in whole] + [a[begin:end] for a in atoms])
         if chain.hex() != self.manifest.chain:
             raise DataError(f"{self.path}: its content has changed since the import; import the data again")
 

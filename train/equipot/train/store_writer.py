@@ -2,15 +2,17 @@
 
 Order of a commit: arrays are appended and synced, then the journal is replaced. What lies behind the rows
 that the journal (or, without one, the manifest) counts is cut off by the next append. The manifest comes
-last, when the import is done, so a store that is being added to stays readable as it was. Knows no files.
+last, when the import is done, so a store that is being added to stays readable as it was. Where blocks and
+commits begin and end leaves no trace in the bytes. Knows no files.
 """
 
 import copy
 import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,19 +20,26 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from equipot.train.arrays import OFFSETS, Field, append_rows, per_atom, per_structure
+from equipot.train.arrays import OFFSETS, append_rows, per_atom, per_structure, sync
+from equipot.train.block import Block
 from equipot.train.errors import DataError
-from equipot.train.manifest import Manifest, ShardEntry, SourceEntry, content_digest, read_json, write_json
-from equipot.train.sources.base import EXTRAS, Frame
-from equipot.train.store import JOURNAL, MANIFEST, SHARDS, Store, chained, link
+from equipot.train.manifest import Manifest, ShardEntry, content_digest, read_json, write_json
+from equipot.train.rejected_file import NAME as REJECTED
+from equipot.train.rejected_file import RejectedFile
+from equipot.train.storage.memory_map import SHARDS
+from equipot.train.storage.opening import JOURNAL, MANIFEST
+from equipot.train.store import Store, chained, link
 
 SHARD_STRUCTURES = 2**20
 SHARD_ATOMS = 2**25
 """A shard is closed at either limit. Few large ones: each of its 13 arrays takes the reader a file handle."""
-COMMIT_STRUCTURES = 2048
-COMMIT_ATOMS = 2**17
-"""Frames held in memory at most, and lost at most."""
-_ABSENT: Mapping[str, int] = {"tags": -1, "fixed": 0}
+FLUSH_STRUCTURES = 4096
+FLUSH_ATOMS = 2**18
+"""Frames held in memory at most."""
+COMMIT_SECONDS, COMMIT_SHARE = 2.0, 0.04
+"""Time between two commits, and the share of the time that commits may take: a journal that names many files
+takes longer to write, and is then written less often."""
+_UNIQUE_AT_ONCE = 2**22
 
 
 class StoreWriter:
@@ -40,28 +49,32 @@ class StoreWriter:
         path: the store's folder.
         committed: manifest of the finished store that is being added to, or None.
         manifest: the store as it will be, brought up to date by every `add`.
-        cursor: {"source": …, "frame": …}, where to go on reading after the last commit.
+        cursor: where to go on reading after the last commit, as JSON types.
         resumed: whether a killed import is being continued.
     """
 
-    def __init__(self, path: Path, fresh: Manifest, *, commit_structures: int = COMMIT_STRUCTURES) -> None:
+    def __init__(self, path: Path, fresh: Manifest, *, commit_structures: int | None = None) -> None:
         """Locks the folder, which is made if need be.
 
         Args:
             path: folder of the store.
             fresh: manifest of the store if it has to be created.
-            commit_structures: frames between two commits.
+            commit_structures: frames between two commits; by default commits go by the clock.
 
         Raises:
             DataError: not a store; another import is running; another level of theory or licence.
         """
         self.path = path
         self.manifest = fresh
-        self.cursor: dict[str, int] = {"source": 0, "frame": 0}
+        self.cursor: dict[str, Any] = {}
         self.resumed = False
         self._commit_structures = commit_structures
-        self._pending: list[tuple[Frame, int, int]] = []
-        self._pending_atoms = 0
+        self._next_commit = 0.0
+        self._uncommitted = 0
+        self._pending: list[Block] = []
+        self._pending_structures = self._pending_atoms = 0
+        self._unsynced: set[Path] = set()
+        self._rejected = RejectedFile(path)
         self._plan: dict[str, Any] = {}
         self._chain = b""
         if path.exists() and not path.is_dir():
@@ -81,8 +94,8 @@ class StoreWriter:
     def _look(self, fresh: Manifest) -> Manifest | None:
         journal = self.path / JOURNAL
         if not (self.path / MANIFEST).exists():
-            begun = f"{JOURNAL}.part"  # all that a kill in the very first step leaves
-            if not journal.exists() and any(entry.name != begun for entry in self.path.iterdir()):
+            begun = (f"{JOURNAL}.part", REJECTED)  # all that a kill in the very first or last step leaves
+            if not journal.exists() and any(entry.name not in begun for entry in self.path.iterdir()):
                 raise DataError(
                     f"{self.path}: holds other files and is no store; give an empty or a new folder as --out"
                 )
@@ -99,12 +112,13 @@ class StoreWriter:
                 )
         return committed
 
-    def start(self, plan: Mapping[str, Any], sources: Sequence[SourceEntry]) -> None:
+    def start(self, plan: Mapping[str, Any], cursor: Mapping[str, Any]) -> None:
         """Takes a killed import up again, or begins one.
 
         Args:
-            plan: what is imported and how, as JSON types; only the same plan is taken up again.
-            sources: the files, in order; they are added to the manifest.
+            plan: what is imported and how, as JSON types; only the same plan is taken up again. "files" in it
+                says which files, in words.
+            cursor: where to begin reading if nothing is committed.
 
         Raises:
             DataError: an import with another plan lies unfinished.
@@ -114,23 +128,26 @@ class StoreWriter:
         if journal.exists():
             body = read_json(journal)
             if body.get("plan") != self._plan:
-                theirs = ", ".join(source["file"] for source in body.get("plan", {}).get("sources", []))
+                theirs = body.get("plan", {}).get("files", "files")
                 raise DataError(
                     f"{self.path}: an import of {theirs} lies unfinished, with other files or options than "
-                    f"these; finish it with its own command, or drop it: rm -r {self._dropped()}"
+                    f"these; finish it with its own command, or drop it: rm -r {self.dropped}"
                 )
             self.manifest = Manifest.from_json(body["manifest"], journal)
             self.cursor = body["cursor"]
             self.resumed = True
             self._chain = bytes.fromhex(self.manifest.chain)
+            self._rejected.start(self.manifest.rejected_bytes)
             return
         if self.committed is not None:
             self.manifest = copy.deepcopy(self.committed)
             self._chain = bytes.fromhex(self.manifest.chain)
-        self.manifest.sources += copy.deepcopy(list(sources))
-        self.commit(self.cursor)
+        self._rejected.start(self.manifest.rejected_bytes)
+        self.commit(cursor)
 
-    def _dropped(self) -> Path:
+    @property
+    def dropped(self) -> Path:
+        """What to remove to be rid of an unfinished import."""
         return self.path if self.committed is None else self.path / JOURNAL
 
     def __enter__(self) -> Self:
@@ -141,86 +158,130 @@ class StoreWriter:
     ) -> None:
         os.close(self._lock)
 
-    def add(self, frame: Frame, group: int, source: int) -> None:
-        """Adds one structure; it is on disk after the next commit."""
-        entry = self._open_shard(len(frame.atomic_numbers))
-        self._pending.append((frame, group, source))
-        self._pending_atoms += len(frame.atomic_numbers)
-        entry.structures += 1
-        entry.atoms += len(frame.atomic_numbers)
-        self._count(frame)
-        self._chain = link(self._chain, self._row_bytes(frame, group, source))
-
-    def _row_bytes(self, frame: Frame, group: int, source: int) -> list[NDArray[Any]]:
-        columns = self.manifest.columns
-        fields = per_structure(columns)
-        rows = [_structure_row(name, fields[name], frame, group, source) for name in chained(columns)]
-        return rows + [_atom_rows(name, field, frame) for name, field in per_atom(columns).items()]
+    def add(self, block: Block, source: int) -> None:
+        """Adds a block of frames of a source, by its place in the manifest; on disk after the next commit."""
+        entry = self.manifest.sources[source]
+        entry.frames_read += len(block) + len(block.rejected)
+        entry.frames_kept += len(block)
+        for item in block.rejected:
+            self.manifest.reject(item.reason.value, source, item.index, item.detail)
+            self._rejected.add(entry.file, item)
+        for frame, code, detail in block.notes:
+            self.manifest.note(code, source, frame, detail)
+        self._count(block)
+        self._uncommitted += len(block) + len(block.rejected)
+        block.structures["source"] = np.full(len(block), source, dtype=per_structure(())["source"].dtype)
+        for part in self._by_shard(block):
+            self._chain_up(part)
+            self._pending.append(part)
+            self._pending_structures += len(part)
+            self._pending_atoms += int(part.n_atoms.sum())
+        if self._pending_structures >= FLUSH_STRUCTURES or self._pending_atoms >= FLUSH_ATOMS:
+            self._flush()
 
     @property
     def due(self) -> bool:
         """Whether it is time to commit."""
-        return len(self._pending) >= self._commit_structures or self._pending_atoms >= COMMIT_ATOMS
+        if self._commit_structures is not None:
+            return self._uncommitted >= self._commit_structures
+        return self._uncommitted > 0 and time.monotonic() >= self._next_commit
 
-    def _open_shard(self, n_atoms: int) -> ShardEntry:
+    def _by_shard(self, block: Block) -> Iterator[Block]:
+        """Cuts a block where a shard is full, as if its frames came one by one, and counts them."""
         shards = self.manifest.shards
-        last = shards[-1] if shards else None
-        if last is None or last.structures >= SHARD_STRUCTURES or last.atoms + n_atoms > SHARD_ATOMS:
+        at = 0
+        while at < len(block):
+            last = shards[-1] if shards else None
+            room = 0
             if last is not None:
+                fit = int(np.searchsorted(np.cumsum(block.n_atoms[at:]), SHARD_ATOMS - last.atoms, "right"))
+                room = min(fit, SHARD_STRUCTURES - last.structures)
+                if last.structures == 0:
+                    room = max(room, 1)
+            if last is None or room <= 0:
                 self._flush()
-            shards.append(ShardEntry(name=f"{len(shards):05d}"))
-        return shards[-1]
+                shards.append(ShardEntry(name=f"{len(shards):05d}"))
+                continue
+            stop = min(at + room, len(block))
+            part = block if stop - at == len(block) else block.part(at, stop)
+            last.structures += len(part)
+            last.atoms += int(part.n_atoms.sum())
+            yield part
+            at = stop
 
-    def _count(self, frame: Frame) -> None:
+    def _count(self, block: Block) -> None:
         m = self.manifest
-        m.structures += 1
-        m.atoms += len(frame.atomic_numbers)
-        m.with_energy += 1
-        m.with_forces += frame.forces is not None
-        m.with_stress += frame.stress is not None
-        m.periodic += bool(frame.pbc.any())
-        for number, count in zip(*np.unique(frame.atomic_numbers, return_counts=True), strict=True):
-            m.elements[str(number)] = m.elements.get(str(number), 0) + int(count)
-        charge, spin = str(frame.charge), str(frame.spin_multiplicity)
-        m.charges[charge] = m.charges.get(charge, 0) + 1
-        m.spin_multiplicities[spin] = m.spin_multiplicities.get(spin, 0) + 1
+        m.structures += len(block)
+        m.atoms += int(block.n_atoms.sum())
+        m.with_energy += len(block)
+        m.with_forces += int(block.with_forces.sum())
+        m.with_stress += int(block.with_stress.sum())
+        m.periodic += int(block.structures["pbc"].any(axis=1).sum())
+        _add_counts(m.elements, block.atoms["atomic_numbers"])
+        _add_counts(m.charges, block.structures["charge"])
+        _add_counts(m.spin_multiplicities, block.structures["spin_multiplicity"])
+        for made_from, count in Counter(block.made_from).items():
+            m.grouped_by[made_from] = m.grouped_by.get(made_from, 0) + count
 
-    def commit(self, cursor: Mapping[str, int]) -> None:
+    def _chain_up(self, block: Block) -> None:
+        """Goes on with the running checksum: `store.link`, with a structure's short arrays joined at once."""
+        columns = self.manifest.columns
+        count = len(block)
+        short = np.concatenate(
+            [_as_bytes(block.structures[name], count) for name in chained(columns)], axis=1
+        )
+        long = [block.atoms[name] for name in per_atom(columns)]
+        end = 0
+        for row, n_atoms in zip(short, block.n_atoms.tolist(), strict=True):
+            start, end = end, end + n_atoms
+            self._chain = link(self._chain, [row, *(array[start:end] for array in long)])
+
+    def commit(self, cursor: Mapping[str, Any]) -> None:
         """Makes everything added so far survive a kill, together with `cursor`."""
+        began = time.monotonic()
         self._flush()
+        sync(self._unsynced)
+        self._unsynced.clear()
+        self.manifest.rejected_bytes = self._rejected.sync()
         self.manifest.chain = self._chain.hex()
         self.cursor = dict(cursor)
         body = {"plan": self._plan, "cursor": self.cursor, "manifest": self.manifest.to_json()}
         write_json(self.path / JOURNAL, body)
+        self._uncommitted = 0
+        now = time.monotonic()
+        self._next_commit = now + max(COMMIT_SECONDS, (now - began) / COMMIT_SHARE)
 
     def _flush(self) -> None:
+        """Appends what is held in memory to the arrays on disk; it is synced by the next commit."""
         if not self._pending:
             return
-        frames = [frame for frame, _, _ in self._pending]
+        blocks = self._pending
         entry = self.manifest.shards[-1]
         folder = self.path / SHARDS / entry.name
         folder.mkdir(parents=True, exist_ok=True)
-        structures, atoms = entry.structures - len(frames), entry.atoms - self._pending_atoms
-        ends = atoms + np.cumsum([len(frame.atomic_numbers) for frame in frames])
+        structures, atoms = entry.structures - self._pending_structures, entry.atoms - self._pending_atoms
+        ends = atoms + np.cumsum(np.concatenate([block.n_atoms for block in blocks]))
+        files = [folder / "atom_offsets.npy"]
         if structures == 0:
-            append_rows(folder / "atom_offsets.npy", OFFSETS, 0, np.concatenate([[0], ends]))
+            append_rows(files[0], OFFSETS, 0, np.concatenate([[0], ends]))
         else:
-            append_rows(folder / "atom_offsets.npy", OFFSETS, structures + 1, ends)
+            append_rows(files[0], OFFSETS, structures + 1, ends)
         columns = self.manifest.columns
         for name, field in per_structure(columns).items():
-            rows = np.stack([_structure_row(name, field, *pending) for pending in self._pending])
-            append_rows(folder / f"{name}.npy", field, structures, rows)
+            files.append(folder / f"{name}.npy")
+            append_rows(files[-1], field, structures, np.concatenate([b.structures[name] for b in blocks]))
         for name, field in per_atom(columns).items():
-            rows = np.concatenate([_atom_rows(name, field, frame) for frame in frames])
-            append_rows(folder / f"{name}.npy", field, atoms, rows)
+            files.append(folder / f"{name}.npy")
+            append_rows(files[-1], field, atoms, np.concatenate([b.atoms[name] for b in blocks]))
+        self._unsynced.update(files)
         self._pending.clear()
-        self._pending_atoms = 0
+        self._pending_structures = self._pending_atoms = 0
 
     def finish(self) -> Manifest:
         """Names what is committed as the store's content."""
         m = self.manifest
         m.digest = content_digest(m.level_of_theory, m.chain)
-        m.groups = len(np.unique(Store(self.path, m).groups))
+        m.groups = _count_distinct(Store(self.path, m), "group")
         write_json(self.path / MANIFEST, m.to_json())
         (self.path / JOURNAL).unlink()
         return m
@@ -228,42 +289,29 @@ class StoreWriter:
     def abandon(self) -> None:
         """Takes an import back that kept nothing; an older store in the same place stays as it was."""
         (self.path / JOURNAL).unlink()
+        self._rejected.cut(self.committed.rejected_bytes if self.committed is not None else 0)
         if self.committed is None:
             self.path.rmdir()
 
 
-def fingerprint(frame: Frame) -> int:
-    """63 bits that are equal for frames with the same structure and labels to the last bit."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ("atomic_numbers", "positions", "cell", "pbc", "energy", "forces", "stress"):
-        value = getattr(frame, name)
-        digest.update(b"-" if value is None else np.ascontiguousarray(value).tobytes())
-    digest.update(f"{frame.charge} {frame.spin_multiplicity}".encode())
-    return int.from_bytes(digest.digest(), "little") >> 1
+def _add_counts(counts: dict[str, int], values: NDArray[Any]) -> None:
+    for value, count in zip(*np.unique(values, return_counts=True), strict=True):
+        counts[str(value)] = counts.get(str(value), 0) + int(count)
 
 
-def _structure_row(name: str, field: Field, frame: Frame, group: int, source: int) -> NDArray[Any]:
-    """One structure's row of a per-structure array, in the type it has on disk."""
-    if name == "group":
-        value: Any = group
-    elif name == "source":
-        value = source
-    elif name == "frame":
-        value = frame.index
-    elif name == "stress":
-        value = np.full((3, 3), np.nan) if frame.stress is None else frame.stress
-    elif name == "fingerprint":
-        value = fingerprint(frame)
-    elif name == "name":
-        value = frame.name.encode("utf-8")
-    else:
-        value = getattr(frame, name)
-    return np.asarray(value, dtype=field.dtype)
+def _as_bytes(array: NDArray[Any], rows: int) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(rows, -1).view(np.uint8)
 
 
-def _atom_rows(name: str, field: Field, frame: Frame) -> NDArray[Any]:
-    """One structure's rows of a per-atom array, in the type they have on disk."""
-    value = frame.extras.get(name) if name in EXTRAS else getattr(frame, name)
-    if value is None:
-        return np.full((len(frame.atomic_numbers), *field.row), _ABSENT.get(name, np.nan), dtype=field.dtype)
-    return np.asarray(value, dtype=field.dtype)
+def _count_distinct(store: Store, name: str) -> int:
+    """How many different values a per-structure array has, in passes that each hold a part of them."""
+    passes = -(-len(store) // _UNIQUE_AT_ONCE)
+    found = 0
+    for turn in range(passes):
+        values = np.empty(0, dtype=np.int64)
+        for block in store.blocks(name):
+            for at in range(0, len(block), _UNIQUE_AT_ONCE):
+                rows = np.asarray(block[at : at + _UNIQUE_AT_ONCE])
+                values = np.union1d(values, rows[rows % passes == turn])
+        found += len(values)
+    return found

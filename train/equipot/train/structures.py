@@ -48,7 +48,8 @@ class Structures:
         """These structures, in this order."""
         atoms = flat_index(self.first_atoms[rows], self.n_atoms[rows])
         values: dict[str, NDArray[Any]] = {
-            name: getattr(self, name)[atoms if name in PER_ATOM_NAMES else rows] for name in NAMES
+            name: getattr(self, name).take(atoms if name in PER_ATOM_NAMES else rows, axis=0)
+            for name in NAMES
         }
         return Structures(**values)
 

@@ -5,8 +5,11 @@ a level holds NaN there. A formula has many isomers and each has many conformati
 which is which, so the formula is what stays together in a split.
 """
 
+import bisect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import h5py
@@ -107,9 +110,22 @@ class Ani1x:
         """The file."""
         return self._path
 
+    @property
+    def count(self) -> int | None:
+        """Number of conformations; a formula that cannot be read counts as one."""
+        return self._starts[-1]
+
     def fraction(self) -> float | None:
         """Share of the formulas read so far."""
         return self._done
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Number in the file of each formula's first conformation, and at last of all."""
+        with open_hdf5(self._path) as file:
+            opened = (_open_formula(file, name, 0) for name in file)
+            counts = [1 if isinstance(each, Rejected) else each.count for each in opened]
+        return [0, *accumulate(counts)]
 
     def _check_start(self) -> None:
         with open_hdf5(self._path) as file:
@@ -137,20 +153,18 @@ class Ani1x:
         """Yields conformation `start` and those after it, formula by formula."""
         with open_hdf5(self._path) as file:
             formulas = list(file)
-            first = 0
-            for k, formula in enumerate(formulas):
+            for k in range(bisect.bisect_right(self._starts, start) - 1, len(formulas)):
+                first = self._starts[k]
                 self._done = k / len(formulas)
-                opened = _open_formula(file, formula, first)
+                opened = _open_formula(file, formulas[k], first)
                 if isinstance(opened, Rejected):
                     if first >= start:
                         yield opened
-                    first += 1
                     continue
                 for at in range(max(0, start - first) // _BLOCK * _BLOCK, opened.count, _BLOCK):
                     for item in self._block(opened, at, min(at + _BLOCK, opened.count), first):
                         if item.index >= start:
                             yield item
-                first += opened.count
             self._done = 1.0
 
     def _block(self, formula: _Formula, at: int, stop: int, first: int) -> Iterator[Frame | Rejected]:

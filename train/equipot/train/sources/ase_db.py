@@ -41,6 +41,11 @@ class AseDb:
         """The file."""
         return self._path
 
+    @property
+    def count(self) -> int | None:
+        """Number of rows."""
+        return len(self._ids)
+
     def fraction(self) -> float | None:
         """Share of the rows read so far."""
         return self._done

@@ -11,12 +11,14 @@ import ase
 import ase.io
 import ase.io.formats
 import numpy as np
+from ase.io.trajectory import TrajectoryReader
 
 from equipot.model.batch import System
 from equipot.train.errors import DataError
 from equipot.train.sources import xyz_chunks
-from equipot.train.sources.base import Frame, FrameError, Note, ReadOptions, Reason, Rejected, require_file
+from equipot.train.sources.base import Frame, FrameError, ReadOptions, Reason, Rejected, require_file
 from equipot.train.sources.labels import find_charge_and_spin, find_labels
+from equipot.train.sources.plain_extxyz import plain_frame, zero_forces
 from equipot.train.sources.structure import check_structure
 
 XYZ_FORMATS = ("extxyz", "xyz")
@@ -61,6 +63,7 @@ class AseFile:
         self._format = format
         self._options = options
         self._fraction: float | None = None
+        self._count: int | None = None
 
     @property
     def path(self) -> Path:
@@ -71,6 +74,11 @@ class AseFile:
     def format(self) -> str:
         """Name of ASE's format."""
         return self._format
+
+    @property
+    def count(self) -> int | None:
+        """Number of frames of a .traj; any other format is read from the beginning."""
+        return self._count
 
     def fraction(self) -> float | None:
         """Share of the file read so far; known for (ext)xyz."""
@@ -90,7 +98,10 @@ class AseFile:
         first = list(islice(self._atoms(0), 1 if self._named_keys() == {} else _LOOKED_AT))
         if not first:
             raise DataError(f"{self._path}: holds no frame")
-        keys = {key for atoms in first if not isinstance(atoms, Rejected) for key in _all_values(atoms)}
+        if self._format == "traj" and not isinstance(first[0], Rejected):
+            with TrajectoryReader(self._path) as reader:
+                self._count = len(reader)
+        keys = {key for atoms in first if isinstance(atoms, ase.Atoms) for key in _all_values(atoms)}
         for option, key in self._named_keys().items():
             if keys and key not in keys:
                 there = ", ".join(sorted(keys - {"numbers", "positions"})) or "none"
@@ -121,8 +132,8 @@ class AseFile:
 
     def frames(self, start: int = 0) -> Iterator[Frame | Rejected]:
         """Yields frame `start` and those after it; a bad frame comes as `Rejected`."""
-        for index, atoms in enumerate(self._atoms(start), start):
-            if isinstance(atoms, Rejected):
+        for index, atoms in enumerate(self._atoms(start, plain=True), start):
+            if isinstance(atoms, Rejected | Frame):
                 yield atoms
                 continue
             try:
@@ -130,9 +141,10 @@ class AseFile:
             except FrameError as error:
                 yield Rejected(index, error.reason, error.detail)
 
-    def _atoms(self, start: int) -> Iterator[ase.Atoms | Rejected]:
+    def _atoms(self, start: int, *, plain: bool = False) -> Iterator[ase.Atoms | Rejected | Frame]:
+        """What is in the file; with `plain`, as frames at once where that needs no ASE."""
         if self._format in XYZ_FORMATS:
-            yield from self._xyz_atoms(start)
+            yield from self._xyz_atoms(start, plain=plain)
             return
         if start and ase.io.formats.ioformats[self._format].single:
             return
@@ -152,7 +164,7 @@ class AseFile:
                 raise self._not_what_it_says(what) from error
             yield Rejected(read, Reason.UNREADABLE, f"{what}; the rest of the file is lost")
 
-    def _xyz_atoms(self, start: int) -> Iterator[ase.Atoms | Rejected]:
+    def _xyz_atoms(self, start: int, *, plain: bool) -> Iterator[ase.Atoms | Rejected | Frame]:
         size = self._path.stat().st_size
         stream, raw = xyz_chunks.open_stream(self._path)
         index = -1
@@ -162,7 +174,8 @@ class AseFile:
                     index = chunk.index
                     self._fraction = raw.tell() / size
                     if index >= start:
-                        yield self._parse(chunk)
+                        frame = plain_frame(chunk, self._options) if plain else None
+                        yield self._parse(chunk) if frame is None else frame
             except (OSError, EOFError) as error:  # a truncated or damaged .gz, .xz, .bz2
                 yield Rejected(index + 1, Reason.UNREADABLE, f"{error}; the rest of the file is lost")
 
@@ -193,9 +206,6 @@ class AseFile:
         check_structure(system)
         labels = find_labels(_all_values(atoms), len(atoms), system.cell, system.pbc, self._options)
         charge, spin = find_charge_and_spin(atoms.info)
-        notes = labels.notes
-        if labels.forces is not None and len(atoms) > 1 and not labels.forces.any():
-            notes += (Note("forces: all zero in a frame of several atoms", f"{len(atoms)} atoms"),)
         return Frame(
             index=index,
             atomic_numbers=system.atomic_numbers,
@@ -208,7 +218,7 @@ class AseFile:
             charge=charge,
             spin_multiplicity=spin,
             group=_group(_all_values(atoms), self._options.group_keys),
-            notes=notes,
+            notes=labels.notes + zero_forces(labels.forces, len(atoms)),
         )
 
 

@@ -45,6 +45,11 @@ class AseLmdb:
         """The file."""
         return self._path
 
+    @property
+    def count(self) -> int | None:
+        """Number of rows."""
+        return self._count
+
     def fraction(self) -> float | None:
         """Share of the rows read so far."""
         return self._done

@@ -141,6 +141,11 @@ class Reader(Protocol):
     def format(self) -> str:
         """Name of the format the file is read as."""
 
+    @property
+    def count(self) -> int | None:
+        """Number of frames if `frames` gets to any of them at little cost, so that several processes may read
+        the file; None if it has to be read from the beginning."""
+
     def frames(self, start: int = 0) -> Iterator[Frame | Rejected]:
         """Yields frame `start` and those after it, in order, each index once."""
 

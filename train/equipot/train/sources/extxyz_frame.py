@@ -99,8 +99,11 @@ def _columns(properties: str, words: list[str], n_atoms: int) -> dict[str, NDArr
     found: dict[str, NDArray[Any]] = {}
     at = 0
     for name, kind, width in zip(parts[::3], parts[1::3], widths, strict=True):
-        rows = [_column(kind, words[k::total]) for k in range(at, at + width)]
-        found[name] = rows[0] if width == 1 else np.stack(rows, axis=1)
+        if width == 1:
+            found[name] = _column(kind, words[at::total])
+        else:
+            rows = [_column(kind, words[k::total]) for k in range(at, at + width)]
+            found[name] = np.ascontiguousarray(np.array(rows).T)
         at += width
     return found
 

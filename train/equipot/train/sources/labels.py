@@ -81,7 +81,7 @@ def _array(key: str, value: object) -> NDArray[np.float64]:
 def _candidates(keys: Sequence[str], explicit: str | None, values: Mapping[str, Any]) -> list[str]:
     """Keys present, best first. A key given by the user is the only one."""
     wanted = keys if explicit is None else (explicit,)
-    return [key for key in wanted if values.get(key) is not None]
+    return [key for key in wanted if key in values and values[key] is not None]
 
 
 def _differing(what: str, found: Mapping[str, NDArray[np.float64]]) -> tuple[Note, ...]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from equipot.train.errors import DataError
 
+DATA = "data.mdb"
+"""What LMDB calls its file where a database is a folder."""
 _MAGIC = 0xBEEFC0DE
 _VERSION = 1
 _META = struct.Struct("<IIQQ")
@@ -26,6 +28,16 @@ _BRANCH, _LEAF, _OVERFLOW = 0x01, 0x02, 0x04
 _BIG_DATA, _SUB_DATA, _DUP_DATA = 0x01, 0x02, 0x04
 _NONE = 2**64 - 1
 _MAX_DEPTH = 32
+
+
+def data_file(path: Path) -> Path:
+    """The file that holds the data: of a folder, `data.mdb` in it."""
+    return path / DATA if path.is_dir() else path
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a database in LMDB's layout of a folder."""
+    return path.is_dir() and (path / DATA).is_file()
 
 
 class LmdbDamage(Exception):
@@ -46,7 +58,7 @@ class LmdbFile:
         Raises:
             DataError: missing, empty, not LMDB, or of a layout other than that of LMDB 0.9.
         """
-        self.path = path / "data.mdb" if path.is_dir() else path
+        self.path = data_file(path)
         try:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -36,6 +36,7 @@ class Mptrj:
     """One file as a `Reader`."""
 
     format = "mptrj"
+    count = None
 
     def __init__(self, path: Path, level: str) -> None:
         self._path = path

@@ -72,6 +72,15 @@ class _Rows:
         """The next row. EOFError if the member ends."""
         return self._read(self.shape[1:])
 
+    def skip(self, rows: int) -> None:
+        """Passes over rows. EOFError if the member ends."""
+        left = rows * int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        while left:
+            piece = len(self._stream.read(min(left, _SMALL)))
+            if not piece:
+                raise EOFError("the array is cut short")
+            left -= piece
+
     def all(self) -> NDArray[Any]:
         """The whole array, if it is small."""
         if int(np.prod(self.shape, dtype=np.int64)) > _SMALL:
@@ -106,6 +115,11 @@ class NpzTrajectory:
     def path(self) -> Path:
         """The file."""
         return self._path
+
+    @property
+    def count(self) -> int | None:
+        """Number of frames: passing over a row costs little beside making a frame of it."""
+        return self._count
 
     def fraction(self) -> float | None:
         """Share of the frames read so far."""
@@ -171,16 +185,17 @@ class NpzTrajectory:
             names += [self._forces] if self._forces is not None else []
             names += [self._numbers_key] if self._numbers_vary else []
             members = {name: _Rows(archive, name) for name in names}
-            for index in range(self._count):
+            for index in range(start, self._count):
                 self._done = index / self._count
                 try:
+                    if index == start:
+                        for member in members.values():
+                            member.skip(start)
                     rows = {name: member.next() for name, member in members.items()}
                 except (EOFError, OSError, ValueError, zipfile.BadZipFile, zipfile.error) as error:
-                    if index >= start:
-                        yield Rejected(index, Reason.UNREADABLE, f"{error}; the rest of the file is lost")
+                    yield Rejected(index, Reason.UNREADABLE, f"{error}; the rest of the file is lost")
                     return
-                if index >= start:
-                    yield self._frame(index, rows)
+                yield self._frame(index, rows)
             self._done = 1.0
 
     def _frame(self, index: int, rows: dict[str, NDArray[Any]]) -> Frame | Rejected:

@@ -55,6 +55,7 @@ class Oc20:
     """One S2EF file with its companion as a `Reader`."""
 
     format = "oc20-s2ef"
+    count = None
 
     def __init__(self, path: Path, *, referenced: bool) -> None:
         self._path = path
@@ -142,6 +143,7 @@ class Relaxation:
     """One relaxation in extended xyz as a `Reader`; all frames are of the system the file is called after."""
 
     format = "oc20-relaxation"
+    count = None
 
     def __init__(self, path: Path, reference: float) -> None:
         self._path = path

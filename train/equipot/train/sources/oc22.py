@@ -2,6 +2,10 @@
 
 Tran et al., ACS Catal. 13, 3066 (2023), doi:10.1021/acscatal.2c05426. `sid` names the relaxation and `fid`
 the frame in it, each a number or a tensor of one. The test split has no energies and no forces.
+
+The frames of a `.traj` are grouped by the file's name. Which `sid` a trajectory is, only a separate table of
+the release says, which is not read: trajectories and LMDB records of one system are in different groups, so
+do not split a mix of both.
 """
 
 from collections.abc import Mapping

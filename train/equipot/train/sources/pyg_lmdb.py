@@ -37,6 +37,11 @@ class PygLmdb:
         """The file."""
         return self._path
 
+    @property
+    def count(self) -> int | None:
+        """Number of records."""
+        return self._count
+
     def fraction(self) -> float | None:
         """Share of the records read so far."""
         return self._done

@@ -37,6 +37,7 @@ class PymatgenJson:
     """One file as a `Reader`."""
 
     format = "pymatgen-json"
+    count = None
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         self._path = path

@@ -6,8 +6,11 @@ a split. The release lists conformers that are in it twice in DupMols.dat; they 
 beside the HDF5 file or one folder above.
 """
 
+import bisect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import h5py
@@ -73,28 +76,37 @@ class Qm7x:
         """The file."""
         return self._path
 
+    @property
+    def count(self) -> int | None:
+        """Number of geometries; a molecule that cannot be read counts as one."""
+        return self._starts[-1]
+
     def fraction(self) -> float | None:
         """Share of the molecules read so far."""
         return self._done
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Number in the file of each molecule's first geometry, and at last of all."""
+        with open_hdf5(self._path) as file:
+            return [0, *accumulate(_count_geometries(file, molecule) for molecule in file)]
 
     def frames(self, start: int = 0) -> Iterator[Frame | Rejected]:
         """Yields geometry `start` and those after it, molecule by molecule."""
         with open_hdf5(self._path) as file:
             molecules = list(file)
-            index = 0
-            for k, molecule in enumerate(molecules):
+            for k in range(bisect.bisect_right(self._starts, start) - 1, len(molecules)):
+                molecule, index = molecules[k], self._starts[k]
                 self._done = k / len(molecules)
                 try:
                     geometries = list(group_of(file, molecule))
                 except (FrameError, *HDF5_ERRORS) as error:
                     if index >= start:
                         yield Rejected(index, Reason.UNREADABLE, f"{molecule}: {error}; it is lost"[:200])
-                    index += 1
                     continue
-                for geometry in geometries:
+                for index, geometry in enumerate(geometries, self._starts[k]):
                     if index >= start:
                         yield self._frame(file, molecule, geometry, index)
-                    index += 1
             self._done = 1.0
 
     def _frame(self, file: h5py.File, molecule: str, geometry: str, index: int) -> Frame | Rejected:
@@ -121,6 +133,13 @@ class Qm7x:
             return Rejected(index, error.reason, f"{name}: {error.detail}")
         except HDF5_ERRORS as error:
             return Rejected(index, Reason.UNREADABLE, f"{name}: {error}"[:200])
+
+
+def _count_geometries(file: h5py.File, molecule: str) -> int:
+    try:
+        return len(group_of(file, molecule))
+    except (FrameError, *HDF5_ERRORS):
+        return 1
 
 
 def _sum(group: h5py.Group, whole: str, parts: tuple[str, ...]) -> NDArray[np.float64]:

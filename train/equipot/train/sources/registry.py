@@ -22,6 +22,8 @@ from equipot.train.sources import (
 from equipot.train.sources.ase_file import open_ase_file
 from equipot.train.sources.base import Reader, ReadOptions, Source
 from equipot.train.sources.json_stream import JsonDamage, JsonStream
+from equipot.train.sources.lmdb_file import DATA as LMDB_DATA
+from equipot.train.sources.lmdb_file import is_folder as is_lmdb_folder
 
 RELEASES: Mapping[str, Source] = {
     source.name: source for source in (ani1x.SOURCE, qm7x.SOURCE, oc20.SOURCE, oc22.SOURCE, mptrj.SOURCE)
@@ -50,10 +52,17 @@ def find_files(paths: Sequence[Path], source: Source) -> list[Path]:
         raise DataError(f"import {source.name}: name the release's files, or folders that hold them")
     found: list[Path] = []
     for path in paths:
-        if not path.is_dir():
+        if not path.is_dir() or is_lmdb_folder(path):
             found.append(path)
             continue
-        inside = {file for pattern in source.files for file in path.rglob(pattern) if file.is_file()}
+        inside = {
+            file
+            for pattern in source.files
+            for file in path.rglob(pattern)
+            if file.is_file() or is_lmdb_folder(file)
+        }
+        if "*.lmdb" in source.files:  # LMDB's own layout: a folder of any name
+            inside |= {file.parent for file in path.rglob(LMDB_DATA) if file.parent != path}
         if not inside:
             raise DataError(f"{path}: holds no {' or '.join(source.files)}")
         found += sorted(inside, key=_natural)
@@ -81,17 +90,22 @@ def choose_level(source: Source, asked: str, files: Sequence[Path]) -> str:
     return next(iter(source.levels))
 
 
+def find_container(path: Path, options: ReadOptions) -> Source | None:
+    """The container that a file is, by its name alone but for .json; None for a file that ASE is to read."""
+    if options.format is not None:
+        return CONTAINERS.get(options.format)
+    if path.suffix == ".json":
+        return pymatgen_json.SOURCE if path.is_file() and _is_structure_list(path) else None
+    for source in CONTAINERS.values():
+        if "*" + path.suffix in source.files:
+            return source
+    return pyg_lmdb.SOURCE if path.is_dir() else None
+
+
 def open_container(path: Path, options: ReadOptions) -> Reader:
     """Opens a file that no release was named for: a known container, or else whatever ASE reads."""
-    if options.format is not None and options.format in CONTAINERS:
-        return CONTAINERS[options.format].open(path, options)
-    if options.format is None:
-        if path.suffix == ".json" and path.is_file() and _is_structure_list(path):
-            return pymatgen_json.SOURCE.open(path, options)
-        for source in CONTAINERS.values():
-            if path.suffix != ".json" and "*" + path.suffix in source.files:
-                return source.open(path, options)
-    return open_ase_file(path, options)
+    source = find_container(path, options)
+    return open_ase_file(path, options) if source is None else source.open(path, options)
 
 
 def _is_structure_list(path: Path) -> bool:

@@ -42,12 +42,18 @@ class Trajectory:
         with path.open("rb") as file:
             if file.read(len(_ULM_MAGIC)) != _ULM_MAGIC:  # older ones are pickles, which ASE would unpickle
                 raise DataError(f"{path}: is not a trajectory of ASE ≥ 3.10; convert it, or get it again")
-        self._open().close()
+        with self._open() as reader:
+            self._count = len(reader)
 
     @property
     def path(self) -> Path:
         """The file."""
         return self._path
+
+    @property
+    def count(self) -> int | None:
+        """Number of frames."""
+        return self._count
 
     def fraction(self) -> float | None:
         """Share of the frames read so far."""

@@ -9,6 +9,8 @@ from equipot.train.sources.base import Frame, Reason, Rejected
 class UnreadableFile:
     """A `Reader` whose only item says why there are none."""
 
+    count = None
+
     def __init__(self, path: Path, format: str, why: str) -> None:
         self._path = path
         self._format = format

@@ -11,7 +11,7 @@ from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from equipot.train.audit import energy_force_slope
+from equipot.train.audit.labels import energy_force_slope
 from equipot.train.importer import ImportReport
 from equipot.train.sources.base import ReadOptions
 from equipot.train.store import Store

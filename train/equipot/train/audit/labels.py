@@ -51,11 +51,19 @@ def audit_energies(store: Store, indices: NDArray[np.int64]) -> list[str]:
     if slope is not None and slope.pairs >= _MIN_PAIRS and abs(slope.correlation) >= _CLEAR:
         return _judge_slope(slope)
     sample = indices[np.unique(np.linspace(0, len(indices) - 1, _SAMPLE).astype(int))]
-    free_atoms = _against_free_atoms(store, sample)
+    counts, energy = store.element_counts(sample), store.energies[sample]
+    free_atoms = _judge_free_atoms(counts, energy)
     if free_atoms is not None:
         return free_atoms
-    found = _judge_size(store, sample) or _judge_binding(store, sample)
-    return [found] if found else []
+    if evidence := not_extensive(counts, energy):
+        return [f"the energies look like energies per atom: {evidence}; {_ADVICE}"]
+    periodic = np.array([store.system(int(i)).pbc.any() for i in sample], dtype=np.bool_)
+    if evidence := weakly_bound(counts.sum(axis=1), energy, periodic):
+        return [
+            f"the energies are small for totals of periodic structures: {evidence}; are they per atom, or "
+            f"relative to something? {_ADVICE}"
+        ]
+    return []
 
 
 def _judge_slope(found: Slope) -> list[str]:
@@ -119,9 +127,9 @@ def _step(read: Callable[[int], tuple[System, Labels]], a: int, b: int) -> tuple
     else:
         from_centre = one.positions - one.positions.mean(axis=0)
         centred = two.positions - two.positions.mean(axis=0)
-        rotation = _rotation(centred, from_centre)
-        moved = centred @ rotation - from_centre
-        second_forces = second.forces @ rotation
+        turn = rotation(centred, from_centre)
+        moved = centred @ turn - from_centre
+        second_forces = second.forces @ turn
     distance = float(np.sqrt(np.square(moved).sum(axis=1).mean()))
     if not 1e-4 < distance < _NEAR:
         return None
@@ -132,23 +140,36 @@ def _step(read: Callable[[int], tuple[System, Labels]], a: int, b: int) -> tuple
     )
 
 
-def _rotation(moving: NDArray[np.float64], fixed: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The proper rotation (for row vectors) that lays one set of points on the other (Kabsch 1976)."""
+def rotation(moving: NDArray[np.float64], fixed: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The (3, 3) proper rotation (for row vectors) that lays one set of points on the other (Kabsch 1976)."""
     u, _, vt = np.linalg.svd(moving.T @ fixed)
     handed = np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))])
     return np.asarray(u @ handed @ vt)
 
 
-def _against_free_atoms(store: Store, sample: NDArray[np.int64]) -> list[str] | None:
-    """A verdict where the energies are all-electron ones, None where they are not."""
+def against_free_atoms(counts: NDArray[np.float64], energy: NDArray[np.float64]) -> tuple[float, float]:
+    """Median of energy, and of energy × number of atoms, over the energy of the free all-electron atoms.
+
+    Near 1 the first says all-electron totals in eV, near 1/27.2 in Hartree; the second the same of energies
+    per atom. NaN without structures of several atoms.
+
+    Args:
+        counts: (n, 119) atoms of each element.
+        energy: (n,) as stored.
+    """
+    n = counts.sum(axis=1)
+    several = (n > 1) & np.isfinite(energy)
+    if not several.any():
+        return np.nan, np.nan
     z = np.arange(N_ELEMENTS, dtype=np.float64)
     atom = HARTREE * (-0.7687 * z ** (7 / 3) + 0.5 * z**2 - 0.2699 * z ** (5 / 3))
-    several = sample[store.n_atoms[sample] > 1]
-    if not len(several):
-        return None
-    free_atoms = store.element_counts(several) @ atom
-    n, energy = store.n_atoms[several], store.energies[several]
-    as_total, as_mean = float(np.median(energy / free_atoms)), float(np.median(energy * n / free_atoms))
+    ratio = energy[several] / (counts[several] @ atom)
+    return float(np.median(ratio)), float(np.median(ratio * n[several]))
+
+
+def _judge_free_atoms(counts: NDArray[np.float64], energy: NDArray[np.float64]) -> list[str] | None:
+    """A verdict where the energies are all-electron ones, None where they are not."""
+    as_total, as_mean = against_free_atoms(counts, energy)
     if abs(as_total - 1) < 0.05:
         return []
     if abs(as_mean - 1) < 0.05:
@@ -159,23 +180,23 @@ def _against_free_atoms(store: Store, sample: NDArray[np.int64]) -> list[str] | 
     return None
 
 
-def _judge_size(store: Store, sample: NDArray[np.int64]) -> str | None:
-    n = store.n_atoms[sample].astype(np.float64)
-    energy = store.energies[sample]
-    if n.max() < 1.5 * n.min() or n.std() < 0.1 * n.mean() or len(np.unique(n)) < 3:
-        return None
-    counts = store.element_counts(sample)
+def not_extensive(counts: NDArray[np.float64], energy: NDArray[np.float64]) -> str:
+    """Evidence that energies (n,) of element counts (n, 119) are means over atoms, not sums; "" if none."""
+    n = counts.sum(axis=1)
+    if not len(n) or n.max() < 1.5 * n.min() or n.std() < 0.1 * n.mean() or len(np.unique(n)) < 3:
+        return ""
     counts = counts[:, counts.any(axis=0)]
     growth = float(np.polyfit(n, energy, 1)[0] * n.mean() / energy.mean())
     as_sum, as_mean = _misfit(counts, energy), _misfit(counts / n[:, None], energy)
     undecided = abs(as_mean - as_sum) < 1e-3 * as_sum  # fewer compositions than elements: both fit alike
     if (as_mean < 0.9 * as_sum and growth < 0.5) or (undecided and abs(growth) < 0.2):
         return (
-            f"the energies look like energies per atom: over {len(sample)} structures of {n.min():.0f} to "
-            f"{n.max():.0f} atoms, 1 % more atoms change them by {growth:.2f} % (totals: by 1), and a mean "
-            f"over atoms fits to {as_mean:.3g} eV RMS, a sum over atoms to {as_sum:.3g} eV; {_ADVICE}"
+            f"over {len(n)} structures of {n.min():.0f} to {n.max():.0f} atoms, 1 % more atoms change "
+            "them by "
+            f"{growth:.2f} % (totals: by 1), and a mean over atoms fits to {as_mean:.3g} eV RMS, a sum over "
+            f"atoms to {as_sum:.3g} eV"
         )
-    return None
+    return ""
 
 
 def _misfit(features: NDArray[np.float64], energy: NDArray[np.float64]) -> float:
@@ -185,17 +206,13 @@ def _misfit(features: NDArray[np.float64], energy: NDArray[np.float64]) -> float
     return float(np.sqrt(left @ left / max(len(energy) - int(rank), 1)))
 
 
-def _judge_binding(store: Store, sample: NDArray[np.int64]) -> str | None:
-    periodic = np.array([store.system(int(i)).pbc.any() for i in sample], dtype=np.bool_)
-    large = sample[periodic & (store.n_atoms[sample] >= 8)]
-    if len(large) < 0.5 * len(sample):
-        return None
-    total = float(np.median(np.abs(store.energies[large])))
-    each = float(np.median(np.abs(store.energies[large]) / store.n_atoms[large]))
+def weakly_bound(n: NDArray[np.float64], energy: NDArray[np.float64], periodic: NDArray[np.bool_]) -> str:
+    """Evidence that periodic structures of n (k,) atoms have small energies (k,) for totals; "" if none."""
+    large = periodic & (n >= 8)
+    if not large.any() or large.sum() < 0.5 * len(n):
+        return ""
+    total = float(np.median(np.abs(energy[large])))
+    each = float(np.median(np.abs(energy[large]) / n[large]))
     if each < 0.3 and 0.5 < total < 20:
-        return (
-            f"the energies are small for totals of periodic structures: in the median {total:.3g} eV, "
-            f"{each:.2g} eV per atom, where a solid is bound by 1 to 10; are they per atom, or relative to "
-            f"something? {_ADVICE}"
-        )
-    return None
+        return f"in the median {total:.3g} eV, {each:.2g} eV per atom, where a solid is bound by 1 to 10"
+    return ""
