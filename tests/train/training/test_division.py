@@ -66,12 +66,9 @@ def change(before: int, word: str, after: int, other: str) -> Change:
 QUICK = [
     change(1, "0", 2, "2"),
     change(1, "1", 3, "3"),
-    change(2, "3", 1, "0"),
-    change(2, "1", 3, "2-cpu"),
+    change(2, "3-cpu", 1, "0"),
     change(2, "3-cpu", 2, "1"),
-    change(2, "1-bf16", 1, "3-bf16"),
-    change(1, "1", 1, "1"),
-    change(2, "0", 2, "0"),
+    change(2, "1-bf16", 2, "3-bf16"),
     change(2, "1-bf16", 2, "1-bf16"),
     change(2, "3-cpu", 2, "3-cpu"),
 ]
@@ -176,6 +173,7 @@ def check(changes: list[Change], home: Path) -> None:
     assert not any(wrong.values()), "\n".join(f"{name}: {what}" for name, what in wrong.items() if what)
 
 
+@pytest.mark.timeout(900)  # a dozen processes that import torch
 def test_a_run_goes_on_however_it_is_divided(follow: Callable[[list[Change]], Path]) -> None:
     check(QUICK, follow(QUICK))
 
