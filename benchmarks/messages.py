@@ -83,19 +83,23 @@ HEAD_PRODUCTS = {"direct": 6, "conservative": 0, "inference": 0}
 ATOM_PASSES = {"direct": 3, "conservative": 6, "inference": 2}
 
 
-def make_batch(n_systems: int, n_atoms: int, dtype: torch.dtype) -> SystemBatch:
+def make_systems(n_systems: int, n_atoms: int) -> list[System]:
     """Clusters of atoms at a molecule's density: about 19 neighbours within 5 Å for 20 atoms."""
     rng = np.random.default_rng(0)
-    graphs = []
+    systems = []
     for _ in range(n_systems):
         # A jittered grid has no two atoms on one spot.
         side = int(np.ceil(n_atoms ** (1 / 3)))
         grid = np.stack(np.meshgrid(*[np.arange(side)] * 3), -1).reshape(-1, 3)[:n_atoms]
         positions = 1.7 * grid + rng.uniform(-0.3, 0.3, (n_atoms, 3))
         numbers = rng.choice([1, 6, 7, 8], n_atoms)
-        system = System(numbers, positions, np.zeros((3, 3)), np.zeros(3, dtype=bool))
-        graphs.append(build_graph(system, 5.0))
-    return collate(graphs, dtype=dtype)
+        systems.append(System(numbers, positions, np.zeros((3, 3)), np.zeros(3, dtype=bool)))
+    return systems
+
+
+def make_batch(n_systems: int, n_atoms: int, dtype: torch.dtype) -> SystemBatch:
+    """Such clusters with their edges."""
+    return collate([build_graph(system, 5.0) for system in make_systems(n_systems, n_atoms)], dtype=dtype)
 
 
 def make_model(width: int, form: str, forces: str, batch: SystemBatch) -> Potential:

@@ -93,8 +93,7 @@ def equipot(*arguments: object) -> None:
 @contextlib.contextmanager
 def serving(*bundles: Path, log: Path) -> Iterator[str]:
     """A server of its own on a free port for the length of a `with` block; yields its address."""
-    # Nine atoms are too few to share between threads: a second one only adds waiting.
-    words = ["serve", *map(str, bundles), "--port", "0", "--metrics-port", "0", "--threads", "1"]
+    words = ["serve", *map(str, bundles), "--port", "0", "--metrics-port", "0"]
     print(f"\n$ equipot {shlex.join(words)} &", flush=True)
     with log.open("w") as stderr:
         server = subprocess.Popen(

@@ -64,11 +64,11 @@ def test_a_model_that_reads_coordinates_is_caught(
     structures: dict[str, list[Graph]], make_model: Callable[..., Potential]
 ) -> None:
     class FeelsTheFrame(Potential):
-        def _energy(self, batch, h, element_idx):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        def total_energy(self, batch, atomic, element_idx):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
             tilt = torch.zeros(batch.n_systems, dtype=torch.float64).index_add(
                 0, batch.system_idx, batch.positions[:, 0].double()
             )
-            return super()._energy(batch, h, element_idx) + 1e-3 * tilt
+            return super().total_energy(batch, atomic, element_idx) + 1e-3 * tilt
 
     honest = make_model()
     model = FeelsTheFrame(honest.config, honest.references).double().eval()

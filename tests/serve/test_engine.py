@@ -12,6 +12,7 @@ from tests.serve.conftest import Bundles, crystal, molecule
 
 from equipot.model.batch import Graph, System, build_graph, collate
 from equipot.model.bundle import load_potential
+from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.config import RequestLimits
 from equipot.serve.engine import LocalEngine, Result
 from equipot.serve.errors import Fault
@@ -25,7 +26,7 @@ def engine(bundles: Bundles) -> LocalEngine:
 
 
 def graph(engine: LocalEngine, system: System) -> Graph:
-    prepared = engine.prepare(system)
+    (prepared,) = engine.prepare([system])
     assert isinstance(prepared, Graph)
     return prepared
 
@@ -72,6 +73,20 @@ def test_what_is_not_asked_for_is_not_computed(engine: LocalEngine) -> None:
     assert answer.stress is None
 
 
+def test_lists_with_a_skin_give_the_same_answers_along_a_trajectory(engine: LocalEngine) -> None:
+    systems = [molecule(1, 12), crystal(2), molecule(3, 30)]
+    neighbors, rng = SkinnedNeighbors(engine.card.config.cutoff, skin=0.6), np.random.default_rng(0)
+    for _ in range(12):
+        moved = [replace(s, positions=s.positions + rng.normal(0, 0.03, s.positions.shape)) for s in systems]
+        kept = [g for g in engine.prepare(moved, neighbors=neighbors) if isinstance(g, Graph)]
+        built = [g for g in engine.prepare(moved) if isinstance(g, Graph)]
+        assert len(kept) == len(built) == len(systems)
+        answers = [engine.compute(graphs, forces=True, stress=False) for graphs in (kept, built)]
+        for one, other in zip(*answers, strict=True):
+            np.testing.assert_allclose(forces(one), forces(other), rtol=0, atol=1e-10)
+    assert neighbors.n_built < 12
+
+
 BAD = {
     "nothing": (molecule(0, 1), {"atomic_numbers": [], "positions": np.zeros((0, 3))}, "invalid_structure"),
     "nan": (molecule(0), {"positions": np.full((6, 3), np.nan)}, "invalid_structure"),
@@ -94,7 +109,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_structure_is_refused_with_field_message_and_remedy(engine: LocalEngine, name: str) -> None:
     system, change, reason = BAD[name]
-    fault = engine.prepare(replace(system, **change))  # type: ignore[arg-type]
+    (fault,) = engine.prepare([replace(system, **change)])  # type: ignore[arg-type]
     assert isinstance(fault, Fault)
     assert reason is None or fault.reason == reason
     assert fault.field

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from tests.serve.conftest import Bundles, Process, ask, crystal, molecule, read
 
+from equipot.model import kernels
 from equipot.serve.config import DEFAULT_LIMITS
 from equipot.serve.engine import LocalEngine, Result
 from equipot.wire.v1 import potential_pb2 as pb
@@ -64,7 +65,7 @@ class TestPredict:
         assert answer.stress is not None
         start = 0
         for index, system in enumerate(systems):
-            graph = engine.prepare(system)
+            (graph,) = engine.prepare([system])
             (alone,) = engine.compute([graph], forces=True, stress=True)  # type: ignore[list-item]
             assert isinstance(alone, Result)
             assert alone.forces is not None
@@ -109,6 +110,7 @@ class TestPredict:
             level_of_theory="B3LYP",
             dtype="float64",
             tensor_parallel=1,
+            batch_invariant=kernels.available(),
         )
         assert 0 < response.timing.compute_seconds < 20
         assert 0 <= response.timing.queue_seconds < 20

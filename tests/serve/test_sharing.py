@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +16,15 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 from tests.serve.conftest import Bundles, Inside, ask, inside, molecule, read, run
 
+from equipot.model.batch import Graph
+from equipot.serve import dispatcher
 from equipot.serve.batcher import Budget
 from equipot.serve.config import ServeConfig
+from equipot.serve.engine import LocalEngine, Result
+from equipot.serve.errors import Fault
 from equipot.wire.v1 import potential_pb2 as pb
+
+Compute = Callable[..., list[Result | Fault]]
 
 ROOMY = Budget(batch_edges=100_000, batch_atoms=100_000, queue_edges=10**9)
 ONE_BY_ONE = Budget(batch_edges=1, batch_atoms=1, queue_edges=10**9)
@@ -37,12 +46,28 @@ async def busy(there: Inside, n_structures: int) -> asyncio.Task[Any]:
     return task
 
 
+def slowly(compute: Compute) -> Compute:
+    """As an engine with a large model: a tiny one is done before the next call is read."""
+
+    def delayed(self: LocalEngine, graphs: Sequence[Graph], **wanted: bool) -> list[Result | Fault]:
+        time.sleep(0.01)
+        return compute(self, graphs, **wanted)
+
+    return delayed
+
+
 def code_of(error: BaseException | None) -> grpc.StatusCode:
     assert isinstance(error, grpc.aio.AioRpcError)
     return error.code()
 
 
-def test_callers_share_batches_and_each_gets_its_own_answer(bundles: Bundles) -> None:
+def test_callers_share_batches_and_each_gets_its_own_answer(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Callers and server take turns in one loop here, and nobody's next call is as quick as it would be.
+    monkeypatch.setattr(dispatcher, "ROUND_TRIP", 60.0)
+    monkeypatch.setattr(LocalEngine, "compute", slowly(LocalEngine.compute))
+
     async def test() -> None:
         async with inside(config(bundles.tiny, ROOMY)) as there:
             systems = [molecule(seed, 3 + seed % 9) for seed in range(64)]
@@ -63,7 +88,11 @@ def test_callers_share_batches_and_each_gets_its_own_answer(bundles: Bundles) ->
     run(test())
 
 
-def test_one_structure_overtakes_the_rest_of_a_large_request(bundles: Bundles) -> None:
+def test_one_structure_overtakes_the_rest_of_a_large_request(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalEngine, "compute", slowly(LocalEngine.compute))
+
     async def test() -> None:
         async with inside(config(bundles.tiny, ONE_BY_ONE)) as there:
             large = await busy(there, 300)
@@ -130,7 +159,11 @@ def test_a_deadline_that_passes_while_waiting(bundles: Bundles) -> None:
     run(test())
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(bundles: Bundles) -> None:
+def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalEngine, "compute", slowly(LocalEngine.compute))
+
     async def test() -> None:
         async with inside(config(bundles.tiny, ONE_BY_ONE)) as there:
             request = ask([molecule(seed) for seed in range(2_000)])
@@ -205,5 +238,40 @@ def test_different_wishes_at_once_are_answered_each_by_its_own_kind(bundles: Bun
                 np.testing.assert_allclose(
                     read(response, [system]).energy, read(alone, [system]).energy, rtol=0, atol=1e-10
                 )
+
+    run(test())
+
+
+def test_an_only_caller_is_answered_in_the_loop_and_callers_that_meet_share_batches(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: list[bool] = []
+    compute = LocalEngine.compute
+
+    def noted(self: LocalEngine, graphs: Sequence[Graph], **wanted: bool) -> list[Result | Fault]:
+        where.append(threading.current_thread() is threading.main_thread())
+        return compute(self, graphs, **wanted)
+
+    async def test() -> None:
+        async with inside(config(bundles.tiny, ROOMY)) as there:
+            monkeypatch.setattr(LocalEngine, "compute", noted)
+            # However slow the machine is that tests run on.
+            monkeypatch.setattr(dispatcher, "AT_ONCE_SECONDS", 60.0)
+            monkeypatch.setattr(dispatcher, "ROUND_TRIP", 0.0)
+            # The first call tells how long a batch takes, and is not trusted to be quick.
+            for _ in range(4):
+                await there.stub.Predict(ask([molecule(1)]))
+            assert where == [False, True, True, True]
+            where.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(dispatcher, "ROUND_TRIP", 60.0)
+                patch.setattr(LocalEngine, "compute", slowly(noted))
+                await asyncio.gather(*(there.stub.Predict(ask([molecule(seed)])) for seed in range(64)))
+            assert len(where) < 32
+            assert True not in where
+            await asyncio.sleep(1.1 * dispatcher.ALONE_SECONDS)
+            where.clear()
+            await there.stub.Predict(ask([molecule(1)]))
+            assert where == [True]
 
     run(test())

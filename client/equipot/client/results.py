@@ -24,6 +24,7 @@ class ModelReference:
         level_of_theory: whose total energies these are.
         dtype: what the network computed in.
         tensor_parallel: over how many ranks.
+        batch_invariant: whether a structure gets the same bits whatever shares its batch.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ModelReference:
     level_of_theory: str
     dtype: str
     tensor_parallel: int
+    batch_invariant: bool = False
 
     @property
     def pinned(self) -> str:
@@ -41,7 +43,12 @@ class ModelReference:
     def from_wire(message: pb.ModelReference) -> ModelReference:
         """The reference in a reply."""
         return ModelReference(
-            message.name, message.digest, message.level_of_theory, message.dtype, message.tensor_parallel
+            message.name,
+            message.digest,
+            message.level_of_theory,
+            message.dtype,
+            message.tensor_parallel,
+            message.batch_invariant,
         )
 
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from torch import Tensor
 
 from equipot.model.errors import StructureError
-from equipot.model.neighbors import neighbor_list
+from equipot.model.neighbors import neighbor_lists
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,8 +176,13 @@ class SystemBatch:
 
 def build_graph(system: System, cutoff: float) -> Graph:
     """A system with all edges shorter than the cutoff (Å); see `neighbors.neighbor_list`."""
-    edges = neighbor_list(system.positions, system.cell, system.pbc, cutoff)
-    return Graph(system, edges.senders, edges.receivers, edges.cell_shifts)
+    return build_graphs([system], cutoff)[0]
+
+
+def build_graphs(systems: Sequence[System], cutoff: float) -> list[Graph]:
+    """Systems with all edges shorter than the cutoff (Å), in one call."""
+    lists = neighbor_lists(((s.positions, s.cell, s.pbc) for s in systems), cutoff)
+    return [Graph(system, *edges) for system, edges in zip(systems, lists, strict=True)]
 
 
 def collate(

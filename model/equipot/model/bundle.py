@@ -11,10 +11,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +35,7 @@ from equipot.model.config import ModelConfig
 from equipot.model.errors import BundleError
 from equipot.model.potential import Potential, count_parameters
 from equipot.model.references import References
+from equipot.model.sharding import Cut, Group, cut_of, parallel_config, spread
 
 __all__ = ["BUNDLE_VERSION", "BundleCard", "Shard", "load_potential", "read_card", "write_bundle"]
 
@@ -117,6 +119,7 @@ def load_potential(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     verify: bool = True,
+    group: Group | None = None,
 ) -> tuple[Potential, BundleCard]:
     """Loads a bundle, in eval mode and with frozen parameters.
 
@@ -125,25 +128,32 @@ def load_potential(
         dtype: of the parameters; as stored when None.
         device: of the parameters.
         verify: whether to check each shard's sha256; its size is always checked.
+        group: the ranks to spread the potential over; all of them load it at once, each reads its slices
+            alone, and they share the checking of sums.
 
     Raises:
         BundleError: a shard is missing, truncated or altered, or the card is not one this release reads.
+        ModelError: the potential cannot be spread over so many ranks.
     """
     path = Path(path)
     card = read_card(path)
-    for shard in card.shards:
-        _check_shard(path, shard, verify=verify)
+    rank, size = (0, 1) if group is None else (group.rank, group.size)
+    for k, shard in enumerate(card.shards):
+        _check_shard(path, shard, verify=verify and k % size == rank)
     target = dtype or _DTYPES.get(card.dtype)
     if target is None:
         raise BundleError(f"{path}: stored as {card.dtype!r}; this equipot knows {', '.join(_DTYPES)}")
-    potential = _on_meta(card.config, card.references)
-    expected = {key: tuple(tensor.shape) for key, tensor in potential.state_dict().items()}
+    expected = _expected_shapes(card.config, card.references)
+    potential = _on_meta(card.config if group is None else parallel_config(card.config), card.references)
+    if group is not None:
+        spread(potential, group)
     state: dict[str, Tensor] = {}
     for shard in card.shards:
-        for key, tensor in _shard_tensors(path / shard.file):
-            _check_tensor(key, tuple(tensor.shape), expected, seen=state, where=str(path / shard.file))
-            # The clone lets go of the file's pages: a file cut short under a running service would kill it.
-            state[key] = tensor.clone().to(device=device, dtype=target)
+        for key, shape, read in _shard_tensors(path / shard.file):
+            _check_tensor(key, shape, expected, seen=state, where=str(path / shard.file))
+            cut = cut_of(key, shape, rank, size)
+            # The copy lets go of the file's pages: a file cut short under a running service would kill it.
+            state[key] = read(cut).to(device=device, dtype=target, copy=True)
     if missing := sorted(set(expected) - set(state)):
         raise BundleError(f"{path}: tensor {missing[0]!r} is in no shard; export the model again")
     potential.load_state_dict(state, assign=True)
@@ -261,13 +271,29 @@ def _check_shard(path: Path, shard: Shard, *, verify: bool) -> None:
         )
 
 
-def _shard_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+class _TensorView(Protocol):
+    """A tensor in a file, of which a part is read by indexing."""
+
+    def __getitem__(self, place: tuple[slice, ...]) -> Tensor: ...
+
+
+def _shard_tensors(file: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[Cut], Tensor]]]:
+    """Yields name, shape, and how to read a part of each tensor of a shard."""
     try:
         with safe_open(file, framework="pt", device="cpu") as shard:
             for key in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                yield key, shard.get_tensor(key)
+                view = shard.get_slice(key)
+                yield key, tuple(view.get_shape()), partial(_read_part, view)
     except SafetensorError as error:
         raise BundleError(f"{file}: not a safetensors file ({error}); export the bundle again") from error
+
+
+def _read_part(view: _TensorView, cut: Cut) -> Tensor:
+    place: tuple[slice, ...] = (slice(None),)
+    if cut.dim is not None:
+        place = (*(slice(None),) * cut.dim, slice(cut.start, cut.stop))
+    part = view[place]
+    return torch.zeros_like(part) if cut.zero else part
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

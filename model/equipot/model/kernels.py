@@ -27,7 +27,8 @@ from equipot.model.blocks import BlockedEdges
 from equipot.model.message_sweeps import Direction
 
 SOURCE = Path(__file__).with_name("message_kernels.cpp")
-HEADERS = tuple(sorted(SOURCE.parent.glob("message_*.h")))
+INFERENCE = SOURCE.with_name("inference_kernels.cpp")
+HEADERS = tuple(sorted([*SOURCE.parent.glob("message_*.h"), *SOURCE.parent.glob("inference_*.h")]))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 LOCK_SECONDS = 900.0
 """How long to wait for another process that is building; far more than a build takes."""
@@ -127,9 +128,15 @@ def available() -> bool:
                 # No compiler, a broken one, a read-only cache, a damaged library: none may stop work.
                 except (OSError, RuntimeError, ImportError) as error:
                     _state.reason = next(iter(str(error).strip().splitlines()), repr(error))
-                    _log.warning("messages: compiled kernels are off: %s", _state.reason)
+                    # No warning: nobody needs them, and `kernel_status` tells whoever asks.
+                    _log.info("messages: compiled kernels are off: %s", _state.reason)
                 _state.loaded = _state.reason is None
     return _state.loaded
+
+
+def library() -> Path | None:
+    """The compiled library if it may be used here and now; see `available` and `pure_torch`."""
+    return _library(cache_folder()) if _state.choice == "auto" and available() else None
 
 
 def kernel_status() -> str:
@@ -143,7 +150,7 @@ def cache_folder() -> Path:
     """Where builds are kept: a folder per source, flags, torch and processor, as code fits one alone."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     base = Path(root) if root else Path.home() / ".cache" / "equipot"
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS)))
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (SOURCE, INFERENCE, *HEADERS)))
     for part in (*FLAGS, torch.__version__, platform.python_version(), _processor()):
         key.update(part.encode())
     return base / f"messages-{key.hexdigest()[:16]}"
@@ -187,7 +194,7 @@ def _build(folder: Path, library: Path) -> None:
     try:
         cpp_extension.load(
             "equipot_messages",
-            [str(SOURCE)],
+            [str(SOURCE), str(INFERENCE)],
             extra_cflags=list(FLAGS),
             extra_ldflags=["-fopenmp"],
             build_directory=str(build),

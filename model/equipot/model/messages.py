@@ -65,8 +65,11 @@ class PairLinear(nn.Module):
         """Whether what comes after these pre-activations is to be computed block by block, without them."""
         if self.form not in BLOCKED_FORMS or edges.blocked is None:
             return False
-        least = LEAST.compiled if compiled_for(h) else LEAST.torch
-        return self.form != "fast" or edges.radial.shape[0] * h.shape[1] >= least
+        if self.form != "fast":
+            return True
+        numbers = edges.radial.shape[0] * h.shape[1]
+        # The first question for compiled code builds it: not for what is too little for it anyway.
+        return numbers >= LEAST.compiled and (numbers >= LEAST.torch or compiled_for(h))
 
     def _plain(self, h: Tensor, edges: Edges) -> Tensor:
         inputs = torch.cat([h[edges.receivers], h[edges.senders], edges.radial], dim=-1)

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,16 @@ def neighbor_list(
     receivers, senders, shifts = calculator.compute(positions, cell, pbc, "ijS", copy=False)
     # copy=False gives views of the calculator's buffers: astype and the copies below own their memory.
     return NeighborList(senders.astype(np.int64), receivers.astype(np.int64), shifts.astype(np.int64))
+
+
+def neighbor_lists(
+    structures: Iterable[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]], cutoff: float
+) -> list[NeighborList]:
+    """`neighbor_list` of many structures (positions, cell, pbc), with one calculator and its buffers.
+
+    Safe in any thread; the search itself holds no interpreter lock.
+    """
+    return [neighbor_list(positions, cell, pbc, cutoff) for positions, cell, pbc in structures]
 
 
 def half_neighbor_list(

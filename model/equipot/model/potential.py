@@ -102,7 +102,7 @@ class Potential(nn.Module):
                 "use a model with forces = 'conservative'"
             )
         if deterministic:
-            return _joined([self(one, forces=forces, stress=stress) for one in batch.alone()])
+            return join_predictions([self(one, forces=forces, stress=stress) for one in batch.alone()])
         by_gradient = stress or (forces and self.force_head is None)
         differentiable = self.training and torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiable or by_gradient):
@@ -184,7 +184,7 @@ class Potential(nn.Module):
             return self.prediction_of(batch, energy, pull, forces=forces, stress=stress)
         if not forces or self.force_head is None:
             return Prediction(energy=energy, forces=None, stress=None)
-        _, scale = self._references_on(batch.positions.device)
+        _, scale = self.references_on(batch.positions.device)
         edge_level = batch.level_idx[batch.system_idx[batch.receivers]]
         strengths = self.force_head(h, edges, vectors / lengths.unsqueeze(-1), edge_level)
         scale_N1 = scale[batch.level_idx][batch.system_idx].unsqueeze(-1)
@@ -194,7 +194,7 @@ class Potential(nn.Module):
         element_idx = self.embedding.elements(batch.atomic_numbers)
         h = self.embedding(batch, element_idx)
         h = self.backbone(h.to(torch.promote_types(h.dtype, torch.float32)), edges)
-        return self._energy(batch, h, element_idx), h
+        return self.total_energy(batch, self.energy_head(h), element_idx), h
 
     def _edges(self, batch: SystemBatch, vectors: Tensor) -> tuple[Edges, Tensor]:
         lengths = edge_lengths(vectors)
@@ -210,15 +210,17 @@ class Potential(nn.Module):
         )
         return edges, lengths
 
-    def _energy(self, batch: SystemBatch, h: Tensor, element_idx: Tensor) -> Tensor:
-        energy_table, scale = self._references_on(h.device)
+    def total_energy(self, batch: SystemBatch, atomic_energies: Tensor, element_idx: Tensor) -> Tensor:
+        """(S,) eV in float64, references added, from atomic energies (N, levels) in units of the scale."""
+        energy_table, scale = self.references_on(atomic_energies.device)
         level_N = batch.level_idx[batch.system_idx]
         # float64: a sum over 1e5 atoms loses 1 meV in float32, and references alone are thousands of eV.
-        atomic = self.energy_head(h).gather(-1, level_N.unsqueeze(-1)).squeeze(-1).double()
+        atomic = atomic_energies.gather(-1, level_N.unsqueeze(-1)).squeeze(-1).double()
         atomic = atomic * scale[level_N] + energy_table[level_N, element_idx]
         return sum_by_index(atomic, batch.system_idx, batch.n_systems)
 
-    def _references_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def references_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Reference energies (levels, elements) and scales (levels,), float64, in eV."""
         if device not in self._reference_tensors:
             self._reference_tensors[device] = (
                 torch.tensor(self.references.energy, device=device),
@@ -236,12 +238,17 @@ def _refuse_compiling(reason: str) -> None:
 def _stress(batch: SystemBatch, vectors: Tensor, pull: Tensor) -> Tensor:
     outer = vectors.detach().unsqueeze(-1) * pull.unsqueeze(-2)
     virial = sum_by_index(outer, batch.system_idx[batch.receivers], batch.n_systems)
+    return stress_from_virial(batch, virial).to(vectors.dtype)
+
+
+def stress_from_virial(batch: SystemBatch, virial: Tensor) -> Tensor:
+    """(S, 3, 3) eV/Å³ from Σ_e r_e ⊗ ∂E/∂r_e (S, 3, 3) in eV; NaN where not periodic all around."""
     virial = 0.5 * (virial + virial.mT)
     volume = torch.linalg.det(batch.cell).abs()
     periodic = batch.pbc.all(-1)
     # A volume of 1 where there is none keeps the quotient and its derivative finite until NaN is put there.
     stress = virial / torch.where(periodic, volume, torch.ones_like(volume)).view(-1, 1, 1)
-    return torch.where(periodic.view(-1, 1, 1), stress, torch.full_like(stress, math.nan)).to(vectors.dtype)
+    return torch.where(periodic.view(-1, 1, 1), stress, torch.full_like(stress, math.nan))
 
 
 def _outside_inference_mode(batch: SystemBatch) -> SystemBatch:
@@ -259,7 +266,9 @@ def _detached(prediction: Prediction) -> Prediction:
     )
 
 
-def _joined(parts: list[Prediction]) -> Prediction:
+def join_predictions(parts: list[Prediction]) -> Prediction:
+    """Predictions of batches as that of their structures in one batch, in this order."""
+
     def join(tensors: list[Tensor | None]) -> Tensor | None:
         present = [tensor for tensor in tensors if tensor is not None]
         return torch.cat(present) if present else None

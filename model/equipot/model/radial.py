@@ -22,6 +22,13 @@ def envelope(distances: Tensor, cutoff: float) -> Tensor:
     return (1.0 - x) ** 3 * series
 
 
+def envelope_slope(distances: Tensor, cutoff: float) -> Tensor:
+    """(E,) derivative of `envelope` by the distance: −p(p+1)(p+2)/2 · x^(p−1) · (1−x)² / cutoff."""
+    x = (distances / cutoff).clamp(max=1.0)
+    p = _ENVELOPE_ORDER
+    return (-0.5 * p * (p + 1) * (p + 2) / cutoff) * x ** (p - 1) * (1.0 - x) ** 2
+
+
 def bessel_basis(distances: Tensor, cutoff: float, size: int) -> Tensor:
     """(E, size) spherical Bessel functions √(2/3)·sin(nπx)/x of x = d/cutoff, n = 1 … size (same paper).
 
@@ -32,3 +39,10 @@ def bessel_basis(distances: Tensor, cutoff: float, size: int) -> Tensor:
     n = torch.arange(1, size + 1, dtype=distances.dtype, device=distances.device)
     x = (distances / cutoff).unsqueeze(-1)
     return math.sqrt(2.0 / 3.0) * torch.sin(x * (math.pi * n)) / x
+
+
+def bessel_slope(distances: Tensor, cutoff: float, size: int) -> Tensor:
+    """(E, size) derivative of `bessel_basis` by the distance, in 1/Å."""
+    n = torch.arange(1, size + 1, dtype=distances.dtype, device=distances.device) * math.pi
+    x = (distances / cutoff).unsqueeze(-1)
+    return math.sqrt(2.0 / 3.0) / cutoff * (n * torch.cos(x * n) - torch.sin(x * n) / x) / x

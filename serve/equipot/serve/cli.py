@@ -42,7 +42,18 @@ def serve(
     no_metrics: Annotated[bool, typer.Option("--no-metrics", help="Serve no metrics.")] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; by default as stored.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute, as torch names it.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads that compute; by default all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads that compute; by default as many as a batch keeps busy.")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Same bits for a structure whatever shares its batch.")
+    ] = False,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Processes to spread each model's weights over; they share the threads, or take a GPU each."
+        ),
+    ] = 1,
     max_atoms: Annotated[
         int, typer.Option(help="Most atoms in one structure.")
     ] = DEFAULT_LIMITS.structure_atoms,
@@ -80,6 +91,8 @@ def serve(
         dtype=dtype.value if dtype else None,
         device=device,
         threads=threads,
+        deterministic=deterministic,
+        tensor_parallel=tensor_parallel,
         drain_seconds=drain_seconds,
         budget=Budget(
             batch_edges=default_budget(device).batch_edges if max_batch_edges is None else max_batch_edges,

@@ -10,6 +10,7 @@ from equipot.serve.batcher import Budget
 from equipot.serve.errors import ServeError
 
 MAX_PORT = 65535
+MOST_RANKS = 64
 LARGEST_MESSAGE_MB = 2047
 """protobuf's own limit is 2 GiB."""
 
@@ -60,7 +61,9 @@ class ServeConfig:
         metrics_port: of the Prometheus endpoint; 0 takes any free one, None serves none.
         dtype: what the network computes in; None is what the bundle was stored in.
         device: as torch names it.
-        threads: of torch; None leaves its default.
+        threads: that compute; None lets each batch have as many as its work keeps busy.
+        deterministic: whether a structure must get the same bits whatever shares its batch.
+        tensor_parallel: over how many processes each model's weights are spread.
         drain_seconds: how long accepted requests may take to finish once the server is told to stop.
         budget: of the batcher.
         limits: of requests.
@@ -76,6 +79,8 @@ class ServeConfig:
     dtype: Literal["float32", "float64"] | None = None
     device: str = "cpu"
     threads: int | None = None
+    deterministic: bool = False
+    tensor_parallel: int = 1
     drain_seconds: float = 30.0
     budget: Budget = CPU_BUDGET
     limits: RequestLimits = DEFAULT_LIMITS
@@ -90,6 +95,7 @@ class ServeConfig:
             _check("metrics-port", self.metrics_port, 0, MAX_PORT)
         if self.threads is not None:
             _check("threads", self.threads, 1, 4096)
+        _check("tensor-parallel", self.tensor_parallel, 1, MOST_RANKS)
         if not 0 <= self.drain_seconds <= 86_400:
             raise ServeError(f"drain-seconds is {self.drain_seconds}, allowed are 0 to 86400")
         _check("max-batch-edges", self.budget.batch_edges, 1, None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from equipot.model.batch import Graph
-from equipot.serve.batcher import Batch, Batcher, Budget
+from equipot.serve.batcher import RATE_MEMORY, Batch, Batcher, Budget
 from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, DeadlinePassed, Fault
 from equipot.serve.job import Answer, Job, Key, Work
@@ -24,6 +25,16 @@ CHUNK_ATOMS = 1024
 
 PREFETCH = 2
 """How many batches of one request may be prepared and wait; the rest of it costs no memory yet."""
+
+ALONE_SECONDS = 0.5
+"""So long after calls last met each other, a caller counts as alone."""
+
+ROUND_TRIP = 0.0003
+"""Seconds that an answer and the next call take at least on one machine; measured: 0.5 and more."""
+
+AT_ONCE_SECONDS = 0.05
+"""A batch of an only caller that takes no longer is computed in the event loop: handing it over to a thread
+and back costs two wake-ups, and nobody else waits for the loop but a probe of health."""
 
 PREPARERS = 2
 """Threads that prepare: a second one, so that one slow structure does not hold up everybody's."""
@@ -42,6 +53,10 @@ class Dispatcher:
         metrics.watch_queue(lambda: self._batcher.depth)
         self._jobs: dict[int, Job] = {}
         self._computing = False
+        self._together = -ALONE_SECONDS
+        self._calls = 0
+        self._last_left = -math.inf
+        self._pace: dict[str, float] = {}
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._compute = ThreadPoolExecutor(1, "equipot-compute", initializer=in_compute_thread)
@@ -61,8 +76,9 @@ class Dispatcher:
             DeadlinePassed: it was not answered in time.
             NotReady: the server stopped before it was answered.
         """
+        now = time.monotonic()
         ticket = self._batcher.open(
-            work.key, now=time.monotonic(), expected_edges=_expected_edges(work), deadline=work.deadline
+            work.key, now=now, expected_edges=_expected_edges(work), deadline=work.deadline
         )
         job = self._jobs[ticket] = Job(work)
         self._quiet.clear()
@@ -78,6 +94,22 @@ class Dispatcher:
             if not self._jobs:
                 self._quiet.set()
         return job.result()
+
+    def entered(self) -> None:
+        """Notes a call as its handler begins.
+
+        A caller who waits for each answer never has two calls here, and its next one takes a round trip to
+        come. A call that begins sooner had been waiting while the loop computed: somebody else's.
+        """
+        now = time.monotonic()
+        self._calls += 1
+        if self._calls > 1 or now - self._last_left < ROUND_TRIP:
+            self._together = now
+
+    def left(self) -> None:
+        """Notes that a call's answer has left."""
+        self._calls -= 1
+        self._last_left = time.monotonic()
 
     async def quiet(self) -> None:
         """Returns once no request is open."""
@@ -143,31 +175,63 @@ class Dispatcher:
             job.waited(now - item.arrival)
             job.room.set()
         self._computing = True
-        self._compute.submit(self._run, batch, graphs, now)
+        if self._is_for_an_only_caller(batch, now):
+            self._finish(*self._run(batch, graphs, now))
+        else:
+            self._compute.submit(self._run_elsewhere, batch, graphs, now)
 
-    def _run(self, batch: Batch, graphs: list[Graph], started: float) -> None:
-        """In the compute thread: one batch."""
+    def _is_for_an_only_caller(self, batch: Batch, now: float) -> bool:
+        """Whether nobody else waits for the loop while the batch, all there is to do, takes a moment."""
         key = batch.key
         assert isinstance(key, Key)
-        results: list[Result | Fault]
+        only_work = len(self._jobs) == 1 and self._batcher.backlog == 0
+        seconds = self._pace.get(key.model.name, math.inf) * batch.cost
+        return only_work and seconds <= AT_ONCE_SECONDS and now - self._together >= ALONE_SECONDS
+
+    def _run_elsewhere(self, batch: Batch, graphs: list[Graph], started: float) -> None:
+        """In the compute thread: one batch."""
+        self._loop.call_soon_threadsafe(self._finish, *self._run(batch, graphs, started))
+
+    def _run(
+        self, batch: Batch, graphs: list[Graph], started: float
+    ) -> tuple[Batch, Key, list[Result | Fault] | CallError, float, float]:
+        key = batch.key
+        assert isinstance(key, Key)
+        results: list[Result | Fault] | CallError
         begun = time.perf_counter()
         try:
             results = key.model.engine.compute(graphs, forces=key.forces, stress=key.stress)
             assert len(results) == len(graphs)
+        except CallError as error:
+            results = error
         except Exception:
             logger.exception("the engine of %s failed on a batch of %d", key.model.name, len(graphs))
             fault = Fault("internal", "", "the engine failed", "the server's log has the reason")
             results = [fault] * len(graphs)
         seconds = time.perf_counter() - begun
-        self._loop.call_soon_threadsafe(self._finish, batch, key, results, started, seconds)
+        return batch, key, results, started, seconds
 
     def _finish(
-        self, batch: Batch, key: Key, results: list[Result | Fault], started: float, seconds: float
+        self,
+        batch: Batch,
+        key: Key,
+        results: list[Result | Fault] | CallError,
+        started: float,
+        seconds: float,
     ) -> None:
         self._computing = False
         self._batcher.finished(batch, seconds)
+        if not isinstance(results, CallError):
+            pace = seconds / max(batch.cost, 1)
+            before = self._pace.get(key.model.name, pace)
+            self._pace[key.model.name] = before + RATE_MEMORY * (pace - before)
         # First the next batch: the engine works while the answers are handed out.
         self._pump()
+        if isinstance(results, CallError):
+            for ticket in {item.ticket for item in batch.items}:
+                if job := self._jobs.get(ticket):
+                    job.fail(results)
+            return
         for ticket in {item.ticket for item in batch.items}:
             if job := self._jobs.get(ticket):
                 job.computed(seconds)

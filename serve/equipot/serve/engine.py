@@ -13,20 +13,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from equipot.model.batch import Graph, System, build_graph, collate
-from equipot.model.bundle import BundleCard, load_potential
-from equipot.model.errors import StructureError
-from equipot.model.potential import Potential
+from equipot.model.batch import Graph, System, build_graphs, collate
+from equipot.model.bundle import BundleCard, load_potential, read_card
+from equipot.model.errors import ModelError, StructureError
+from equipot.model.inference import FrozenPotential
+from equipot.model.sharding import check_divisible
+from equipot.model.skin import SkinnedNeighbors
 from equipot.model.validate import check_graph, check_supported, check_system
 from equipot.serve.config import RequestLimits
-from equipot.serve.errors import Fault, ServeError
+from equipot.serve.errors import CallError, Fault, ServeError
 from equipot.serve.footprint import footprint
+from equipot.serve.ranks import Ranks
 
 ESTIMATE_MARGIN = 2.0
 """A structure is refused unbuilt if its estimated edges are this many times the limit."""
 
 MOST_PAIRS = 1e9
 """Pairs beyond which the search for neighbours alone would hold a core for seconds."""
+
+WORK_PER_THREAD = 400e6
+"""Floating-point operations that pay for waking one more thread: some 4 ms of one core's work."""
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -63,29 +69,74 @@ class Engine(Protocol):
     def tensor_parallel(self) -> int:
         """Over how many ranks the model is spread."""
 
-    def prepare(self, system: System) -> Graph | Fault:
-        """Checks one structure and finds its edges."""
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a structure gets the same bits whatever shares its batch."""
+
+    def prepare(
+        self, systems: Sequence[System], *, neighbors: SkinnedNeighbors | None = None
+    ) -> list[Graph | Fault]:
+        """Checks structures and finds their edges in one call.
+
+        Args:
+            systems: the structures.
+            neighbors: lists that the caller keeps between calls, for the same structures in the same order as
+                they move: a trajectory's, and this caller's alone.
+        """
 
     def compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
-        """Answers a batch, structure by structure; raises nothing that one structure alone caused."""
+        """Answers a batch, structure by structure; raises nothing that one structure alone caused.
+
+        Raises:
+            NotReady: a rank died; the batch may be sent again.
+        """
+
+    def check_ready(self) -> None:
+        """Raises NotReady, with the time after which to ask again, if it cannot compute now."""
+
+    def close(self) -> None:
+        """Lets go of the processes it has, if any."""
 
 
 class LocalEngine:
-    """A bundle loaded whole into this process."""
+    """A bundle whose requests are prepared in this process, and computed here or by ranks of its own."""
 
-    tensor_parallel = 1
-
-    def __init__(self, potential: Potential, card: BundleCard, *, dtype: str, limits: RequestLimits) -> None:
+    def __init__(
+        self,
+        potential: FrozenPotential | Ranks,
+        card: BundleCard,
+        *,
+        dtype: str,
+        device: str,
+        limits: RequestLimits,
+        threads: int | None = None,
+        deterministic: bool = False,
+    ) -> None:
         self.card = card
         self.dtype = dtype
-        self._potential = potential.eval().requires_grad_(False)
-        # Geometry is never less than float32: in bfloat16 an atom would stand on a grid of 0.03 Å.
-        self._batch_dtype = torch.promote_types(_DTYPES[dtype], torch.float32)
-        self._device = next(potential.parameters()).device
+        self._potential = potential
+        self._deterministic = deterministic
+        # Geometry is never less than float32: in bfloat16 an atom would stand on a grid of 0.03 Å. Compiled
+        # code reads it in float64, whatever the network computes in.
+        exact = self._potential.way == "compiled"
+        self._batch_dtype = torch.float64 if exact else torch.promote_types(_DTYPES[dtype], torch.float32)
+        self._device = torch.device(device)
         self._limits = limits
+        self._threads = threads
+        self._most_threads = threads or torch.get_num_threads()
 
     @classmethod
-    def load(cls, path: Path, *, dtype: str | None, device: str, limits: RequestLimits) -> LocalEngine:
+    def load(
+        cls,
+        path: Path,
+        *,
+        dtype: str | None,
+        device: str,
+        limits: RequestLimits,
+        threads: int | None = None,
+        deterministic: bool = False,
+        tensor_parallel: int = 1,
+    ) -> LocalEngine:
         """Loads and verifies a bundle.
 
         Args:
@@ -93,16 +144,74 @@ class LocalEngine:
             dtype: what to compute in; None is what the weights were stored in.
             device: as torch names it.
             limits: of one structure.
+            threads: that compute; None lets each batch have as many as its work keeps busy, torch's number
+                at most.
+            deterministic: whether a structure must get the same bits in any batch, at whatever cost.
+            tensor_parallel: over how many processes to spread the weights; they share the threads.
 
         Raises:
             BundleError: it is missing, damaged, or of a newer version.
-            ServeError: the device cannot be used.
+            ServeError: the device cannot be used, or the model not be spread so.
         """
         check_device(device)
-        potential, card = load_potential(path, dtype=_DTYPES[dtype] if dtype else None, device=device)
-        engine = cls(potential, card, dtype=dtype or card.dtype, limits=limits)
+        potential: FrozenPotential | Ranks
+        if tensor_parallel > 1:
+            card = read_card(path)
+            try:
+                check_divisible(card.config, tensor_parallel)
+            except ModelError as error:
+                raise ServeError(f"{path}: --tensor-parallel {tensor_parallel}: {error}") from None
+            each = max(1, (threads or torch.get_num_threads()) // tensor_parallel)
+            potential = Ranks(path, size=tensor_parallel, dtype=dtype, device=device, threads=each)
+        else:
+            whole, card = load_potential(path, dtype=_DTYPES[dtype] if dtype else None, device=device)
+            potential = FrozenPotential(whole)
+        engine = cls(
+            potential,
+            card,
+            dtype=dtype or card.dtype,
+            # Ranks take their batches from this process's memory.
+            device=device if tensor_parallel == 1 else "cpu",
+            limits=limits,
+            threads=threads,
+            deterministic=deterministic,
+        )
         engine.warm_up()
         return engine
+
+    @property
+    def way(self) -> str:
+        """How it computes; see `FrozenPotential` and `Ranks`."""
+        return self._potential.way
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Over how many ranks the model is spread."""
+        return self._potential.size if isinstance(self._potential, Ranks) else 1
+
+    def check_ready(self) -> None:
+        """Raises NotReady while ranks are being started again."""
+        if isinstance(self._potential, Ranks):
+            self._potential.check_ready()
+
+    def close(self) -> None:
+        """Ends the ranks, if there are any."""
+        if isinstance(self._potential, Ranks):
+            self._potential.close()
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a structure gets the same bits whatever shares its batch."""
+        return self._deterministic or self._potential.batch_invariant
+
+    def threads_for(self, n_atoms: int, n_edges: int) -> int:
+        """How many threads a batch of this size gets."""
+        if self._threads is not None or (self._deterministic and not self._potential.batch_invariant):
+            # One number for all: where products are a library's, bits change with it.
+            return self._most_threads
+        config = self.card.config
+        products = config.layers * (4 * n_edges + 20 * n_atoms)
+        return min(self._most_threads, 1 + int(products * config.width**2 / WORK_PER_THREAD))
 
     def warm_up(self) -> None:
         """Computes one atom pair, so that no caller waits for what torch does only once."""
@@ -115,29 +224,45 @@ class LocalEngine:
             charge=config.charges[0],
             spin_multiplicity=config.spin_multiplicities[0],
         )
-        self.compute([build_graph(pair, config.cutoff)], forces=True, stress=False)
+        self.compute(build_graphs([pair], config.cutoff), forces=True, stress=False)
 
-    def prepare(self, system: System) -> Graph | Fault:
-        """Checks one structure, refuses it if it is too large, and finds its edges."""
+    def prepare(
+        self, systems: Sequence[System], *, neighbors: SkinnedNeighbors | None = None
+    ) -> list[Graph | Fault]:
+        """Checks structures, refuses those that are too large, and finds the edges of the others at once."""
+        checked = [self._check(system) for system in systems]
+        good = [system for system in checked if isinstance(system, System)]
+        cutoff = self.card.config.cutoff
+        graphs = iter(build_graphs(good, cutoff) if neighbors is None else neighbors.graphs(good))
+        return [self._check_edges(next(graphs)) if isinstance(one, System) else one for one in checked]
+
+    def _check(self, system: System) -> System | Fault:
+        """The structure as the model is to see it."""
         try:
             if fault := self._too_many_atoms(system):
                 return fault
             check_system(system)
             supported = check_supported(system, self.card.config)
-            if fault := self._too_dense(system):
-                return fault
-            graph = build_graph(supported, self.card.config.cutoff)
-            if graph.n_edges > self._limits.structure_edges:
-                return self._too_many_edges(graph.n_edges, "")
+        except StructureError as error:
+            return _fault(error)
+        return self._too_dense(system) or supported
+
+    def _check_edges(self, graph: Graph) -> Graph | Fault:
+        if graph.n_edges > self._limits.structure_edges:
+            return self._too_many_edges(graph.n_edges, "")
+        try:
             check_graph(graph)
         except StructureError as error:
-            return Fault(error.reason, error.field, error.message, error.remedy)
+            return _fault(error)
         return graph
 
     def compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
         """Answers a batch. If it fails whole, halves are tried, until the structure at fault stands alone."""
         try:
             return self._compute(graphs, forces=forces, stress=stress)
+        except CallError:
+            # No structure's fault, and no half of the batch would fare better.
+            raise
         except Exception as error:
             logger.warning("a batch of %d structures failed: %s", len(graphs), _first_line(error))
             if len(graphs) == 1:
@@ -151,11 +276,15 @@ class LocalEngine:
 
     def _compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
         batch = collate(graphs, dtype=self._batch_dtype, device=self._device)
-        with torch.no_grad():
-            prediction = self._potential(batch, forces=forces, stress=stress)
+        threads = self.threads_for(batch.n_atoms, batch.n_edges)
+        if self._potential.way in ("analytic", "autograd") and threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+        prediction = self._potential(
+            batch, forces=forces, stress=stress, deterministic=self._deterministic, threads=threads
+        )
         energy = prediction.energy.double().cpu().numpy()
-        all_forces = prediction.forces.double().cpu().numpy() if forces else None
-        all_stress = prediction.stress.double().cpu().numpy() if stress else None
+        all_forces = _numbers(prediction.forces)
+        all_stress = _numbers(prediction.stress)
         results: list[Result | Fault] = []
         start = 0
         for index, graph in enumerate(graphs):
@@ -213,6 +342,14 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ServeError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+
+
+def _numbers(tensor: torch.Tensor | None) -> npt.NDArray[np.float64] | None:
+    return None if tensor is None else tensor.double().cpu().numpy()
+
+
+def _fault(error: StructureError) -> Fault:
+    return Fault(error.reason, error.field, error.message, error.remedy)
 
 
 def _not_finite(result: Result, graph: Graph) -> Fault | None:

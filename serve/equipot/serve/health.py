@@ -28,8 +28,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated
 
     def set(self, *, serving: bool) -> None:
         """Changes the state and tells the watchers."""
-        self._serving = serving
-        self._tell()
+        if serving != self._serving:
+            self._serving = serving
+            self._tell()
 
     def close(self) -> None:
         """Lets the watchers go; the server stops."""

@@ -66,7 +66,7 @@ class Work:
 
     def prepare(self, start: int, stop: int) -> list[Graph | Fault]:
         """Checks these structures and finds their edges; safe in any thread."""
-        return [self.key.model.engine.prepare(system) for system in self._systems(start, stop)]
+        return self.key.model.engine.prepare(list(self._systems(start, stop)))
 
     def _systems(self, start: int, stop: int) -> Iterator[System]:
         arrays = self.structures

@@ -12,7 +12,7 @@ from pathlib import Path
 from equipot.model.bundle import BundleCard, read_card
 from equipot.serve.config import RequestLimits, ServeConfig
 from equipot.serve.engine import Engine, LocalEngine
-from equipot.serve.errors import InvalidRequest, NotServed, ServeError
+from equipot.serve.errors import InvalidRequest, NotReady, NotServed, ServeError
 from equipot.wire.v1 import potential_pb2 as pb
 
 SHORTEST_DIGEST = 8
@@ -44,6 +44,15 @@ class ServedModel:
     def name(self) -> str:
         """What callers ask for."""
         return self.card.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether its engine can compute now."""
+        try:
+            self.engine.check_ready()
+        except NotReady:
+            return False
+        return True
 
     @property
     def has_stress(self) -> bool:
@@ -81,6 +90,7 @@ class ServedModel:
             level_of_theory=self.card.config.levels_of_theory[level],
             dtype=self.engine.dtype,
             tensor_parallel=self.engine.tensor_parallel,
+            batch_invariant=self.engine.batch_invariant,
         )
 
     def describe(self, limits: RequestLimits, *, is_default: bool) -> pb.Model:
@@ -176,16 +186,25 @@ def check_names(names: Sequence[str]) -> None:
 
 def _load(path: Path, config: ServeConfig) -> ServedModel:
     started = time.perf_counter()
-    engine = LocalEngine.load(path, dtype=config.dtype, device=config.device, limits=config.limits)
+    engine = LocalEngine.load(
+        path,
+        dtype=config.dtype,
+        device=config.device,
+        limits=config.limits,
+        threads=config.threads,
+        deterministic=config.deterministic,
+        tensor_parallel=config.tensor_parallel,
+    )
     card = engine.card
     logger.info(
-        "loaded %s from %s: %s, %d parameters, %s on %s, %.1f s",
+        "loaded %s from %s: %s, %d parameters, %s on %s (%s), %.1f s",
         card.name,
         path,
         card.digest,
         card.n_parameters,
         engine.dtype,
         config.device,
+        engine.way,
         time.perf_counter() - started,
     )
     return ServedModel(engine, (path / "model.json").read_text(encoding="utf-8"))

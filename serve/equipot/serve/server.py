@@ -30,6 +30,9 @@ from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServi
 LAST_ANSWERS_SECONDS = 2.0
 """Time for answers that are ready to leave, once nothing computes any more."""
 
+WATCH_SECONDS = 0.5
+"""How often health asks the engines whether they can compute."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -76,10 +79,14 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
             gc.collect()
             gc.freeze()
             server.open(registry)
+            watching = asyncio.create_task(server.watch(registry))
             names = ", ".join(model.name for model in registry)
             announce(f"serving {names} on {_address(config.host, port)}")
             await stopping
+            watching.cancel()
             await server.drain(config.drain_seconds)
+            for model in registry:
+                model.engine.close()
         finally:
             await server.stop()
     if server.computing:
@@ -135,6 +142,12 @@ class GrpcServer:
         """Serves these models."""
         self._gate.open(registry)
         self._health.set(serving=True)
+
+    async def watch(self, registry: Registry) -> None:
+        """Says by health whether every model can compute, until cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            self._health.set(serving=all(model.ready for model in registry))
 
     async def drain(self, seconds: float) -> None:
         """Refuses new calls and waits for the accepted ones; those still open after `seconds` are ended."""

@@ -12,7 +12,7 @@ from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit
 from equipot.serve.job import Answer, Key, Work
 from equipot.serve.metrics import NO_MODEL, OK, Metrics
-from equipot.serve.models import Registry
+from equipot.serve.models import Registry, ServedModel
 from equipot.serve.status import Context, guarded
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1 import potential_pb2_grpc
@@ -71,10 +71,13 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         deadline = None if remaining is None else time.monotonic() + remaining
         label, outcome = NO_MODEL, "internal"
         self._metrics.in_flight.inc()
+        self._dispatcher.entered()
+        # The stubs declare the callback's type as a class, which no function is.
+        context.add_done_callback(self._left)  # type: ignore[arg-type]
         try:
             model = self._gate.registry().find(request.model)
             label = model.name
-            work = self._understand(request, deadline)
+            work = self._understand(request, model, deadline)
             answer = await self._dispatcher.predict(work)
             response = _response(work, answer)
             outcome = OK
@@ -91,6 +94,9 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         finally:
             self._metrics.in_flight.dec()
             self._metrics.requests.labels(label, outcome).inc()
+
+    def _left(self, ctx: Context) -> None:
+        self._dispatcher.left()
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """The models that this server serves."""
@@ -114,8 +120,8 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
-    def _understand(self, request: pb.PredictRequest, deadline: float | None) -> Work:
-        model = self._gate.registry().find(request.model)
+    def _understand(self, request: pb.PredictRequest, model: ServedModel, deadline: float | None) -> Work:
+        model.engine.check_ready()
         forces, stress = _wanted(request)
         if stress and not model.has_stress:
             raise InvalidRequest(

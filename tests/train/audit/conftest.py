@@ -12,10 +12,14 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from equipot.train.importer import ImportOptions, import_files
+from equipot.train.mix import Mix
+from equipot.train.mix_build import build_mix
+from equipot.train.mix_request import of_stores
 from equipot.train.store import Store
 
 ROOT = Path(__file__).parents[3]
 MakeStore = Callable[..., Store]
+MakeMix = Callable[..., Mix]
 
 # EMT counts from the bulk; codes count from farther below, some eV per atom.
 BINDING = -3.5
@@ -72,6 +76,16 @@ def make_store(tmp_path: Path) -> MakeStore:
         ase.io.write(path, frames, format="extxyz")
         described = ImportOptions(level_of_theory=level, licence="MIT", name=name, group_by=group_by)
         return Store.open(import_files([path], tmp_path / name, described).store)
+
+    return make
+
+
+@pytest.fixture
+def make_mix(tmp_path: Path) -> MakeMix:
+    def make(stores: Sequence[Store], fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> Mix:
+        names = [store.manifest.name for store in stores]
+        request = of_stores([store.path for store in stores], names, 0, fractions)
+        return build_mix(request, tmp_path / "mix")
 
     return make
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import ase
+import ase.io
 import numpy as np
 import pytest
 from ase.build import bulk, make_supercell, molecule
@@ -16,10 +17,11 @@ from equipot.train.audit.findings import Severity
 from equipot.train.audit.geometry import describe, difference
 from equipot.train.audit.run import AuditOptions, audit_stores
 from equipot.train.importer import ImportOptions, import_files
-from equipot.train.splits import Splits, split
+from equipot.train.places import in_blocks
+from equipot.train.splits import NAMES
 from equipot.train.store import Store
 
-from .conftest import MakeStore, labelled
+from .conftest import MakeMix, MakeStore, labelled
 
 
 def system(atoms: ase.Atoms) -> System:
@@ -136,43 +138,57 @@ def test_a_description_moves_no_more_than_distances_do() -> None:
         assert np.abs(one.features - two.features).max() <= 2 * size + 1e-9
 
 
-def leaking(frames: list[ase.Atoms], make_store: MakeStore) -> tuple[Store, Splits]:
-    """Twenty frames in training, their disguised copies in test, each a group of its own."""
-    originals = frames[:20]
-    disguised: list[ase.Atoms] = []
-    for atoms in originals:
+def disguised(frames: list[ase.Atoms]) -> list[ase.Atoms]:
+    """The same, each moved, turned and renumbered."""
+    copies: list[ase.Atoms] = []
+    for atoms in frames:
         order = np.random.default_rng(7).permutation(len(atoms))
-        turn = rotation(len(disguised))
+        turn = rotation(len(copies))
         copy = ase.Atoms(atoms.numbers[order], atoms.positions[order] @ turn + 3.0, cell=atoms.cell[:] @ turn)
         copy.pbc = atoms.pbc
         forces = atoms.calc.results["forces"][order] @ turn
-        disguised.append(labelled(copy, energy=atoms.calc.results["energy"], forces=forces))
-    store = make_store([*frames, *disguised], group_by="frame")
-    n = len(frames)
-    where = np.stack([np.zeros(n + 20, np.int64), np.arange(n + 20)], axis=1)
-    return store, Splits(where[:n], where[:0], where[n:], 0, (0.9, 0.0, 0.1), (store.manifest.digest,))
+        copies.append(labelled(copy, energy=atoms.calc.results["energy"], forces=forces))
+    return copies
 
 
 @pytest.mark.parametrize("which", ["alcohols", "alloy"])
 def test_disguised_copies_across_splits_are_leaks(
-    which: str, request: pytest.FixtureRequest, make_store: MakeStore
+    which: str, request: pytest.FixtureRequest, make_store: MakeStore, make_mix: MakeMix
 ) -> None:
-    frames = request.getfixturevalue(which)
-    store, splits = leaking(frames, make_store)
-    audit = audit_stores([store], AuditOptions(), splits=splits)
+    frames = request.getfixturevalue(which)[:60]
+    store = make_store([*frames, *disguised(frames[:20])], group_by="frame")
+    mix = make_mix([store], (0.5, 0.0, 0.5))
+    split_of = {int(i): name for name in NAMES for block in in_blocks(mix.part(name)) for i in block[:, 1]}
+    apart = {(k, 60 + k) for k in range(20) if split_of[k] != split_of[60 + k]}
+    audit = audit_stores([], AuditOptions(), mix=mix)
     (leak,) = [finding for finding in audit.findings if finding.code == "leak"]
     assert leak.severity is Severity.ERROR
-    assert leak.count == 20
     assert "train and test" in leak.summary
-    pairs = {(a.frame, b.frame) for a, b in list(pairwise(leak.places))[::2]}
-    assert pairs == {(k, len(frames) + k) for k in range(20)}
+    pairs = {tuple(sorted((a.frame, b.frame))) for a, b in list(pairwise(leak.places))[::2]}
+    assert pairs == apart
+    assert leak.count == len(apart)
     assert audit.answer.startswith("not consistent")
 
 
-def test_honest_splits_do_not_leak(alcohols: list[ase.Atoms], make_store: MakeStore) -> None:
+def test_a_mix_is_compared_with_stores_outside_it(
+    alcohols: list[ase.Atoms], make_store: MakeStore, make_mix: MakeMix
+) -> None:
+    store, outside = make_store(alcohols[:100]), make_store(disguised(alcohols[:40]), "benchmark")
+    mix = make_mix([store])
+    audit = audit_stores([outside], AuditOptions(), mix=mix)
+    counts = {f.summary: f.count for f in audit.findings if f.code == "duplicates-across-stores"}
+    for name in NAMES:
+        taken = sum(int((block[:, 1] < 40).sum()) for block in in_blocks(mix.part(name)))
+        assert counts.get(f"structures of store ({name}) and benchmark are nearly the same", 0) == taken
+    assert sum(counts.values()) == 40
+    assert "leak" not in {finding.code for finding in audit.findings}
+
+
+def test_honest_splits_do_not_leak(
+    alcohols: list[ase.Atoms], make_store: MakeStore, make_mix: MakeMix
+) -> None:
     store = make_store(alcohols)
-    splits = split([store], fractions=(0.8, 0.1, 0.1), seed=0)
-    audit = audit_stores([store], AuditOptions(), splits=splits)
+    audit = audit_stores([], AuditOptions(), mix=make_mix([store]))
     assert "leak" not in {finding.code for finding in audit.findings}
 
 
@@ -217,8 +233,6 @@ def test_copies_are_taken_into_a_small_sample_together(
 
 
 def test_keep_duplicates_are_found_again(alcohols: list[ase.Atoms], tmp_path: Path) -> None:
-    import ase.io
-
     ase.io.write(tmp_path / "twice.extxyz", [*alcohols[:30], *alcohols[:30]])
     options = ImportOptions(level_of_theory="x", licence="x", name="x", keep_duplicates=True)
     store = Store.open(import_files([tmp_path / "twice.extxyz"], tmp_path / "store", options).store)

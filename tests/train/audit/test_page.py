@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from equipot.cli.main import main
-from equipot.train.splits import split
 
-from .conftest import MakeStore, labelled
+from .conftest import MakeMix, MakeStore, labelled
 
 HOSTILE = "<img src=x onerror=alert(1)>&$x^2$.extxyz"
 
@@ -46,17 +45,15 @@ def flipped(frames: list[ase.Atoms]) -> list[ase.Atoms]:
 
 
 @pytest.fixture
-def audited(alloy: list[ase.Atoms], make_store: MakeStore, tmp_path: Path) -> Path:
+def audited(alloy: list[ase.Atoms], make_store: MakeStore, make_mix: MakeMix, tmp_path: Path) -> Path:
     outlier = labelled(alloy[0], energy=500.0, forces=alloy[0].calc.results["forces"])
     stores = [
         make_store([*flipped(alloy), outlier], "<b>one", file=HOSTILE, level="<script>PBE</script>"),
         make_store(alloy[:40], "two"),
     ]
-    found = split(stores, fractions=(0.7, 0.0, 0.3), seed=0)
-    found.save(tmp_path / "splits.npz")
+    mix = make_mix(stores, (0.7, 0.0, 0.3))
     out = tmp_path / "report"
-    paths = [str(store.path) for store in stores]
-    arguments = ["data", "audit", *paths, "--splits", str(tmp_path / "splits.npz"), "--out", str(out)]
+    arguments = ["data", "audit", str(mix.path), "--out", str(out)]
     assert main([*arguments, "--sample", "150"]) == 0
     return out
 
@@ -80,7 +77,7 @@ def test_page_and_numbers(audited: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert body["format"] == "equipot-audit"
     assert body["version"] == 1
     assert set(body) == {
-        *("format", "version", "answer", "findings", "sample", "seed", "tolerance_angstrom", "splits"),
+        *("format", "version", "answer", "findings", "sample", "seed", "tolerance_angstrom", "mix"),
         *(
             "structures",
             "structures_compared",
@@ -144,11 +141,14 @@ def test_strict_fails_on_errors_alone(
 
 
 def test_mistakes_are_one_line(
-    alloy: list[ase.Atoms], make_store: MakeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    alloy: list[ase.Atoms],
+    make_store: MakeStore,
+    make_mix: MakeMix,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    store = make_store(alloy[:20])
-    splits = split([store], fractions=(0.8, 0.1, 0.1), seed=0)
-    splits.save(tmp_path / "splits.npz")
+    store = make_store(alloy[:20], group_by="frame")
+    mix = str(make_mix([store]).path)
     file = tmp_path / "file"
     file.write_text("")
     path, out = str(store.path), ["--out", str(tmp_path / "out")]
@@ -156,7 +156,9 @@ def test_mistakes_are_one_line(
         ([str(tmp_path / "nowhere"), *out], "no such store"),
         ([path, path, *out], "named twice"),
         ([path, "--out", str(file)], "is a file"),
-        ([path, "--splits", str(file), *out], "is not a file of splits"),
+        ([mix, path, *out], "none of those that are in the mix"),
+        ([mix, mix, *out], "is a second mix"),
+        ([mix, "--store-root", str(tmp_path / "nowhere"), *out], "the store of its source store is not at"),
     ):
         assert main(["data", "audit", *arguments]) == 2
         said = capsys.readouterr().err

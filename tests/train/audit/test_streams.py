@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 from equipot.train.audit.blocks import KinSample, kin_keys, read_blocks
-from equipot.train.audit.references import ReferenceSums
 from equipot.train.audit.run import AuditOptions, AuditStopped, audit_stores
 from equipot.train.audit.sketch import Extremes, Sketch
-from equipot.train.reference_fit import fit_references
+from equipot.train.storage import base
 from equipot.train.store import Store
 
-from .conftest import MakeStore
+from .conftest import MakeMix, MakeStore, labelled
 
 
 @pytest.fixture
@@ -20,8 +19,12 @@ def store(alcohols: list[ase.Atoms], make_store: MakeStore) -> Store:
 
 
 @pytest.mark.parametrize(("structures", "atoms"), [(7, 10**9), (10**9, 50), (10**9, 1), (10**9, 10**9)])
-def test_blocks_are_bounded_and_make_up_the_store(store: Store, structures: int, atoms: int) -> None:
-    blocks = list(read_blocks(store, structures, atoms))
+def test_blocks_are_bounded_and_make_up_the_store(
+    store: Store, structures: int, atoms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "CHUNK_STRUCTURES", structures)
+    monkeypatch.setattr(base, "CHUNK_ATOMS", atoms)
+    blocks = list(read_blocks(store))
     for block in blocks:
         assert len(block) == 1 or (len(block) <= structures and len(block.positions) <= atoms)
     assert np.concatenate([block.indices for block in blocks]).tolist() == list(range(len(store)))
@@ -95,23 +98,11 @@ def test_kin_keys_do_not_see_orientation_order_or_supercell(
         turned = atoms.copy()
         turned.rotate(37, "x", rotate_cell=True)
         copies += [turned[::-1] * (2, 1, 1)]
-    from .conftest import labelled
-
     store = make_store([*alloy[:20], *(labelled(copy, energy=-1.0) for copy in copies)])
     (block,) = read_blocks(store)
     keys = kin_keys(block)
     np.testing.assert_array_equal(keys[:20], keys[20:])
     assert len(set(keys.tolist())) > 1
-
-
-def test_streamed_references_are_those_of_training(store: Store) -> None:
-    sums = ReferenceSums()
-    for block in read_blocks(store, 13):
-        sums.add(block.counts, block.energy)
-    everything = np.stack([np.zeros(len(store), np.int64), np.arange(len(store))], axis=1)
-    fitted = fit_references([store], everything, [1, 6, 8], ["PBE"])
-    counts = store.element_counts(np.arange(len(store)))
-    np.testing.assert_allclose(counts @ sums.solve(), counts[:, [1, 6, 8]] @ fitted.energy[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("after", [0, 3, 250])
@@ -142,12 +133,16 @@ def test_the_same_store_gives_the_same_audit(store: Store) -> None:
     assert one.compared == two.compared
 
 
-def test_references_come_from_the_training_split_alone(store: Store) -> None:
-    from equipot.train.splits import Splits
-
-    where = np.stack([np.zeros(len(store), np.int64), np.arange(len(store))], axis=1)
-    splits = Splits(where[60:], where[:0], where[:60], 0, (0.7, 0.0, 0.3), (store.manifest.digest,))
-    audit = audit_stores([store], AuditOptions(), splits=splits)
-    fitted = fit_references([store], where[60:], [1, 6, 8], ["PBE"])
-    ethanol = np.array([6.0, 2.0, 1.0])
-    assert ethanol @ audit.references["PBE"][[1, 6, 8]] == pytest.approx(ethanol @ fitted.energy[0], abs=1e-4)
+def test_references_are_those_of_a_model_trained_on_the_mix(
+    alloy: list[ase.Atoms], make_store: MakeStore, make_mix: MakeMix
+) -> None:
+    wrong = [labelled(a, energy=3 * a.calc.results["energy"]) for a in alloy]
+    inside, outside = make_store(alloy, "inside"), make_store(wrong, "outside", level="PBE0")
+    mix = make_mix([inside], (0.5, 0.0, 0.5))
+    audit = audit_stores([outside], AuditOptions(sample=100), mix=mix)
+    np.testing.assert_allclose(
+        audit.references["PBE"][list(mix.card.chemistry.elements)], mix.card.references.energy[0], atol=1e-6
+    )
+    everything = audit_stores([inside, outside], AuditOptions(sample=100)).references
+    np.testing.assert_allclose(audit.references["PBE0"], everything["PBE0"])
+    assert np.abs(everything["PBE"] - audit.references["PBE"]).max() > 1e-4

@@ -133,7 +133,7 @@ def test_a_damaged_store_is_one_error_that_names_the_structure(
     offsets = np.load(path, mmap_mode="r+")
     offsets[30] = 2**40
     offsets.flush()
-    with pytest.raises(DataError, match=r"store\[(29|30)\]: its atoms cannot be found"):
+    with pytest.raises(DataError, match=r"shards/00000: the atoms of its structure (29|30) cannot be found"):
         loaded(Dataset([Store.open(tmp_path / "store")], config), 0, 14)
 
 

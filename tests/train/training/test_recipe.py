@@ -28,6 +28,12 @@ def test_overrides_are_toml_values_or_bare_words(recipe: Callable[..., Recipe], 
     assert settings.optimizer.betas == (0.8, 0.9)
 
 
+def test_messages_are_one_word_or_one_for_each_layer(recipe: Callable[..., Recipe]) -> None:
+    assert recipe("model.messages=lean").model.messages == "lean"
+    layers = 'model.messages=["fast", "lean"]'
+    assert recipe("model.layers=2", layers).model.messages == ("fast", "lean")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -43,6 +49,8 @@ def test_overrides_are_toml_values_or_bare_words(recipe: Callable[..., Recipe], 
         ("loss=1", ["loss = 1"]),
         ("ema.decay=nan", ["ema.decay", "finite"]),
         ("model=1", ["model = 1"]),
+        ("model.messages=quick", ["messages", "'quick'", "fast, balanced, lean"]),
+        ('model.messages=["fast", "lean", "lean"]', ["messages lists 3 words", "one for each"]),
     ],
 )
 def test_a_wrong_value_is_named_with_a_remedy(

@@ -1,6 +1,7 @@
 """`equipot data audit`: asks stores whether they are consistent."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +13,11 @@ from equipot.train.audit.findings import Severity
 from equipot.train.audit.page import render
 from equipot.train.audit.report import to_json
 from equipot.train.audit.run import SAMPLE, Audit, AuditOptions, audit_stores
+from equipot.train.cli_mix import mix_at
 from equipot.train.errors import DataError
-from equipot.train.long_work import progress_bar, stop_signals
+from equipot.train.long_work import stop_signals, told_bar
 from equipot.train.manifest import write_json
-from equipot.train.splits import Splits
+from equipot.train.mix import Mix
 from equipot.train.store import Store
 
 PAGE, NUMBERS = "audit.html", "audit.json"
@@ -24,18 +26,20 @@ _SHOWN = 3
 
 
 def audit_command(
-    stores: Annotated[list[Path], typer.Argument(help="Stores.", show_default=False)],
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STORE | MIX | RUN…",
+            help="Stores. A mix or a run stands for its stores and their splits: leaks between the splits "
+            "are looked for, and copies of them in the other stores named.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the page and the numbers.", show_default=False)
     ],
-    splits: Annotated[
-        Path | None,
-        typer.Option(
-            help="splits.npz of a run, of these stores in this order: looks for leaks between its "
-            "splits, and fits "
-            "reference energies on its training structures alone.",
-            show_default=False,
-        ),
+    store_root: Annotated[
+        Path | None, typer.Option(help="Folder of a mix's stores, if they were moved.", show_default=False)
     ] = None,
     sample: Annotated[
         int, typer.Option(min=100, help="Structures looked at closely: near duplicates, nearest distances.")
@@ -49,26 +53,39 @@ def audit_command(
     a sample, which takes structures that may be copies together. Writes a page (audit.html) and all numbers
     (audit.json). Findings are no failure: the exit code is 0 unless --strict is given.
     """
-    opened = [Store.open(path) for path in stores]
-    if len({store.path.resolve() for store in opened}) < len(opened):
-        raise DataError("a store is named twice; name each once")
-    read = Splits.load(splits) if splits is not None else None
+    stores, mix = _open(places, store_root)
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is a file; give a folder as --out")
-    with stop_signals() as stopped, progress_bar() as bar:
-        task = bar.add_task("opening", total=1.0)
+    with stop_signals() as stopped, told_bar() as report:
         audit = audit_stores(
-            opened,
+            stores,
             AuditOptions(sample=sample, seed=seed),
-            splits=read,
-            splits_path=splits,
-            report=lambda what, done: bar.update(task, completed=done, description=escape(what)),
+            mix=mix,
+            report=report,
             should_stop=lambda: bool(stopped),
         )
     _write(audit, out)
     _print(audit, out, Console())
     if strict and any(finding.severity is Severity.ERROR for finding in audit.findings):
         raise typer.Exit(1)
+
+
+def _open(places: Sequence[Path], store_root: Path | None) -> tuple[list[Store], Mix | None]:
+    """The mix if one is meant, and the stores beside its own."""
+    stores: list[Store] = []
+    mix = None
+    for place in places:
+        found = mix_at(place, store_root=store_root)
+        if found is None:
+            stores.append(Store.open(place))
+        elif mix is not None:
+            raise DataError(f"{place}: is a second mix; give one mix or run, and stores")
+        mix = mix or found
+    paths = [store.path.resolve() for store in (*stores, *(mix.stores if mix else ()))]
+    if len(set(paths)) < len(paths):
+        also = ", and none of those that are in the mix" if mix else ""
+        raise DataError(f"a store is named twice; name each once{also}")
+    return stores, mix
 
 
 def _write(audit: Audit, out: Path) -> None:

@@ -12,10 +12,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from equipot.train import mix_build
 from equipot.train.errors import DataError
+from equipot.train.long_work import told_bar
 from equipot.train.mix import CARD, PICTURE, Mix
 from equipot.train.mix_build import build_mix
 from equipot.train.mix_report import draw_mix, print_mix
@@ -90,7 +89,7 @@ def mix_command(
         request = _of_options(
             paths, options, seed or 0, parse_fractions(fractions) if fractions else FRACTIONS
         )
-    with terminated_is_interrupted(), bar() as progress:
+    with terminated_is_interrupted(), told_bar() as progress:
         mix = build_mix(request, out, on_progress=progress)
     draw_mix(mix.card, mix.path / PICTURE)
     print_mix(mix, Console())
@@ -116,18 +115,30 @@ def open_data(
     Raises:
         DataError: none of these.
     """
-    if len(paths) == 1 and (paths[0] / CARD).is_file():
-        return Mix.open(paths[0], store_root=store_root)
-    run = RunDirectory(paths[0])
-    if len(paths) == 1 and run.card.is_file():
-        return reopen_mix(run, RunCard.read(run.card))
+    mix = mix_at(paths[0], store_root=store_root) if len(paths) == 1 else None
+    if mix is not None:
+        return mix
     names = [f"store {k}" for k in range(len(paths))]
     sources = {name: {"store": path} for name, path in zip(names, paths, strict=True)}
     for path in paths:
         Store.open(path)  # its own words for what is no store
     request = parse_request({"seed": seed, "fractions": fractions, "sources": sources}, "--fractions")
-    with bar() as progress:
+    with told_bar() as progress:
         return build_mix(request, scratch / "mix", on_progress=progress)
+
+
+def mix_at(path: Path, *, store_root: Path | None = None) -> Mix | None:
+    """The mix that is meant by its folder, or by that of a run; None for anything else.
+
+    Raises:
+        DataError: it is damaged, or a store of it is missing or has changed.
+    """
+    if (path / CARD).is_file():
+        return Mix.open(path, store_root=store_root)
+    run = RunDirectory(path)
+    if run.card.is_file():
+        return reopen_mix(run, RunCard.read(run.card), store_root=store_root)
+    return None
 
 
 def parse_fractions(text: str) -> tuple[float, float, float]:
@@ -137,16 +148,6 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
     except ValueError:
         raise DataError(f"--fractions {text}: give three numbers that sum to 1, as 0.8,0.1,0.1") from None
     return check_fractions(shares)
-
-
-@contextmanager
-def bar() -> Iterator[mix_build.Progress]:
-    """A bar on a terminal; what it yields is told what is done, and how much of everything."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=1.0)
-        yield lambda what, fraction: progress.update(task, description=what, completed=fraction)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """What commands share that take long: a bar on the terminal, and signals that stop them at a good moment."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 
@@ -33,3 +34,11 @@ def progress_bar() -> Iterator[Progress]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield bar
+
+
+@contextmanager
+def told_bar() -> Iterator[Callable[[str, float], None]]:
+    """The same; what it yields is told what is being done, and which share of everything is done."""
+    with progress_bar() as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, share: bar.update(task, description=escape(what), completed=share)

@@ -1,4 +1,8 @@
-"""Makes a mix from stores: two passes over them in blocks, and memory that grows with the groups alone."""
+"""Makes a mix from stores in passes over them in blocks.
+
+Memory grows with the groups, 90 bytes each while they are dealt, and with the lists: 4 bytes a structure,
+and as many again while one is written.
+"""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from equipot.model.config import ModelConfig
 from equipot.train.dataset import Sizes
 from equipot.train.errors import DataError
+from equipot.train.long_work import told_bar
 from equipot.train.mix import Mix
 from equipot.train.mix_build import build_mix
 from equipot.train.mix_request import FRACTIONS, of_stores
@@ -19,13 +19,7 @@ from equipot.train.run_directory import RunDirectory, RunError
 from equipot.train.store import Store
 
 
-def prepare(
-    recipe: Recipe,
-    run: RunDirectory,
-    *,
-    resume: bool,
-    on_progress: Callable[[str, float], None] = lambda what, fraction: None,
-) -> list[str]:
+def prepare(recipe: Recipe, run: RunDirectory, *, resume: bool) -> list[str]:
     """Write the run's card, and of stores its mix, or check that they fit a run to be continued.
 
     Returns:
@@ -45,7 +39,7 @@ def prepare(
     notes = [f"nothing to resume in {run.path}: the run begins"] if resume else []
     if recipe.data.mix is None:
         shutil.rmtree(run.mix, ignore_errors=True)  # of an earlier start that took no step
-        mix = _mix_of_stores(recipe.data, run.mix, on_progress)
+        mix = _mix_of_stores(recipe.data, run.mix)
     else:
         mix = open_mix(recipe, run)
         mix.verify()
@@ -65,13 +59,19 @@ def open_mix(recipe: Recipe, run: RunDirectory) -> Mix:
     return Mix.open(data.mix, store_root=data.store_root)
 
 
-def reopen_mix(run: RunDirectory, card: RunCard) -> Mix:
+def reopen_mix(run: RunDirectory, card: RunCard, *, store_root: Path | None = None) -> Mix:
     """The mix a run was trained on, from wherever this is called.
+
+    Args:
+        run: where it lies.
+        card: its card.
+        store_root: folder that holds the stores, if they were moved.
 
     Raises:
         DataError: as `open_mix`, or it is another mix by now.
     """
-    mix = Mix.open(card.mix.path or run.mix, stores=[Path(store.path) for store in card.stores])
+    stores = [] if store_root else [Path(store.path) for store in card.stores]
+    mix = Mix.open(card.mix.path or run.mix, stores=stores, store_root=store_root)
     _check_same(card, mix)
     return mix
 
@@ -101,12 +101,13 @@ def make_card(recipe: Recipe, mix: Mix) -> RunCard:
     )
 
 
-def _mix_of_stores(data: DataSection, out: Path, on_progress: Callable[[str, float], None]) -> Mix:
+def _mix_of_stores(data: DataSection, out: Path) -> Mix:
     names = [Store.open(path).manifest.name for path in data.stores]
     request = of_stores(
         [path.resolve() for path in data.stores], names, data.seed or 0, data.fractions or FRACTIONS
     )
-    return build_mix(request, out, on_progress=on_progress)
+    with told_bar() as show:
+        return build_mix(request, out, on_progress=show)
 
 
 def _continue(recipe: Recipe, run: RunDirectory) -> list[str]:

@@ -69,10 +69,10 @@ class Block:
 def blocks_of(store: Store) -> Iterator[Block]:
     """All structures of a store, a bounded number at a time."""
     first = 0
-    for groups in store.blocks("group"):
+    for groups, n_atoms in zip(store.blocks("group"), store.size_blocks(), strict=True):
         for at in range(0, len(groups), BLOCK):
             block = np.array(groups[at : at + BLOCK], dtype=np.int64)
-            yield Block(first + at, block, store.n_atoms[first + at : first + at + len(block)])
+            yield Block(first + at, block, n_atoms[at : at + BLOCK])
         first += len(groups)
 
 

@@ -212,10 +212,20 @@ class Store:
 
     @cached_property
     def n_atoms(self) -> NDArray[np.int64]:
-        """(n_structures,) number of atoms of each."""
-        shards = enumerate(self.manifest.shards)
-        parts = [np.diff(self._storage.rows(k, "atom_offsets", 0, e.structures + 1)) for k, e in shards]
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        """(n_structures,) number of atoms of each; kept in memory."""
+        sizes = np.empty(len(self), np.int64)
+        first = 0
+        for block in self.size_blocks():
+            sizes[first : first + len(block)] = block
+            first += len(block)
+        return sizes
+
+    def size_blocks(self) -> Iterator[NDArray[np.int64]]:
+        """Numbers of atoms of all structures, shard by shard."""
+        for k, entry in enumerate(self.manifest.shards):
+            yield np.diff(self._storage.rows(k, "atom_offsets", 0, entry.structures + 1)).astype(
+                np.int64, copy=False
+            )
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:

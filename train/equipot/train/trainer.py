@@ -52,8 +52,9 @@ def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop) -> None:
     world = start_world()
     check_combination(recipe, world.size)
     run = RunDirectory(out)
+    notes = _prepare_together(recipe, run, world, resume=resume)  # has bars of its own
     with Display(silent=not world.is_first) as display:
-        for note in _prepare_together(recipe, run, world, resume=resume):
+        for note in notes:
             display.warn(note)
         Trainer(recipe, run, world, display, stop).run()
 

@@ -235,6 +235,7 @@ class ModelReference(google.protobuf.message.Message):
     LEVEL_OF_THEORY_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     TENSOR_PARALLEL_FIELD_NUMBER: builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: builtins.int
     name: builtins.str
     digest: builtins.str
     """"sha256:<hex>" over the bundle's card and weights."""
@@ -242,6 +243,8 @@ class ModelReference(google.protobuf.message.Message):
     dtype: builtins.str
     """What the network computed in: "float32", "float64" or "bfloat16"; energies are summed in float64 always."""
     tensor_parallel: builtins.int
+    batch_invariant: builtins.bool
+    """Whether a structure gets the same bits whatever shares its batch, on one machine and server."""
     def __init__(
         self,
         *,
@@ -250,8 +253,9 @@ class ModelReference(google.protobuf.message.Message):
         level_of_theory: builtins.str = ...,
         dtype: builtins.str = ...,
         tensor_parallel: builtins.int = ...,
+        batch_invariant: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["digest", b"digest", "dtype", b"dtype", "level_of_theory", b"level_of_theory", "name", b"name", "tensor_parallel", b"tensor_parallel"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "digest", b"digest", "dtype", b"dtype", "level_of_theory", b"level_of_theory", "name", b"name", "tensor_parallel", b"tensor_parallel"]) -> None: ...
 
 global___ModelReference = ModelReference
 

@@ -9,9 +9,6 @@ from numpy.typing import NDArray
 
 from equipot.train.store import N_ELEMENTS, Store
 
-BLOCK_STRUCTURES = 2**14
-BLOCK_ATOMS = 2**18
-"""A block ends at either limit; a structure larger than that is a block of its own."""
 _ROWS = ("energy", "cell", "pbc", "stress", "charge", "spin_multiplicity", "group")
 _ATOMS = ("atomic_numbers", "positions", "forces")
 
@@ -76,26 +73,15 @@ class Block:
         return np.asarray(np.maximum.reduceat(per_atom, self.starts, axis=0))
 
 
-def read_blocks(
-    store: Store, structures: int = BLOCK_STRUCTURES, atoms: int = BLOCK_ATOMS
-) -> Iterator[Block]:
-    """The whole store in order, in blocks of at most so many structures and atoms."""
-    names = ("atom_offsets", *_ROWS, *_ATOMS)
+def read_blocks(store: Store) -> Iterator[Block]:
+    """The whole store in order, some 32 MiB at a time, wherever it lies."""
     first = 0
-    for shard in zip(*(store.blocks(name) for name in names), strict=True):
-        arrays = dict(zip(names, shard, strict=True))
-        offsets = arrays["atom_offsets"]
-        at, end = 0, len(arrays["energy"])
-        while at < end:
-            by_atoms = int(np.searchsorted(offsets, offsets[at] + atoms, side="right")) - 1
-            stop = min(max(at + 1, by_atoms), at + structures, end)
-            bounds = np.asarray(offsets[at : stop + 1], dtype=np.int64)
-            rows = {name: np.asarray(arrays[name][at:stop]) for name in _ROWS}
-            of_atoms = {name: np.asarray(arrays[name][bounds[0] : bounds[-1]]) for name in _ATOMS}
-            of_atoms["atomic_numbers"] = of_atoms["atomic_numbers"].astype(np.int64)
-            yield Block(first + at, bounds[:-1] - bounds[0], np.diff(bounds), **rows, **of_atoms)
-            at = stop
-        first += end
+    for _, n_atoms, arrays in store.chunks():
+        of_atoms = {name: np.asarray(arrays[name]) for name in _ATOMS}
+        of_atoms["atomic_numbers"] = of_atoms["atomic_numbers"].astype(np.int64)
+        rows = {name: np.asarray(arrays[name]) for name in _ROWS}
+        yield Block(first, np.cumsum(n_atoms) - n_atoms, n_atoms, **rows, **of_atoms)
+        first += len(n_atoms)
 
 
 def mix(values: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:

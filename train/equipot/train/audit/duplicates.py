@@ -117,18 +117,8 @@ def exact_copies(
 
 def _kind(stores: Sequence[Store], split_of: SplitOf, a: Place, b: Place) -> Kind:
     splits = [int(split_of(k, np.array([i]))[0]) for k, i in (a, b)]
-    groups = [(k, group_of(stores[k], i)) for k, i in (a, b)]
+    groups = [(k, int(stores[k].values("group", [i])[0])) for k, i in (a, b)]
     return _relate(a[0], b[0], splits[0], splits[1], groups[0] == groups[1])
-
-
-def group_of(store: Store, index: int) -> int:
-    """Group of one structure, without reading those of all."""
-    first = 0
-    for block in store.blocks("group"):
-        if index < first + len(block):
-            return int(block[index - first])
-        first += len(block)
-    raise IndexError(index)
 
 
 def _relate(store_a: int, store_b: int, split_a: int, split_b: int, same_group: bool) -> Kind:

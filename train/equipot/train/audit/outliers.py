@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from ase.data import chemical_symbols
 
-from equipot.train.audit.duplicates import Copies, Kind, Pair, Pairs
+from equipot.train.audit.duplicates import NO_SPLIT, Copies, Kind, Pair, Pairs
 from equipot.train.audit.findings import Finding, NamedStore, Place, Severity
 from equipot.train.audit.geometry_pass import GeometryStatistics
 from equipot.train.audit.statistics import StoreStatistics
@@ -162,7 +162,11 @@ def _copies(stores: Sequence[NamedStore], what: str, kind: Kind, pairs: Pairs) -
         summary = f"structures of {splits} are {what} the same"
         remedy = "import with a --group-by that keeps them together, or leave the copies out"
     elif kind.relation == "stores":
-        code, summary = "duplicates-across-stores", f"structures of two stores are {what} the same"
+        sides = " and ".join(
+            f"{stores[k].name} ({NAMES[split]})" if split != NO_SPLIT else stores[k].name
+            for k, split in zip(kind.stores, kind.splits, strict=True)
+        )
+        code, summary = "duplicates-across-stores", f"structures of {sides} are {what} the same"
         remedy = "in different splits they leak: leave one of each pair out, or group by composition"
     elif kind.relation == "groups":
         code, summary = "duplicates-across-groups", f"structures of different groups are {what} the same"

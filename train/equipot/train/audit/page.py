@@ -59,12 +59,11 @@ def render(audit: Audit, when: str) -> str:
 
 def _scope(audit: Audit) -> str:
     seen = "all" if audit.compared == audit.structures else f"{audit.compared:,} of"
-    splits = f"splits of {escape(str(audit.splits))}" if audit.splits else "no splits given"
+    splits = f"splits of the mix {escape(str(audit.mix))}" if audit.mix else "no splits given"
     return (
         f"{len(audit.stores)} store(s), {audit.structures:,} structures, all of them read for energies, "
-        "forces, "
-        f"cells and exact duplicates; {seen} {audit.structures:,} looked at for near duplicates (sample "
-        f"{audit.options.sample:,}, seed {audit.options.seed}, kin taken together), {splits}."
+        f"forces, cells and exact duplicates; {seen} {audit.structures:,} looked at for near duplicates "
+        f"(sample {audit.options.sample:,}, seed {audit.options.seed}, kin taken together), {splits}."
     )
 
 
@@ -193,18 +192,14 @@ def _store(audit: StoreAudit) -> Iterator[str]:
 
 def _explanation(audit: Audit) -> str:
     return (
-        "<p>Energies are referenced by one ridge fit per level of theory on the training split, or on "
-        "everything "
-        "where no splits are given. ΔE : work is the slope of energy differences between near frames of "
-        "one group "
-        "on what their forces (and, between cells, stress) say; 1 is right, and a slope is believed from "
-        "12 pairs "
-        "on that explain more than half of the changes. Near duplicates have the same composition and sorted "
-        f"interatomic distances up to {audit.options.tolerance:g} Å, whatever their position, orientation, "
-        "mirror image, order of atoms or choice of cell; distances beyond 6 Å are not compared. Spreads are "
-        "robust: 1.48 times the median distance from the median. Quantiles are good to 1 %. Pictures end "
-        "at the "
-        "outer half per cent.</p>"
+        "<p>Energies are referenced by one ridge fit per level of theory on the training split of a mix, and "
+        "on everything of stores outside it. ΔE : work is the slope of energy differences between near "
+        "frames of one group on what their forces (and, between cells, stress) say; 1 is right, and a slope "
+        "is believed from 12 pairs on that explain more than half of the changes. Near duplicates have the "
+        f"same composition and sorted interatomic distances up to {audit.options.tolerance:g} Å, whatever "
+        "their position, orientation, mirror image, order of atoms or choice of cell; distances beyond 6 Å "
+        "are not compared. Spreads are robust: 1.48 times the median distance from the median. Quantiles "
+        "are good to 1 %. Pictures end at the outer half per cent.</p>"
     )
 
 

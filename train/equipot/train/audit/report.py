@@ -41,7 +41,7 @@ def to_json(audit: Audit) -> dict[str, Any]:
         "sample": audit.options.sample,
         "seed": audit.options.seed,
         "tolerance_angstrom": audit.options.tolerance,
-        "splits": str(audit.splits) if audit.splits else None,
+        "mix": str(audit.mix) if audit.mix else None,
         "structures": audit.structures,
         "structures_compared": audit.compared,
         "references_ev": {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from equipot.train.audit.blocks import Block, KinSample, kin_keys, read_blocks
+from equipot.train.audit.blocks import KinSample, kin_keys, read_blocks
 from equipot.train.audit.duplicates import (
     NO_SPLIT,
     TOLERANCE,
@@ -16,21 +16,21 @@ from equipot.train.audit.duplicates import (
     Kind,
     Pairs,
     Sample,
-    SplitOf,
     exact_copies,
-    group_of,
     near_copies,
 )
 from equipot.train.audit.findings import Finding, NamedStore, name_stores, ordered, verdict
 from equipot.train.audit.geometry_pass import GeometryStatistics, examine
 from equipot.train.audit.outliers import judge_copies, judge_offsets, judge_outliers
 from equipot.train.audit.pairs import PairStatistics, Step, near_steps, summarise
-from equipot.train.audit.references import ReferenceSums
 from equipot.train.audit.statistics import StoreStatistics
 from equipot.train.audit.units import judge_labels
 from equipot.train.errors import DataError
-from equipot.train.splits import NAMES, Splits
-from equipot.train.store import Store
+from equipot.train.mix import Mix
+from equipot.train.places import in_blocks
+from equipot.train.reference_fit import NormalEquations
+from equipot.train.splits import NAMES, TRAIN
+from equipot.train.store import N_ELEMENTS, Store
 
 SAMPLE = 50_000
 _PAIR_FRAMES = 6000
@@ -77,6 +77,7 @@ class Audit:
 
     Attributes:
         stores: in the order given.
+        mix: folder of the mix whose splits were looked at, if any.
         references: level of theory → (119,) eV per atom.
         exact, near: copies.
         compared: structures compared for near copies, of `structures`.
@@ -86,7 +87,7 @@ class Audit:
 
     options: AuditOptions
     stores: tuple[StoreAudit, ...]
-    splits: Path | None
+    mix: Path | None
     references: dict[str, NDArray[np.float64]]
     exact: dict[Kind, Pairs]
     near: Copies
@@ -131,48 +132,60 @@ def audit_stores(
     stores: Sequence[Store],
     options: AuditOptions,
     *,
-    splits: Splits | None = None,
-    splits_path: Path | None = None,
+    mix: Mix | None = None,
     report: Report = lambda what, done: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Audit:
     """Audits stores, each on its own and against each other; memory does not grow with them but for one byte
-    a structure of splits.
+    a structure of a mix.
+
+    Args:
+        stores: those beside a mix's.
+        options: how closely to look.
+        mix: its stores come first, and its splits are looked at for leaks. Reference energies are fitted to
+            its training split and to the other stores.
+        report: told what is done.
+        should_stop: asked often.
 
     Raises:
-        DataError: the splits are of other stores, or a store is empty.
+        DataError: a store is empty.
         AuditStopped: asked to stop.
     """
+    tables = _split_tables(mix) if mix else []
+    stores = [*(mix.stores if mix else ()), *stores]
     for store in stores:
         if not len(store):
             raise DataError(f"{store.path}: holds no structure, there is nothing to audit")
-    if splits is not None:
-        splits.check_stores(stores)
     named = name_stores(stores)
-    split_of, in_training = _split_lookup(stores, splits)
+
+    def split_of(store: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        if store >= len(tables):
+            return np.full(len(indices), NO_SPLIT)
+        return tables[store][indices].astype(np.int64)
+
     total = sum(len(store) for store in stores)
     looked = min(2 * options.sample, total) + sum(min(len(store), _PAIR_FRAMES) for store in stores)
     meter = _Meter(0.02 * 2 * total + looked + 0.5 * min(options.sample, total), report, should_stop)
 
     statistics = [StoreStatistics() for _ in stores]
-    sums: dict[str, ReferenceSums] = {}
+    sums: dict[str, NormalEquations] = {}
     kin = KinSample(options.sample, options.seed)
     own = [KinSample(max(options.sample // len(stores), 1), options.seed) for _ in stores]
     in_pairs = [KinSample(_PAIR_FRAMES, options.seed, _PER_GROUP) for _ in stores]
     runs = [KinSample(_PAIR_FRAMES, options.seed) for _ in stores]
     for k, each in enumerate(named):
         meter.stage(f"{each.name}: reading")
-        of_level = sums.setdefault(each.store.manifest.level_of_theory, ReferenceSums())
+        of_level = sums.setdefault(each.store.manifest.level_of_theory, NormalEquations())
         for block in read_blocks(each.store):
             statistics[k].add(block)
-            training = in_training(k, block)
-            of_level.add(block.counts[training], block.energy[training])
+            fitted = split_of(k, block.indices) == (TRAIN if k < len(tables) else NO_SPLIT)
+            of_level.add(block.counts[fitted], block.energy[fitted])
             kin.add(k, block.indices, kin_keys(block))
             own[k].add(k, block.indices, block.indices)
             in_pairs[k].add(k, block.indices, block.group)
             runs[k].add(k, block.indices, block.indices // _CONSECUTIVE)
             meter.step(0.02 * len(block))
-    references = {level: each.solve() for level, each in sums.items()}
+    references = {level: each.solve(np.arange(N_ELEMENTS)) for level, each in sums.items()}
     for k, each in enumerate(named):
         meter.stage(f"{each.name}: energies against references")
         for block in read_blocks(each.store):
@@ -185,7 +198,7 @@ def audit_stores(
     for k, each in enumerate(named):
         meter.stage(f"{each.name}: distances")
         mine = shared[shared[:, 0] == k, 1]
-        groups = {index: group_of(each.store, index) for index in mine.tolist()}
+        groups = dict(zip(mine.tolist(), each.store.values("group", mine).tolist(), strict=True))
         geometry = examine(
             each.store, k, own[k].places()[:, 1], mine, groups, split_of, sample, lambda: meter.step(1.0)
         )
@@ -209,7 +222,7 @@ def audit_stores(
     return Audit(
         options=options,
         stores=tuple(audits),
-        splits=splits_path,
+        mix=None if mix is None else mix.path,
         references=references,
         exact=exact,
         near=near,
@@ -223,27 +236,18 @@ def _steps(
     store: Store, by_group: NDArray[np.int64], in_runs: NDArray[np.int64], check: Callable[[], None]
 ) -> list[Step]:
     """Near frames within groups; where those are few, within runs of consecutive frames too."""
-    groups = np.array([group_of(store, index) for index in by_group.tolist()], dtype=np.int64)
+    groups = store.values("group", by_group).astype(np.int64)
     steps = near_steps(store, by_group, groups, check)
     if sum(step.strain == 0 for step in steps) < _FEW_PAIRS:
         steps += near_steps(store, in_runs, in_runs // _CONSECUTIVE, check)
     return steps
 
 
-def _split_lookup(
-    stores: Sequence[Store], splits: Splits | None
-) -> tuple[SplitOf, Callable[[int, Block], NDArray[np.bool_]]]:
-    if splits is None:
-        return (
-            lambda store, indices: np.full(len(indices), NO_SPLIT),
-            lambda store, block: np.ones(len(block), dtype=np.bool_),
-        )
-    tables = [np.full(len(store), NO_SPLIT, np.int8) for store in stores]
+def _split_tables(mix: Mix) -> list[NDArray[np.int8]]:
+    """For each of its stores the split of every structure."""
+    tables = [np.full(len(store), NO_SPLIT, np.int8) for store in mix.stores]
     for number, name in enumerate(NAMES):
-        places = splits.part(name)
-        for k, table in enumerate(tables):
-            table[places[places[:, 0] == k, 1]] = number
-    return (
-        lambda store, indices: tables[store][indices].astype(np.int64),
-        lambda store, block: np.asarray(tables[store][block.first : block.first + len(block)] == 0),
-    )
+        for places in in_blocks(mix.part(name)):
+            for k, table in enumerate(tables):
+                table[places[places[:, 0] == k, 1]] = number
+    return tables

@@ -1,0 +1,140 @@
+"""One rank of a spread model: a process that loads its slices and computes what it is sent.
+
+DeepSpeed sets up the process group: gloo between processors, NCCL between GPUs. It splits no weights here;
+see `equipot.model.sharding` for why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from equipot.model.batch import SystemBatch
+from equipot.model.bundle import load_potential
+from equipot.model.errors import BundleError, ModelError
+from equipot.model.process_group import ProcessGroup
+
+COLLECTIVE_MINUTES = 10
+"""A collective that takes longer has lost a rank without a sign of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankConfig:
+    """Everything a rank is told when it starts.
+
+    Attributes:
+        bundle: what to load.
+        dtype: what to compute in, as `equipot.serve.engine` names it; None is as stored.
+        device: as torch names its kind; of several GPUs each rank takes its own.
+        rank, size: its place.
+        port: on which the first rank lets the others find it.
+        threads: that compute in this rank.
+    """
+
+    bundle: Path
+    dtype: str | None
+    device: str
+    rank: int
+    size: int
+    port: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One batch: the fields of a `SystemBatch`, and what is asked for."""
+
+    fields: dict[str, npt.NDArray[np.generic]]
+    forces: bool
+    stress: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a batch gave: energy (S,), forces (N, 3), stress (S, 3, 3), float64."""
+
+    energy: npt.NDArray[np.float64]
+    forces: npt.NDArray[np.float64] | None
+    stress: npt.NDArray[np.float64] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The rank has loaded its part: so many of the model's parameters."""
+
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The rank cannot load its part, for a reason that trying again does not change."""
+
+    reason: str
+
+
+def main(config: RankConfig, pipe: Connection) -> None:
+    """Loads, says so, and answers jobs until the pipe is closed."""
+    # Ctrl-C reaches the whole group of processes; the server decides when its ranks end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(
+        RANK=str(config.rank),
+        LOCAL_RANK=str(config.rank),
+        WORLD_SIZE=str(config.size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(config.port),
+    )
+    if config.device == "cpu":
+        # DeepSpeed chooses its accelerator while it is imported.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.set_num_threads(config.threads)
+    device = torch.device("cpu" if config.device == "cpu" else f"{config.device}:{config.rank}")
+    group = _join(device)
+    try:
+        dtype = getattr(torch, config.dtype) if config.dtype else None
+        potential, _ = load_potential(config.bundle, dtype=dtype, device=device, group=group)
+    except (BundleError, ModelError) as error:
+        pipe.send(Refused(str(error)))
+        return
+    pipe.send(Ready(sum(parameter.numel() for parameter in potential.parameters())))
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        batch = SystemBatch(*(torch.from_numpy(job.fields[name]) for name in SystemBatch.__slots__))
+        with torch.no_grad():
+            out = potential(batch.to(device=device), forces=job.forces, stress=job.stress)
+        if config.rank == 0:
+            energy = out.energy.cpu().numpy()
+            pipe.send(Outcome(energy, _numbers(out.forces), _numbers(out.stress)))
+
+
+def _join(device: torch.device) -> ProcessGroup:
+    import deepspeed
+    import deepspeed.ops
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Otherwise init_distributed compiles a C++ extension: a minute, and a crash where there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=COLLECTIVE_MINUTES),
+    )
+    return ProcessGroup()
+
+
+def _numbers(tensor: torch.Tensor | None) -> npt.NDArray[np.float64] | None:
+    return None if tensor is None else tensor.double().cpu().numpy()

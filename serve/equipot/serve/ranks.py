@@ -1,0 +1,272 @@
+"""A model spread over ranks on this machine: starts them, feeds them, and starts them again if one dies.
+
+A rank that dies takes the others with it, as they would wait for it; what they computed is lost, and callers
+are told when to come back.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from equipot.model.batch import SystemBatch
+from equipot.model.potential import Prediction
+from equipot.serve import rank
+from equipot.serve.errors import NotReady, ServeError
+
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts to start ranks that keep dying."""
+
+STEADY_SECONDS = 60.0
+"""Ranks that lived this long died of something new: the next attempt comes at once."""
+
+LEAVE_SECONDS = 5.0
+"""Time for a rank to end by itself once its pipe is closed."""
+
+logger = logging.getLogger(__name__)
+
+
+class RankError(Exception):
+    """Ranks ended before they were ready."""
+
+
+class _Generation:
+    """One set of processes that found each other; it is up, and then it is gone for good."""
+
+    def __init__(self, configs: Sequence[rank.RankConfig]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        for config in configs:
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=rank.main, args=(config, theirs), name=f"equipot-rank-{config.rank}", daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def wait_until_ready(self) -> None:
+        """Returns when every rank has loaded its part.
+
+        Raises:
+            ServeError: the model cannot be loaded so.
+            RankError: a rank died.
+        """
+        for place, pipe in enumerate(self.pipes):
+            try:
+                answer = self._receive(pipe)
+            except EOFError:
+                raise RankError(f"rank {place} ended while it loaded ({self._how(place)})") from None
+            if isinstance(answer, rank.Refused):
+                raise ServeError(answer.reason)
+
+    def _receive(self, pipe: Connection) -> object:
+        """One message, or EOFError if any rank ends before it comes."""
+        while True:
+            ready = wait([pipe, *(process.sentinel for process in self.processes)])
+            if pipe in ready:
+                return pipe.recv()
+            # What a rank said before it ended is still in its pipe.
+            for other in self.pipes:
+                if other.poll():
+                    answer = other.recv()
+                    if isinstance(answer, rank.Refused):
+                        return answer
+            raise EOFError
+
+    def compute(self, job: rank.Job) -> rank.Outcome:
+        """Raises EOFError or OSError if a rank ends first."""
+        for pipe in self.pipes:
+            pipe.send(job)
+        answer = self.pipes[0].recv()
+        assert isinstance(answer, rank.Outcome)
+        return answer
+
+    def wait_for_a_death(self) -> str:
+        """Returns when a rank has ended, and says how."""
+        wait([process.sentinel for process in self.processes])
+        time.sleep(0.05)  # the first to die is the cause; those that follow say nothing new
+        return "; ".join(
+            f"rank {place} ended ({self._how(place)})"
+            for place, process in enumerate(self.processes)
+            if not process.is_alive()
+        )
+
+    def end(self) -> None:
+        """Ends what still runs; `compute` in another thread returns with an error."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+
+    def leave(self) -> None:
+        """Lets idle ranks end by themselves."""
+        for pipe in self.pipes:
+            pipe.close()
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        self.end()
+
+    def _how(self, place: int) -> str:
+        self.processes[place].join(1.0)
+        code = self.processes[place].exitcode
+        return "it still runs" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+class Ranks:
+    """A potential on several ranks, called like one; calls come one at a time.
+
+    Attributes:
+        size: how many ranks.
+    """
+
+    way = "tensor-parallel"
+    batch_invariant = False
+
+    def __init__(self, bundle: Path, *, size: int, dtype: str | None, device: str, threads: int) -> None:
+        """Starts the ranks and returns when they are ready.
+
+        Args:
+            bundle: what to load.
+            size: how many ranks.
+            dtype: what to compute in; None is as stored.
+            device: as torch names its kind.
+            threads: of each rank.
+
+        Raises:
+            ServeError: the model cannot be loaded so.
+        """
+        self.size = size
+        self._make: Callable[[], _Generation] = lambda: _Generation(
+            [
+                rank.RankConfig(bundle, dtype, device, place, size, port, threads)
+                for port in [_free_port()]
+                for place in range(size)
+            ]
+        )
+        self._name = bundle.name
+        self._closing = threading.Event()
+        self._load_seconds = 0.0
+        try:
+            first = self._start()
+        except RankError as error:
+            raise ServeError(f"{bundle}: {error}; is there memory for it? the log has more") from error
+        self._up: _Generation | None = first
+        threading.Thread(target=self._watch, args=(first,), name="equipot-ranks", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether all ranks are there."""
+        return self._up is not None
+
+    def check_ready(self) -> None:
+        """Raises NotReady while the ranks are being started again."""
+        if self._up is None:
+            raise self._not_ready()
+
+    def __call__(
+        self, batch: SystemBatch, *, forces: bool, stress: bool, deterministic: bool, threads: int
+    ) -> Prediction:
+        """As `FrozenPotential.__call__`; `deterministic` computes each structure alone, `threads` are fixed.
+
+        Raises:
+            NotReady: a rank died, and the ranks are being started again.
+        """
+        parts = batch.alone() if deterministic else [batch]
+        outcomes = [self._compute(part, forces=forces, stress=stress) for part in parts]
+        return Prediction(
+            energy=torch.cat([torch.from_numpy(one.energy) for one in outcomes]),
+            forces=_joined([one.forces for one in outcomes]),
+            stress=_joined([one.stress for one in outcomes]),
+        )
+
+    def _compute(self, batch: SystemBatch, *, forces: bool, stress: bool) -> rank.Outcome:
+        generation = self._up
+        if generation is None:
+            raise self._not_ready()
+        fields = {name: getattr(batch, name).numpy() for name in SystemBatch.__slots__}
+        try:
+            return generation.compute(rank.Job(fields, forces, stress))
+        except (EOFError, OSError):
+            raise self._not_ready() from None
+
+    def close(self) -> None:
+        """Ends the ranks."""
+        self._closing.set()
+        if self._up is not None:
+            self._up.leave()
+
+    def _start(self) -> _Generation:
+        begun = time.monotonic()
+        generation = self._make()
+        try:
+            generation.wait_until_ready()
+        except BaseException:
+            generation.end()
+            raise
+        self._load_seconds = time.monotonic() - begun
+        return generation
+
+    def _watch(self, generation: _Generation) -> None:
+        while True:
+            since = time.monotonic()
+            how = generation.wait_for_a_death()
+            self._up = None
+            if self._closing.is_set():
+                return
+            generation.end()
+            logger.error("%s: %s; its %d ranks are started again", self._name, how, self.size)
+            lived = time.monotonic() - since
+            again = self._start_again(pause=0.0 if lived > STEADY_SECONDS else 1.0)
+            if again is None:
+                return
+            self._up = generation = again
+            logger.info("%s: its %d ranks are back", self._name, self.size)
+
+    def _start_again(self, *, pause: float) -> _Generation | None:
+        """New ranks, however many attempts that takes; None if the server stops meanwhile."""
+        while not self._closing.wait(pause):
+            try:
+                again = self._start()
+            except (RankError, ServeError) as error:
+                logger.error("%s: %s", self._name, error)
+                pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
+                continue
+            if not self._closing.is_set():
+                return again
+            again.end()
+        return None
+
+    def _not_ready(self) -> NotReady:
+        return NotReady(
+            f"a rank of {self._name} has died, and its ranks are being started again",
+            retry_after=self._load_seconds + 1.0,
+        )
+
+
+def _joined(parts: Sequence[npt.NDArray[np.float64] | None]) -> torch.Tensor | None:
+    present = [torch.from_numpy(part) for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

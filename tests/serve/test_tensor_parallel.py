@@ -1,0 +1,133 @@
+"""A model spread over real ranks of a real process group, behind a real port."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
+
+from .conftest import Bundles, Process, ask, crystal, launch, molecule, read, running
+
+SYSTEMS = [molecule(1), crystal(2), molecule(3, 9), crystal(4, 12)]
+
+
+@pytest.fixture(scope="module")
+def spread(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    log = tmp_path_factory.mktemp("spread") / "log"
+    words = [bundles.tiny, bundles.direct, "--dtype", "float64", "--tensor-parallel", 2]
+    with running(*words, stderr=log) as process:
+        yield process
+
+
+def ranks(process: Process) -> list[psutil.Process]:
+    found = psutil.Process(process.popen.pid).children(recursive=True)
+    return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "properties"),
+    [
+        ("tiny", [pb.PROPERTY_ENERGY, pb.PROPERTY_FORCES, pb.PROPERTY_STRESS]),
+        ("direct", [pb.PROPERTY_ENERGY, pb.PROPERTY_FORCES]),
+    ],
+)
+def test_two_ranks_answer_as_one_process_does(
+    server: Process, spread: Process, model: str, properties: list[pb.Property.ValueType]
+) -> None:
+    level = "PBE"
+    request = ask(SYSTEMS, *properties, model=model, level_of_theory=level)
+    answers = []
+    for process in (server, spread):
+        with grpc.insecure_channel(process.address) as channel:
+            answers.append(PotentialServiceStub(channel).Predict(request, timeout=60))
+    assert [answer.model.tensor_parallel for answer in answers] == [1, 2]
+    assert answers[0].model.digest == answers[1].model.digest
+    one, two = (read(answer, SYSTEMS) for answer in answers)
+    np.testing.assert_allclose(two.energy, one.energy, rtol=1e-10)
+    assert one.forces is not None
+    assert two.forces is not None
+    np.testing.assert_allclose(two.forces, one.forces, atol=1e-9)
+    if pb.PROPERTY_STRESS in properties:
+        assert one.stress is not None
+        assert two.stress is not None
+        np.testing.assert_allclose(two.stress, one.stress, atol=1e-10)
+
+
+def test_a_killed_rank_is_answered_for_and_comes_back(spread: Process) -> None:
+    with grpc.insecure_channel(spread.address) as channel:
+        stub, health = PotentialServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        request = ask(SYSTEMS, model="tiny")
+        before = read(stub.Predict(request, timeout=60), SYSTEMS)
+
+        def serving() -> bool:
+            status = health.Check(health_pb2.HealthCheckRequest(), timeout=10).status
+            return bool(status == health_pb2.HealthCheckResponse.SERVING)
+
+        eventually(serving)
+        old = ranks(spread)
+        assert len(old) == 4
+        for victim in old[:2]:
+            victim.send_signal(signal.SIGKILL)
+
+        def until_the_loss() -> None:
+            while True:  # what was under way or comes next meets the loss, and never a wrong number
+                found = read(stub.Predict(request, timeout=60), SYSTEMS)
+                np.testing.assert_array_equal(found.energy, before.energy)
+
+        with pytest.raises(grpc.RpcError) as caught:
+            until_the_loss()
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
+        (retry,) = [d for d in status.details if d.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
+        info = error_details_pb2.RetryInfo()
+        retry.Unpack(info)
+        assert info.retry_delay.ToMilliseconds() > 0
+        eventually(lambda: not serving(), 10.0)
+        eventually(serving)
+        after = read(stub.Predict(request, timeout=60), SYSTEMS)
+        np.testing.assert_array_equal(after.energy, before.energy)
+        assert not {rank.pid for rank in old[:2]} & {rank.pid for rank in ranks(spread)}
+    assert "signal 9" in spread.log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_its_server(bundles: Bundles, tmp_path: Path, number: signal.Signals) -> None:
+    with running(bundles.tiny, "--tensor-parallel", 2, stderr=tmp_path / "log") as process:
+        mine = ranks(process)
+        assert len(mine) == 2
+        os.kill(process.popen.pid, number)
+        process.popen.wait(30)
+        _, alive = psutil.wait_procs(mine, timeout=20)
+        assert not alive
+        if number == signal.SIGTERM:
+            assert process.popen.returncode == 0
+
+
+def test_a_model_that_does_not_divide_is_refused_in_one_line(bundles: Bundles, tmp_path: Path) -> None:
+    popen: subprocess.Popen[str] = launch(
+        bundles.tiny, "--port", 0, "--no-metrics", "--tensor-parallel", 7, stderr=tmp_path / "log"
+    )
+    popen.communicate(timeout=60)
+    assert popen.returncode == 2
+    last = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    assert "7 ranks" in last
+    assert "choose one of" in last
