@@ -180,7 +180,8 @@ def test_signals_save_and_are_no_error(
 
 def test_ranks_that_do_not_end_in_time_are_killed(recipe_file: Path, equipot: Start, tmp_path: Path) -> None:
     process = equipot("train", recipe_file, "--out", tmp_path / "run", *LONG, "--grace", 0)
-    ranks = wait_for_ranks(process)
+    wait_for_checkpoint(tmp_path / "run", process, 4)
+    ranks = ranks_of(process)
     ranks[0].suspend()
     process.send_signal(signal.SIGTERM)
     said = " ".join(finish(process, code=1).split())
