@@ -145,7 +145,7 @@ def problems_of(change: Change, home: Path) -> Iterator[str]:
     if [step for step, _ in mine] != [step for step, _ in expected]:
         yield "other steps"
     for (step, value), (_, correct) in zip(mine, expected, strict=False):
-        if value != pytest.approx(correct, rel=0.05 if rounded else 1e-3):
+        if value != pytest.approx(correct, rel=0.1 if rounded else 1e-3):
             yield f"step {step}: {value} instead of {correct}"
 
 
