@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -80,9 +81,16 @@ def follow(
 ) -> Callable[[list[Change]], Path]:
     """Trains what is to be changed, whole, and continues copies; gives where all these runs are."""
 
+    program = str(Path(__file__).with_name("division_program.py"))
+
     def launch(ranks: int, prepared: Path, jobs: list[tuple[str | None, str, list[str]]]) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("division_program.py")), str(recipe_file)]
-        command += [str(prepared), str(BEFORE), json.dumps(jobs)]
+        if ranks == 1:  # here: importing torch is what takes time
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in rank_environment(0, 1, free_port()).items():
+                    patch.setenv(name, value)
+                runpy.run_path(program)["main"](str(recipe_file), prepared, BEFORE, jobs)
+            return
+        command = [sys.executable, program, str(recipe_file), str(prepared), str(BEFORE), json.dumps(jobs)]
         port = free_port()
         processes = [
             subprocess.Popen(

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from equipot.train.errors import TrainError
 from equipot.train.state import TrainerState
+from equipot.train.tensor_stream import TensorFile
 
 COMMITTED = "COMMITTED.json"
 STATE = "trainer.json"
@@ -131,11 +131,11 @@ class Shares:
         self._stack = contextlib.ExitStack()
         try:
             paths = sorted(path.glob("share-*-of-*.safetensors"))
-            self._files = [self._stack.enter_context(safe_open(share, framework="pt")) for share in paths]
-            self._places = [json.loads(file.metadata()["places"]) for file in self._files]
+            self._files = [self._stack.enter_context(TensorFile(share)) for share in paths]
+            self._places = [json.loads(file.metadata["places"]) for file in self._files]
             self.shapes = {name: tuple(shape) for name, (_, _, shape) in self._places[0].items()}
             """Of the parameters, in the order of the module's."""
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        except (OSError, LookupError, TypeError, ValueError) as error:
             self._stack.close()
             raise CheckpointError(f"{path} is damaged: {error!r}") from None
 
@@ -162,7 +162,7 @@ class Shares:
             begin, size, _ = places[name]
             start, stop = max(begin, offset), min(begin + size, offset + length)
             if start < stop:
-                part = file.get_slice(f"{kind}/{name}")[start - begin : stop - begin]
+                part = file.read(f"{kind}/{name}", start - begin, stop - begin)
                 values[start - offset : stop - offset] = part
                 found += stop - start
         if found != length:
@@ -171,10 +171,9 @@ class Shares:
 
     def random_state(self, rank: int, key: str) -> torch.Tensor | None:
         """A rank's state of a random number generator, if there was such a rank."""
-        if rank >= len(self._files) or key not in self._files[rank].keys():  # noqa: SIM118  # no mapping
+        if rank >= len(self._files) or key not in self._files[rank]:
             return None
-        state: torch.Tensor = self._files[rank].get_tensor(key)
-        return state
+        return self._files[rank].read(key)
 
 
 def read_weights(path: Path, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
