@@ -191,6 +191,22 @@ def test_what_is_saved_is_the_state_when_saving_began(
             assert torch.equal(mine, tensor.flatten())
 
 
+def test_shares_that_rank_0_does_not_see_make_no_checkpoint(
+    recipe: Callable[..., Recipe], tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = recipe(), RunDirectory(tmp_path / "run")
+    prepare(settings, run, resume=False)
+    parts = assemble(settings, run, world)
+
+    def on_another_machine(path: Path, *rest: Any) -> dict[str, object]:
+        return write_stream(tmp_path / path.name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("equipot.train.saving.write_stream", on_another_machine)
+        assert "that all machines share" in (save(parts, TrainerState(step=1)) or "")
+    assert list(run.checkpoints.iterdir()) == []
+
+
 def take_a_step(parts: Parts, number: int) -> None:
     keys = parts.sampler.micro_batches(number, rank=0, ranks=1, accumulation=1)[0].keys
     batch = parts.dataset.batch(keys)

@@ -169,6 +169,12 @@ class Checkpoints:
         return None
 
     def _commit(self, state: TrainerState, updates: int, aside: Path, files: dict[str, object]) -> None:
+        unseen = [name for name in files if not (aside / name).exists()]
+        if unseen:
+            raise OSError(
+                f"rank 0 does not see {', '.join(unseen)} in {aside}: the run's directory has to lie on a "
+                "file system that all machines share"
+            )
         body = {"state": asdict(state), "parallelism": asdict(self._parallelism), "updates": updates}
         files[STATE] = _write_text(aside / STATE, body)
         _write_text(aside / COMMITTED, {"version": VERSION, "files": dict(sorted(files.items()))})
