@@ -46,6 +46,14 @@ def test_the_client_works_without_them(client_python: Path, tmp_path: Path) -> N
     assert "typed:" in ran.stdout
 
 
+def test_the_doctor_works_without_them(client_python: Path, tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [client_python.parent / "equipot", "doctor"], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "pip install 'equipot[train]'" in " ".join(ran.stdout.split())
+
+
 @pytest.mark.parametrize("verb", ["train", "data", "export", "serve", "predict"])
 def test_a_verb_that_is_not_installed_names_its_extra(client_python: Path, verb: str, tmp_path: Path) -> None:
     target = tmp_path / "x.xyz"

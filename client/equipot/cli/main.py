@@ -30,6 +30,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb("turn a checkpoint into a bundle", "equipot.train.cli_export", "app", "train"),
     "serve": Verb("serve bundles over gRPC", "equipot.serve.cli", "app", "serve"),
     "models": Verb("list the models of a server", "equipot.client.cli", "models_app", ""),
+    "doctor": Verb("say what this machine and installation have", "equipot.cli.doctor", "app", ""),
     "predict": Verb("predict every frame of a file", "equipot.client.cli", "predict_app", "ase"),
 }
 
@@ -38,6 +39,7 @@ VERBS: dict[str, Verb] = {
 EXTRAS: dict[str, tuple[str, ...]] = {
     "": (),
     "ase": ("ase",),
+    "model": ("torch", "vesin", "safetensors"),
     "train": ("torch", "vesin", "safetensors", "ase", "deepspeed", "pydantic", "matplotlib"),
     "serve": ("torch", "vesin", "safetensors", "grpc_health", "grpc_reflection", "prometheus_client"),
 }

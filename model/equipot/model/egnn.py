@@ -13,6 +13,7 @@ from torch.nn import functional
 from equipot.model.config import MessageForm, ModelConfig
 from equipot.model.geometry import Edges
 from equipot.model.messages import MessageSum
+from equipot.model.norm import LayerNorm
 
 RunLayer = Callable[[nn.Module, Tensor, Edges], Tensor]
 
@@ -29,7 +30,7 @@ class EGNNLayer(nn.Module):
     def __init__(self, config: ModelConfig, form: MessageForm) -> None:
         super().__init__()
         width = config.width
-        self.norm = nn.LayerNorm(width) if config.normalisation == "layer" else nn.Identity()
+        self.norm = LayerNorm(width) if config.normalisation == "layer" else nn.Identity()
         self.messages = MessageSum(width, config.radial, form=form)
         self.own = nn.Linear(width, width)
         self.gathered = nn.Linear(width, width, bias=False)
@@ -54,7 +55,7 @@ class EGNN(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EGNNLayer(config, form) for form in config.message_forms)
-        self.norm = nn.LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
+        self.norm = LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
         self.run_layer: RunLayer = run_layer_directly
 
     def forward(self, h: Tensor, edges: Edges) -> Tensor:

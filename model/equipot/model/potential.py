@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from equipot.model.batch import SystemBatch
 from equipot.model.config import ModelConfig
+from equipot.model.duals import dual, parts_of
 from equipot.model.egnn import EGNN
 from equipot.model.errors import ModelError
 from equipot.model.geometry import Edges, edge_lengths, make_edges, sum_by_index
@@ -89,8 +91,11 @@ class Potential(nn.Module):
                 of rows, so a common batch cannot promise that.
 
         Raises:
-            ModelError: stress was asked of a model with direct forces.
+            ModelError: stress was asked of a model with direct forces; or torch.compile traces what it cannot
+                compile: conservative forces in training, or messages in blocks.
         """
+        if torch.compiler.is_compiling():
+            self._check_compiling(by_gradient=stress or (forces and self.force_head is None))
         if stress and self.force_head is not None:
             raise ModelError(
                 "stress: this model has direct forces, which belong to no energy, so it has no stress; "
@@ -104,18 +109,79 @@ class Potential(nn.Module):
             prediction = self._predict(_outside_inference_mode(batch), forces, stress, differentiable)
         return prediction if differentiable else _detached(prediction)
 
+    def energy_and_pull(self, batch: SystemBatch) -> tuple[Tensor, Tensor]:
+        """Energies (S,) float64 eV and ∂E/∂r (E, 3) eV/Å by the edge vectors; both detached.
+
+        Forces and stress are linear in the pull: see :meth:`prediction_of`.
+        """
+        with torch.enable_grad():
+            vectors = batch.edge_vectors().detach().requires_grad_()
+            edges, _ = self._edges(batch, vectors)
+            energy, _ = self._energy_and_features(batch, edges)
+            (pull,) = torch.autograd.grad(energy.sum(), vectors, materialize_grads=True)
+        return energy.detach(), pull
+
+    def energy_along(self, batch: SystemBatch, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies (S,) float64 eV, and the derivative () of their sum along a change of the edge vectors.
+
+        The derivative is taken forwards (dual numbers), so that *one* backward pass gives the gradient of
+        both by the parameters. Messages are evaluated in the split or plain form: the blocked ones have no
+        forward derivative.
+
+        Args:
+            batch: structures that passed `validate`.
+            direction: (E, 3) the change of the edge vectors.
+        """
+        with forward_ad.dual_level():
+            vectors = dual(batch.edge_vectors().detach(), direction)
+            edges, _ = self._edges(batch, vectors)
+            energy, _ = self._energy_and_features(batch, replace(edges, blocked=None))
+            values, slope = parts_of(energy)
+            # Without any edge nothing depends on the vectors, and there is no slope.
+            return values, values.new_zeros(()) if slope is None else slope.sum()
+
+    def prediction_of(
+        self, batch: SystemBatch, energy: Tensor, pull: Tensor, *, forces: bool, stress: bool
+    ) -> Prediction:
+        """What :meth:`energy_and_pull` means: a force is a difference of edge gradients.
+
+        The energy depends on positions and cell through edge vectors alone, so one gradient gives both; the
+        derivative by a symmetric strain is Σ_e r_e ⊗ ∂E/∂r_e.
+        """
+        force = None
+        vectors = batch.edge_vectors()
+        if forces:
+            n = batch.n_atoms
+            force = sum_by_index(pull, batch.receivers, n) - sum_by_index(pull, batch.senders, n)
+            force = force.to(vectors.dtype)
+        return Prediction(
+            energy=energy, forces=force, stress=_stress(batch, vectors, pull) if stress else None
+        )
+
+    def _check_compiling(self, *, by_gradient: bool) -> None:
+        if any(form in BLOCKED_FORMS for form in self.config.message_forms):
+            _refuse_compiling(
+                f"messages = {self.config.messages!r} cannot be compiled: it works by blocks of edges, with "
+                "derivatives of its own; use messages = 'split' (the same weights)"
+            )
+        if by_gradient and self.training and torch.is_grad_enabled():
+            _refuse_compiling(
+                "the loss of conservative forces is a second derivative, which torch.compile does not have; "
+                "train uncompiled (eval mode can be compiled), or with direct forces"
+            )
+
     def _predict(self, batch: SystemBatch, forces: bool, stress: bool, differentiable: bool) -> Prediction:
         vectors = batch.edge_vectors()
         by_gradient = stress or (forces and self.force_head is None)
         if by_gradient:
             vectors = vectors.detach().requires_grad_()
         edges, lengths = self._edges(batch, vectors)
-        element_idx = self.embedding.elements(batch.atomic_numbers)
-        h = self.embedding(batch, element_idx)
-        h = self.backbone(h.to(torch.promote_types(h.dtype, torch.float32)), edges)
-        energy = self.total_energy(batch, self.energy_head(h), element_idx)
+        energy, h = self._energy_and_features(batch, edges)
         if by_gradient:
-            return self._by_gradient(batch, vectors, energy, forces, stress, differentiable)
+            (pull,) = torch.autograd.grad(
+                energy.sum(), vectors, create_graph=differentiable, materialize_grads=True
+            )
+            return self.prediction_of(batch, energy, pull, forces=forces, stress=stress)
         if not forces or self.force_head is None:
             return Prediction(energy=energy, forces=None, stress=None)
         _, scale = self.references_on(batch.positions.device)
@@ -123,6 +189,12 @@ class Potential(nn.Module):
         strengths = self.force_head(h, edges, vectors / lengths.unsqueeze(-1), edge_level)
         scale_N1 = scale[batch.level_idx][batch.system_idx].unsqueeze(-1)
         return Prediction(energy=energy, forces=(strengths * scale_N1).to(vectors.dtype), stress=None)
+
+    def _energy_and_features(self, batch: SystemBatch, edges: Edges) -> tuple[Tensor, Tensor]:
+        element_idx = self.embedding.elements(batch.atomic_numbers)
+        h = self.embedding(batch, element_idx)
+        h = self.backbone(h.to(torch.promote_types(h.dtype, torch.float32)), edges)
+        return self.total_energy(batch, self.energy_head(h), element_idx), h
 
     def _edges(self, batch: SystemBatch, vectors: Tensor) -> tuple[Edges, Tensor]:
         lengths = edge_lengths(vectors)
@@ -147,29 +219,6 @@ class Potential(nn.Module):
         atomic = atomic * scale[level_N] + energy_table[level_N, element_idx]
         return sum_by_index(atomic, batch.system_idx, batch.n_systems)
 
-    def _by_gradient(
-        self,
-        batch: SystemBatch,
-        vectors: Tensor,
-        energy: Tensor,
-        forces: bool,
-        stress: bool,
-        differentiable: bool,
-    ) -> Prediction:
-        # The energy depends on positions and cell through edge vectors alone, so one gradient gives both: a
-        # force is a difference of edge gradients, the derivative by a symmetric strain is Σ_e r_e ⊗ ∂E/∂r_e.
-        (pull,) = torch.autograd.grad(
-            energy.sum(), vectors, create_graph=differentiable, materialize_grads=True
-        )
-        n = batch.n_atoms
-        force = None
-        if forces:
-            force = sum_by_index(pull, batch.receivers, n) - sum_by_index(pull, batch.senders, n)
-            force = force.to(vectors.dtype)
-        return Prediction(
-            energy=energy, forces=force, stress=_stress(batch, vectors, pull) if stress else None
-        )
-
     def references_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Reference energies (levels, elements) and scales (levels,), float64, in eV."""
         if device not in self._reference_tensors:
@@ -178,6 +227,12 @@ class Potential(nn.Module):
                 torch.tensor(self.references.scale, device=device),
             )
         return self._reference_tensors[device]
+
+
+# Raised within the trace, it would be taken for code that cannot be traced.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_compiling(reason: str) -> None:
+    raise ModelError(f"torch.compile: {reason}")
 
 
 def _stress(batch: SystemBatch, vectors: Tensor, pull: Tensor) -> Tensor:

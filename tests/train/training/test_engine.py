@@ -24,10 +24,18 @@ from equipot.train.trainer import Trainer
 from equipot.train.worker import StopRequest
 from equipot.train.world import World
 
-STAGES = [["zero.stage=0"], ["zero.stage=1"], ["zero.stage=2"], ["zero.stage=3", 'model.forces="direct"']]
+STAGES = [
+    ["zero.stage=0"],
+    ["zero.stage=1"],
+    ["zero.stage=2"],
+    ["zero.stage=3"],
+    ["zero.stage=3", 'model.forces="direct"'],
+    ["zero.offload_optimizer=cpu", "zero.stage=2"],
+    ["zero.offload_parameters=cpu", "zero.offload_optimizer=cpu", "zero.stage=3"],
+]
 
 
-@pytest.fixture(params=STAGES, ids=lambda changes: changes[0])
+@pytest.fixture(params=STAGES, ids="-".join)
 def parts(
     request: pytest.FixtureRequest, recipe: Callable[..., Recipe], world: World, tmp_path: Path
 ) -> Parts:
@@ -94,7 +102,7 @@ def test_swapped_weights_compute_and_leave_no_trace(parts: Parts) -> None:
 @pytest.mark.parametrize(
     ("changes", "raw"),
     [*((changes, False) for changes in STAGES), (["zero.stage=1"], True), (["precision=bf16"], False)],
-    ids=lambda value: value[0] if isinstance(value, list) else f"raw={value}",
+    ids=lambda value: "-".join(value) if isinstance(value, list) else f"raw={value}",
 )
 def test_the_exported_potential_is_the_trained_one(
     recipe: Callable[..., Recipe], world: World, tmp_path: Path, changes: list[str], raw: bool

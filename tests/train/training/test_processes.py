@@ -152,7 +152,8 @@ def test_a_full_disk_is_survived_and_told(
 def test_mistakes_are_one_line_and_exit_2(recipe_file: Path, equipot: Start, tmp_path: Path) -> None:
     mistakes = {
         "unknown key model.widht": ["--set", "model.widht=3"],
-        "zero.stage = 2": ["--set", "zero.stage=3", "--ranks", "2"],
+        "zero.stage = 1": ["--set", "zero.stage=0", "--set", "precision=bf16", "--ranks", "2"],
+        "zero.nvme_path is missing": ["--set", "zero.stage=3", "--set", "zero.offload_optimizer=nvme"],
         "is no directory": ["--set", 'data.stores=["absent"]'],
     }
     processes = {

@@ -96,7 +96,18 @@ def test_an_override_without_a_value_is_refused(recipe: Callable[..., Recipe]) -
 @pytest.mark.parametrize(
     ("changes", "ranks", "nearest"),
     [
-        (["zero.stage=3"], 1, ["zero.stage = 2", 'model.forces = "direct"']),
+        (["zero.stage=0", "zero.offload_optimizer=cpu"], 1, ["silently", "zero.stage = 1"]),
+        (
+            ["zero.offload_optimizer=nvme"],
+            1,
+            ["silently", "zero.stage = 3", 'zero.offload_optimizer = "cpu"'],
+        ),
+        (["zero.stage=2", "zero.offload_parameters=cpu"], 1, ["zero.stage = 3"]),
+        (
+            ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/scratch", "model.width=1536"],
+            2,
+            ["silently stops training", "model.width = 2048", '"cpu"'],
+        ),
         (["zero.stage=0", "precision=bf16"], 1, ["zero.stage = 1"]),
         (["loss.stress=1", 'model.forces="direct"'], 1, ["loss.stress = 0", '"conservative"']),
         (["batch.structures=3", "batch.accumulation=2"], 2, ["batch.structures = 4"]),
@@ -108,6 +119,12 @@ def test_impossible_combinations_name_the_nearest_possible_one(
     with pytest.raises(RecipeError) as caught:
         check_combination(recipe(*changes), ranks)
     assert all(word in str(caught.value) for word in ["Nearest", *nearest]), caught.value
+
+
+def test_offloading_to_files_needs_their_place(recipe: Callable[..., Recipe]) -> None:
+    settings = recipe("zero.stage=3", "zero.offload_optimizer=nvme", "model.width=1024")
+    with pytest.raises(RecipeError, match=r"zero\.nvme_path is missing.*name a directory"):
+        check_combination(settings, 1)
 
 
 def test_every_field_says_what_it_is() -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from equipot.model.egnn import RunLayer
-from equipot.model.geometry import Edges
 from equipot.model.potential import Potential, count_parameters
 from equipot.train.checkpoint import Checkpoints, Parallelism
 from equipot.train.columns import Column
@@ -22,6 +19,7 @@ from equipot.train.loss import LossModule
 from equipot.train.places import Places
 from equipot.train.prepare import open_mix
 from equipot.train.recipe import Recipe, RecipeError
+from equipot.train.recompute import recomputed
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
 from equipot.train.sampler import Sampler
@@ -75,7 +73,8 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     total = total_steps(recipe.optimizer, sampler.steps_per_epoch)
     potential = make_potential(recipe, card)
     n_parameters = count_parameters(potential)  # before ZeRO-3 takes the weights apart
-    engine = Engine(LossModule(potential, recipe.loss), recipe, world)
+    module = LossModule(potential, recipe.loss, two_passes=recipe.zero.stage == 3)
+    engine = Engine(module, recipe, world)
     parallelism = Parallelism(ranks=world.size, zero_stage=recipe.zero.stage, precision=recipe.precision)
     split_sizes = ", ".join(f"{count} {name}" for name, count in card.mix.sizes.items())
     return Parts(
@@ -122,14 +121,13 @@ def check_limit(limit: int, keys: Column, costs: Column, dataset: Dataset) -> No
 def make_potential(recipe: Recipe, card: RunCard) -> Potential:
     """The untrained potential, its weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    potential = Potential(card.config, card.references)
+    config = card.config
+    if recipe.zero.stage == 3:
+        # "fast" is "split" on small batches: ranks would ask each other for weights in different orders.
+        forms = tuple("balanced" if form == "fast" else form for form in config.message_forms)
+        config = replace(config, messages=forms)
+    potential = Potential(config, card.references)
     if recipe.activation_checkpointing:
-        run_layer: RunLayer = _recomputed
+        run_layer: RunLayer = recomputed
         potential.backbone.run_layer = run_layer  # type: ignore[assignment]  # nn.Module declares tensors
     return potential
-
-
-def _recomputed(layer: nn.Module, h: torch.Tensor, edges: Edges) -> torch.Tensor:
-    # The re-entrant form cannot be differentiated twice, which conservative forces need.
-    output: torch.Tensor = recompute(layer, h, edges, use_reentrant=False)
-    return output

@@ -108,10 +108,12 @@ class Checkpoints:
     def restore(self, checkpoint: Checkpoint, engine: Engine, ema: Ema) -> bool:
         """Take up a checkpoint; exactly if the run is divided as it was, else from its weights alone.
 
+        What was offloaded to files, DeepSpeed does not save: such a run goes on from its weights, too.
+
         Returns:
             Whether it was exact. If not, the optimizer's moments begin anew.
         """
-        if checkpoint.parallelism == self._parallelism:
+        if checkpoint.parallelism == self._parallelism and self._can_be_loaded(checkpoint, engine):
             engine.load(checkpoint.path / _DEEPSPEED)
             share = checkpoint.path / _share_name(self._world.rank, self._world.size)
             with safe_open(share, framework="pt") as file:
@@ -121,6 +123,10 @@ class Checkpoints:
         engine.load_weights(dict(read_weights(checkpoint.path, "weights")))
         ema.load_whole(dict(read_weights(checkpoint.path, "ema")))
         return False
+
+    def _can_be_loaded(self, checkpoint: Checkpoint, engine: Engine) -> bool:
+        # A run that kept its optimizer in files wrote nothing for DeepSpeed to read.
+        return engine.resumes_exactly and any((checkpoint.path / _DEEPSPEED).iterdir())
 
     def _together(self, action: Callable[[], object]) -> None:
         problem: str | None = None

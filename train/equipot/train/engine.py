@@ -26,9 +26,13 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
-from equipot.train.recipe import Recipe
+from equipot.train.errors import TrainError
+from equipot.train.recipe import Recipe, ZeroSection
+from equipot.train.scratch import nvme_problem, scratch_directory
 from equipot.train.world import World
+from equipot.train.zero3_tangents import let_tangents_through
 
 # Elements per communication bucket: DeepSpeed's default of 5e8 reserves gigabytes whatever the model's size.
 _LARGEST_BUCKET = 50_000_000
@@ -74,7 +78,7 @@ def _import_optimizers() -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fragment:
-    """This rank's part of one parameter's fp32 master copy, live: an optimizer step changes it."""
+    """This rank's part of one parameter's fp32 master copy, which the next optimizer step may change."""
 
     name: str
     shape: tuple[int, ...]
@@ -107,6 +111,12 @@ class Engine:
     def __init__(self, module: nn.Module, recipe: Recipe, world: World) -> None:
         self.world = world
         self._stage = recipe.zero.stage
+        self._in_files = recipe.zero.offload_optimizer == "nvme"
+        if self._in_files and (problem := nvme_problem()) is not None:
+            raise TrainError(
+                f'zero.offload_optimizer = "nvme" is {problem[0]}. {problem[1]}, or '
+                'zero.offload_optimizer = "cpu"'
+            )
         self._names = dict(module.named_parameters())
         self._gradient_norm = 0.0
         optimizer = torch.optim.AdamW(
@@ -123,6 +133,8 @@ class Engine:
             config=_configuration(recipe, n_elements),
             dist_init_required=False,
         )
+        if self._stage == 3:
+            let_tangents_through(module, LinearFunctionForZeroStage3)
         self._writer = _PatientWriter()
         self._engine.checkpoint_engine = self._writer
         # DeepSpeed copies its conversion script beside every checkpoint; ours carry plain weights instead.
@@ -170,6 +182,8 @@ class Engine:
         if self._stage == 3:
             shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
             part: torch.Tensor = self._optimizer.get_local_fp32_param(parameter).detach()
+            if self._in_files:
+                part = part.clone()  # it is in a buffer that the next one is read into
             offset = min(self.world.rank * part.numel(), torch.Size(shape).numel())
             length = min(part.numel(), torch.Size(shape).numel() - offset)  # the last parts are padded
             return Fragment(name, shape, offset, part[:length])
@@ -188,7 +202,13 @@ class Engine:
         """Start from whole fp32 weights by name, given on every rank."""
         for fragment in self.fragments():
             whole = weights[fragment.name].reshape(-1).to(fragment.values)
-            fragment.values.copy_(whole[fragment.offset : fragment.offset + fragment.values.numel()])
+            mine = whole[fragment.offset : fragment.offset + fragment.values.numel()]
+            fragment.values.copy_(mine)
+            if self._in_files:
+                parameter = self._names[fragment.name]
+                padded = mine.new_zeros(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+                padded[: mine.numel()] = mine
+                self._optimizer.set_local_hp_param(padded, parameter)
         if self._stage == 0:
             with torch.no_grad():
                 for name, parameter in self._names.items():
@@ -224,12 +244,19 @@ class Engine:
             whole[offset : offset + part.numel()] = part
             parameter.data.copy_(self.world.sum_tensor(whole).view(shape))
 
+    @property
+    def resumes_exactly(self) -> bool:
+        """Whether :meth:`save` keeps the optimizer's moments: DeepSpeed omits those that are in files."""
+        return not self._in_files
+
     def save(self, directory: Path) -> None:
         """Write DeepSpeed's state (weights, optimizer, every rank its part) into an existing directory.
 
         Raises:
             CheckpointWriteError: this rank's part could not be written; the other ranks are not left waiting.
         """
+        if not self.resumes_exactly:
+            return  # what it would write, it would also read, and train on with other weights
         self._writer.failure = None
         self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
         if self._writer.failure is not None:
@@ -252,7 +279,8 @@ def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
     bucket = max(1024, min(n_elements, _LARGEST_BUCKET))
     configuration: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": recipe.batch.accumulation,
+        # We say which micro-batch is the last. Told their number, DeepSpeed would at stage 0 divide by it.
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optimizer.clip,
         "steps_per_print": 2**62,
         "bf16": {"enabled": recipe.precision == "bf16"},
@@ -261,7 +289,10 @@ def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
             "overlap_comm": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-        },
+        }
+        | _offloading(recipe.zero),
+        # DeepSpeed's own optimizer for the host would be compiled at first use; torch's is fused, too.
+        "zero_force_ds_cpu_optimizer": False,
     }
     if recipe.zero.stage == 3:
         # A parameter kept gathered on every rank would go stale when other weights are swapped in.
@@ -270,3 +301,17 @@ def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
     if recipe.precision == "bf16":
         configuration["communication_data_type"] = "fp32"
     return configuration
+
+
+def _offloading(zero: ZeroSection) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    pinned = torch.cuda.is_available()  # without a GPU there is no transfer to speed up
+    if zero.offload_optimizer != "none":
+        settings["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": pinned}
+    if zero.offload_optimizer == "nvme" and zero.nvme_path is not None:
+        settings["offload_optimizer"]["nvme_path"] = str(scratch_directory(zero.nvme_path))
+        # To read one weight is to read all of its group.
+        settings["sub_group_size"] = _LARGEST_BUCKET
+    if zero.offload_parameters != "none":
+        settings["offload_param"] = {"device": zero.offload_parameters, "pin_memory": pinned}
+    return settings

@@ -100,12 +100,21 @@ def predict(potential: Potential, systems: SystemBatch, *, forces: bool, stress:
 class LossModule(nn.Module):
     """A potential and its loss as one module, as DeepSpeed wants them."""
 
-    def __init__(self, potential: Potential, loss: LossSection) -> None:
+    def __init__(self, potential: Potential, loss: LossSection, *, two_passes: bool = False) -> None:
+        """Args:
+        potential: what is trained.
+        loss: the weights and penalties of its errors.
+        two_passes: differentiate conservative forces without a second backward pass through the weights,
+            which ZeRO-3 cannot provide: see :meth:`_in_two_passes`.
+        """
         super().__init__()
         self.potential = potential
         self._loss = loss
+        conservative = potential.config.forces == "conservative"
         # A direct head always computes: ZeRO wants a gradient, if a zero one, for each of its weights.
-        self._forces = loss.forces > 0 or potential.config.forces == "direct"
+        self._forces = loss.forces > 0 or not conservative
+        by_gradient = conservative and (self._forces or loss.stress > 0)
+        self._two_passes = two_passes and by_gradient
 
     def forward(
         self, systems: SystemBatch, targets: Targets, counts: Counts, ranks: int
@@ -114,12 +123,36 @@ class LossModule(nn.Module):
 
         DeepSpeed averages gradients over ranks; the factor makes that a sum.
         """
-        wants_stress = self._loss.stress > 0
-        prediction = predict(self.potential, systems, forces=self._forces, stress=wants_stress)
-        found = residuals(prediction, targets, systems)
-        terms = terms_per_structure(found, systems, self._loss)
-        loss = (terms.sum(1) * _weights(self._loss, counts, terms)).sum()
+        if self._two_passes:
+            loss, terms = self._in_two_passes(systems, targets, counts)
+        else:
+            prediction = predict(self.potential, systems, forces=self._forces, stress=self._loss.stress > 0)
+            loss, terms = self._of(prediction, systems, targets, counts)
         return loss * ranks, terms.detach()
+
+    def _of(
+        self, prediction: Prediction, systems: SystemBatch, targets: Targets, counts: Counts
+    ) -> tuple[Tensor, Tensor]:
+        terms = terms_per_structure(residuals(prediction, targets, systems), systems, self._loss)
+        return (terms.sum(1) * _weights(self._loss, counts, terms)).sum(), terms
+
+    def _in_two_passes(self, systems: SystemBatch, targets: Targets, counts: Counts) -> tuple[Tensor, Tensor]:
+        """The loss L(E, F) with the gradient it ought to have, by plain passes forward and backward alone.
+
+        The first pass gives energies E and pulls p = ∂E/∂r, and with them the numbers g = ∂L/∂E and
+        v = ∂L/∂p. By the parameters θ, L then changes as ⟨g, E(θ)⟩ + ⟨v, p(θ)⟩ does, and ⟨v, p⟩ is the
+        derivative of the energy along v, which the second pass computes forwards beside the energy.
+        """
+        energy, pull = (tensor.requires_grad_() for tensor in self.potential.energy_and_pull(systems))
+        with torch.enable_grad():
+            prediction = self.potential.prediction_of(
+                systems, energy, pull, forces=self._forces, stress=self._loss.stress > 0
+            )
+            loss, terms = self._of(prediction, systems, targets, counts)
+            by_energy, by_pull = torch.autograd.grad(loss, (energy, pull), materialize_grads=True)
+        energies, slope = self.potential.energy_along(systems, by_pull)
+        linear = (by_energy * energies).sum() + slope
+        return loss.detach() + (linear - linear.detach()), terms
 
 
 def weighted(sums: Tensor, loss: LossSection, counts: Counts) -> Tensor:

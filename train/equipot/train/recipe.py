@@ -20,11 +20,16 @@ from equipot.train.sections import Section, explain, parse_bytes
 # Keys that people look for and that are deliberately absent: the answer is better than "unknown key".
 _ELSEWHERE = {
     "zero.tensor_parallel": "DeepSpeed's tensor parallelism gives wrong gradients for conservative forces, "
-    "and is not offered in training. zero.stage = 2 (or 3 with direct forces) divides the memory instead",
-    "zero.offload": "optimizer offload is not offered; use more ranks or a higher zero.stage",
+    "and is not offered in training. zero.stage = 2 or 3 divides the memory instead",
+    "zero.cpu_offload": 'it is called zero.offload_optimizer = "cpu"',
     "model.elements": "elements are read from the training split",
     "model.mean_neighbors": "the mean number of neighbours is computed from the training split",
 }
+
+
+OFFLOADED_WIDTH = 512
+"""Width per rank of which a model that is offloaded to NVMe has to be a multiple: the smallest vector of
+parameters is half as long as the model is wide, and each rank's part of it has to fill blocks of 256."""
 
 
 class RecipeError(TrainError):
@@ -216,11 +221,24 @@ class LossSection(Section):
 
 
 class ZeroSection(Section):
-    """[zero]: what DeepSpeed's ZeRO divides among the ranks."""
+    """[zero]: what DeepSpeed's ZeRO divides among the ranks, and what it keeps elsewhere meanwhile."""
 
     stage: Literal[0, 1, 2, 3] = Field(
         default=1,
-        description="0 nothing, 1 optimizer states, 2 gradients too, 3 weights too (direct forces only)",
+        description="0 nothing, 1 optimizer states, 2 gradients too, 3 weights too",
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description="where optimizer states and fp32 weights live: with the device, in the host's memory "
+        "(stage 1 to 3), or in files (stage 3)",
+    )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        default="none",
+        description="where the divided weights live between uses (stage 3); in files they would silently be "
+        "rounded to bf16 by DeepSpeed",
+    )
+    nvme_path: Path | None = Field(
+        default=None, description='directory for what is offloaded to "nvme", on a disk of this machine'
     )
 
 
@@ -260,7 +278,8 @@ class Recipe(Section):
     )
     activation_checkpointing: bool = Field(
         default=False,
-        description="recompute each layer in the backward pass: less memory, about a third slower",
+        description="recompute each layer in the backward pass: less memory, about a quarter slower; pays "
+        "with plain or split messages and direct forces, or zero.stage = 3",
     )
     data: DataSection
     model: ModelSection = ModelSection()
@@ -310,17 +329,12 @@ def check_combination(recipe: Recipe, ranks: int) -> None:
         RecipeError: naming the keys in conflict.
     """
     conservative = recipe.model.forces == "conservative"
-    if recipe.zero.stage == 3 and conservative:
-        raise RecipeError(
-            'zero.stage = 3 cannot be combined with model.forces = "conservative": ZeRO-3 releases weights '
-            "before the force loss is differentiated again. Nearest: zero.stage = 2, or "
-            'model.forces = "direct"'
-        )
     if recipe.precision == "bf16" and recipe.zero.stage == 0:
         raise RecipeError(
             'precision = "bf16" cannot be combined with zero.stage = 0, which keeps no fp32 master weights. '
             "Nearest: zero.stage = 1 (the same result, less memory)"
         )
+    _check_offloading(recipe, ranks)
     if recipe.loss.stress > 0 and not conservative:
         raise RecipeError(
             f'loss.stress = {recipe.loss.stress:g} cannot be combined with model.forces = "direct": stress '
@@ -331,6 +345,42 @@ def check_combination(recipe: Recipe, ranks: int) -> None:
         raise RecipeError(
             f"batch.structures = {recipe.batch.structures} cannot be divided among {ranks} rank(s) × "
             f"{recipe.batch.accumulation} micro-batch(es). Nearest: batch.structures = {parts}"
+        )
+
+
+def _check_offloading(recipe: Recipe, ranks: int) -> None:
+    zero = recipe.zero
+    optimizer = f'zero.offload_optimizer = "{zero.offload_optimizer}"'
+    if zero.offload_optimizer != "none" and zero.stage == 0:
+        raise RecipeError(
+            f"{optimizer} cannot be combined with zero.stage = 0, where DeepSpeed silently offloads nothing. "
+            "Nearest: zero.stage = 1"
+        )
+    if zero.offload_optimizer == "nvme" and zero.stage < 3:
+        raise RecipeError(
+            f"{optimizer} cannot be combined with zero.stage = {zero.stage}, where DeepSpeed silently keeps "
+            'all in memory. Nearest: zero.stage = 3, or zero.offload_optimizer = "cpu"'
+        )
+    if zero.offload_parameters != "none" and zero.stage < 3:
+        raise RecipeError(
+            f'zero.offload_parameters = "{zero.offload_parameters}" cannot be combined with zero.stage = '
+            f"{zero.stage}, where every rank keeps all weights. Nearest: zero.stage = 3, or "
+            'zero.offload_parameters = "none"'
+        )
+    if zero.offload_optimizer != "nvme":
+        return
+    if zero.nvme_path is None:
+        raise RecipeError(
+            'zero.nvme_path is missing, and the optimizer is offloaded to "nvme": name a directory on a '
+            "fast disk of this machine"
+        )
+    aligned = OFFLOADED_WIDTH * ranks
+    if recipe.model.width % aligned:
+        nearest = max(aligned, round(recipe.model.width / aligned) * aligned)
+        raise RecipeError(
+            f"model.width = {recipe.model.width} cannot be offloaded to NVMe from {ranks} rank(s): DeepSpeed "
+            "reads and writes 256 numbers at a time, and silently stops training weights whose place in its "
+            f'files is not a multiple of that. Nearest: model.width = {nearest}, or "cpu" instead of "nvme"'
         )
 
 

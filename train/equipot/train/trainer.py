@@ -284,9 +284,15 @@ class Trainer:
             self._state = replace(self._state, moments_since=self._state.step)
             was = checkpoint.parallelism
             self._display.warn(
-                f"the checkpoint is of {was.ranks} rank(s), ZeRO stage {was.zero_stage}, {was.precision}: "
+                f"the checkpoint is of {was.ranks} rank(s), ZeRO stage {was.zero_stage}, {was.precision}"
+                f"{self._in_files}: "
                 "weights and their average are taken over, the optimizer's moments begin anew, with a warm-up"
             )
+
+    @property
+    def _in_files(self) -> str:
+        exact = self.parts.engine.resumes_exactly
+        return "" if exact else ", and DeepSpeed saves no moments that are offloaded to NVMe"
 
     def _refuse(self, mine: NDArray[np.int64], what: str) -> None:
         gathered = self._world.gather(mine)
