@@ -27,6 +27,9 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "data": Verb("import, inspect and split labelled structures", "equipot.train.cli_data", "app", "train"),
     "train": Verb("train a potential from a recipe", "equipot.train.cli_train", "app", "train"),
+    "memory": Verb(
+        "predict and measure what a training run takes", "equipot.train.memory.cli_memory", "app", "train"
+    ),
     "export": Verb("turn a checkpoint into a bundle", "equipot.train.cli_export", "app", "train"),
     "serve": Verb("serve bundles over gRPC", "equipot.serve.cli", "app", "serve"),
     "models": Verb("list the models of a server", "equipot.client.cli", "models_app", ""),

@@ -1,5 +1,6 @@
 """What every sweep over blocks of edges does: gather, activate, sum up. Knows nothing of autograd."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -141,6 +142,11 @@ def slope_and_curve(value: Tensor, sigmoid: Tensor, slope: Tensor, curve: Tensor
 def rows_of(tensor: Tensor, block: Block) -> Tensor:
     """The block's rows of a tensor (E, …): a view."""
     return tensor[block.start : block.stop]
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Within it, operators keep their inputs' dtypes; tensors without numbers know no autocast."""
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 def per_edge(x: Inputs) -> Tensor:

@@ -51,6 +51,8 @@ def block_edges(senders: Tensor, receivers: Tensor, n_atoms: int, *, size: int =
         n_atoms: N; atoms without edges are in no block or inside one, it does not matter.
         size: most edges in a block.
     """
+    if receivers.is_meta:
+        return BlockedEdges(senders, receivers, ())  # there are no numbers to cut by
     ends = torch.bincount(receivers, minlength=n_atoms).cumsum(0).tolist() if len(receivers) else []
     blocks: list[Block] = []
     start = first_atom = 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from equipot.model.block_work import Inputs, Wanted
+from equipot.model.block_work import Inputs, Wanted, without_autocast
 from equipot.model.blocks import BlockedEdges
 from equipot.model.kernels import Sweeps, sweeps_for
 from equipot.model.message_sweeps import Direction
@@ -204,7 +204,7 @@ def _is_wanted(needed: bool, edge: tuple[Any, int]) -> bool:
 
 def _without_autocast(x: Inputs, sweep: Callable[[], T]) -> T:
     # Inputs have one dtype already, and autocast would put copies in the place of the sweeps' buffers.
-    with torch.autocast(x.at_receiver.device.type, enabled=False):
+    with without_autocast(x.at_receiver):
         return sweep()
 
 

@@ -19,6 +19,7 @@ from equipot.model.block_work import (
     rows_of,
     silu_and_slope,
     wide_zeros,
+    without_autocast,
 )
 from equipot.model.blocks import BlockedEdges
 from equipot.model.kernels import compiled_for
@@ -51,7 +52,7 @@ class _Strengths(torch.autograd.Function):
         ctx.edges = edges
         ctx.compiled = compiled_for(tensors[0])
         x, w_out = _inputs(*tensors), tensors[4]
-        with torch.autocast(w_out.device.type, enabled=False):
+        with without_autocast(w_out):
             return compiled_sweeps.strengths(x, edges) if ctx.compiled else _forward(x, w_out, edges)
 
     @staticmethod
@@ -60,7 +61,7 @@ class _Strengths(torch.autograd.Function):
         x, w_out = _inputs(*ctx.saved_tensors), ctx.saved_tensors[4]
         first_four = ctx.needs_input_grad[1:5]
         wanted = Wanted._make([*first_four[:3], False, first_four[3], False])
-        with torch.autocast(w_out.device.type, enabled=False):
+        with without_autocast(w_out):
             if ctx.compiled:
                 return (None, *compiled_sweeps.strengths_reverse(x, ctx.edges, g_out, wanted))
             return (None, *_reverse(x, w_out, ctx.edges, g_out, wanted))

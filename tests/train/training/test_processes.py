@@ -236,7 +236,7 @@ def test_an_error_that_all_ranks_share_reaches_the_user_once(
 ) -> None:
     spoiled = Path(shutil.copytree(store, tmp_path / "spoiled"))
     forces = np.load(next(spoiled.rglob("forces.npy")), mmap_mode="r+")
-    forces[:] = 1e30  # whose squares, and those of predictions at their scale, are no float32
+    forces[:] = 1e30  # the references' scale, and with it every prediction's square, is no longer a float32
     forces.flush()
     options = ["--ranks", "2", "--set", f'data.stores=["{spoiled}"]', "--set", "loss.kind=mse"]
     said = " ".join(

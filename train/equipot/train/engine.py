@@ -28,13 +28,10 @@ from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
 from equipot.train.errors import TrainError
 from equipot.train.moments import MOMENTS, Moments
-from equipot.train.recipe import Recipe, ZeroSection
+from equipot.train.recipe import LARGEST_BUCKET, Recipe, ZeroSection
 from equipot.train.scratch import nvme_problem, scratch_directory
 from equipot.train.world import World
 from equipot.train.zero3_tangents import let_tangents_through
-
-# Elements per communication bucket: DeepSpeed's default of 5e8 reserves gigabytes whatever the model's size.
-_LARGEST_BUCKET = 50_000_000
 
 
 def start_world() -> World:
@@ -297,7 +294,7 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
-    bucket = max(1024, min(n_elements, _LARGEST_BUCKET))
+    bucket = max(1024, min(n_elements, LARGEST_BUCKET))
     configuration: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         # We say which micro-batch is the last. Told their number, DeepSpeed would at stage 0 divide by it.
@@ -332,7 +329,7 @@ def _offloading(zero: ZeroSection) -> dict[str, Any]:
     if zero.offload_optimizer == "nvme" and zero.nvme_path is not None:
         settings["offload_optimizer"]["nvme_path"] = str(scratch_directory(zero.nvme_path))
         # To read one weight is to read all of its group.
-        settings["sub_group_size"] = _LARGEST_BUCKET
+        settings["sub_group_size"] = LARGEST_BUCKET
     if zero.offload_parameters != "none":
         settings["offload_param"] = {"device": zero.offload_parameters, "pin_memory": pinned}
     return settings

@@ -32,6 +32,10 @@ OFFLOADED_WIDTH = 512
 parameters is half as long as the model is wide, and each rank's part of it has to fill blocks of 256."""
 
 
+LARGEST_BUCKET = 50_000_000
+"""Elements per communication bucket: DeepSpeed's own 5e8 reserves gigabytes whatever the model's size."""
+
+
 class RecipeError(TrainError):
     """A recipe that cannot be run: the message names the key, the value and the remedy."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from equipot.train.allocator import give_memory_back
 from equipot.train.assemble import assemble
 from equipot.train.checkpoint import Checkpoint, CheckpointError, newest_valid
 from equipot.train.console import Display
@@ -48,6 +49,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop) -> None:
     Raises:
         TrainError: with a message for the user, on every rank alike where the cause is common.
     """
+    give_memory_back()
     torch.set_num_threads(_threads())
     world = start_world()
     check_combination(recipe, world.size)

@@ -1,0 +1,114 @@
+"""What is followed on shapes is what real tensors take: saved for backward, and under DeepSpeed's stages."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from equipot.train.assemble import assemble, make_potential
+from equipot.train.dataset import Batch, Dataset
+from equipot.train.loss import Counts, LossModule
+from equipot.train.memory.follow import follow_step
+from equipot.train.memory.machine import has_compiled_kernels
+from equipot.train.memory.trace import Tracker
+from equipot.train.memory.workload import Load
+from equipot.train.prepare import open_mix, prepare
+from equipot.train.recipe import Recipe
+from equipot.train.run_card import RunCard
+from equipot.train.run_directory import RunDirectory
+from equipot.train.world import World
+
+FORMS = ("plain", "split", "lean", "balanced", "fast")
+COUNTS = Counts(1.0, 1.0, 1.0)
+
+
+def opened(recipe: Recipe, home: Path) -> tuple[RunDirectory, RunCard, Batch]:
+    """The run of a recipe, its card, and a batch of its data."""
+    run = RunDirectory(home / "run")
+    prepare(recipe, run, resume=False)
+    card, mix = RunCard.read(run.card), open_mix(recipe, run)
+    keys = np.array([[0, number] for number in range(recipe.batch.structures)])
+    return run, card, Dataset(mix.stores, card.config).batch(keys)
+
+
+def saved_bytes(compute: Callable[[], torch.Tensor], known: set[int]) -> tuple[int, torch.Tensor]:
+    """Bytes of distinct tensors that autograd keeps for the backward pass, but for those known."""
+    alive: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            alive[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = compute()
+    gc.collect()
+    return sum(size for reference, size in alive.values() if reference() is not None), loss
+
+
+@pytest.mark.parametrize("forces", ["direct", "conservative"])
+@pytest.mark.parametrize("form", FORMS)
+def test_activations_at_the_end_of_the_forward_pass_are_those_autograd_saves(
+    recipe: Callable[..., Recipe], tmp_path: Path, form: str, forces: str
+) -> None:
+    settings = recipe(
+        f"model.messages={form}", f"model.forces={forces}", "model.width=64", "zero.stage=0", "model.cutoff=6"
+    )
+    _, card, batch = opened(settings, tmp_path)
+    module = LossModule(make_potential(settings, card), settings.loss).train()
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [getattr(part, name) for part in (batch.systems, batch.targets) for name in part.__slots__]
+    known = {tensor.untyped_storage()._cdata for tensor in tensors}
+    saved, loss = saved_bytes(lambda: module(batch.systems, batch.targets, COUNTS, 1)[0], known)
+    timeline = follow_step(settings, card, 1, Load.of(batch), compiled=has_compiled_kernels())
+    last = np.flatnonzero(timeline.phase == "forward")[-1]
+    assert loss.requires_grad
+    assert timeline.live["activations"][last] == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["zero.stage=0"],
+        ["zero.stage=0", "batch.accumulation=2"],
+        ["zero.stage=1"],
+        ["zero.stage=1", "precision=bf16"],
+        ["zero.stage=2", "batch.accumulation=2"],
+        ["zero.stage=2", "zero.offload_optimizer=cpu"],
+        ["zero.stage=3"],
+        ["zero.stage=3", "precision=bf16"],
+    ],
+    ids="-".join,
+)
+def test_what_deepspeed_holds_in_a_step_is_what_is_followed(
+    recipe: Callable[..., Recipe], world: World, tmp_path: Path, changes: list[str]
+) -> None:
+    settings = recipe("model.width=192", "batch.structures=2", "model.messages=fast", *changes)
+    run, card, batch = opened(settings, tmp_path)
+    tracker = Tracker()
+    with tracker:
+        parts = assemble(settings, run, world)
+        n = settings.batch.accumulation
+        for step in range(2):  # the optimizer's moments are there from the second on
+            with tracker.phase(f"gradients {step}"):
+                parts.engine.module.train()
+                for number in range(n):
+                    parts.engine.forward_backward(
+                        batch.systems, batch.targets, COUNTS, 1, last=number == n - 1
+                    )
+            with tracker.phase(f"update {step}"):
+                parts.engine.step(1e-3)
+                parts.ema.update(step + 1)
+    real = tracker.timeline()
+    ours = follow_step(settings, card, 1, Load.of(batch), compiled=has_compiled_kernels())
+    followed = max(sum(ours.peak(phase).values()) for phase in ("forward", "backward", "reduce"))
+    assert followed == pytest.approx(sum(real.peak("gradients 1").values()), rel=0.05)
+    assert sum(ours.peak("update").values()) == pytest.approx(sum(real.peak("update 1").values()), rel=0.05)

@@ -1,0 +1,115 @@
+"""Plans: what is proposed fits and can be trained; more ranks never take more; mistakes are named."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from equipot.train.launch import launch
+from equipot.train.memory.machine import Baseline, Rates
+from equipot.train.memory.plan import PlanError, apply, as_toml, candidates, propose
+from equipot.train.memory.planning import opened
+from equipot.train.memory.predict import Machine, Prediction, predict
+from equipot.train.memory.profile import profile
+from equipot.train.memory.workload import Data
+from equipot.train.recipe import Recipe, check_combination, load_recipe
+
+MACHINE = Machine(Baseline(200_000_000, 100_000_000), Rates(5e10, 1e10, 5e-6), compiled=True)
+Equipot = Callable[..., subprocess.Popen[str]]
+
+
+def predictor(data: Data, ranks: int) -> Callable[[Recipe], Prediction]:
+    known: dict[str, Prediction] = {}
+
+    def of(recipe: Recipe) -> Prediction:
+        key = recipe.model_dump_json()
+        if key not in known:
+            known[key] = predict(
+                recipe, data.card_for(recipe), ranks, data.workload(recipe, ranks, 2), MACHINE
+            )
+        return known[key]
+
+    return of
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_more_ranks_take_no_more_of_each(recipe: Callable[..., Recipe], stage: int) -> None:
+    settings = recipe(f"zero.stage={stage}", "model.width=256")
+    with opened(settings) as (_, data):
+        sizes = [predictor(data, ranks)(settings).per_rank for ranks in (1, 2, 4, 8)]
+    if stage == 3:
+        sizes = sizes[1:]  # alone, nothing has to be gathered
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+
+
+def test_plans_can_be_trained_fit_and_say_what_would_be_needed(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    settings = recipe("model.width=256", "model.messages=plain", "batch.structures=8")
+    with opened(settings) as (_, data):
+        predict_two = predictor(data, 2)
+        roomy = candidates(settings, 2, 2**40, predict_two, sharing=2, offload=False)
+        least = min(each.total for each in roomy)
+        # Less than any has without more micro-batches.
+        tight = candidates(settings, 2, least - 2**20, predict_two, sharing=2, offload=False)
+        none = candidates(settings, 2, 2**20, predict_two, sharing=2, offload=False)
+    quickest = propose(roomy, 2**40)
+    assert quickest.prediction.seconds <= 1.03 * min(each.prediction.seconds for each in roomy)
+    smallest = propose(tight, least - 2**20)
+    assert smallest.total < least
+    assert smallest.recipe.batch.accumulation > 1
+    for each in (*roomy, *tight):
+        check_combination(each.recipe, 2)
+        assert each.recipe == apply(settings, each.changes)
+    path = tmp_path / "planned.toml"
+    path.write_text(as_toml(smallest.recipe))
+    assert load_recipe(path) == smallest.recipe
+    with pytest.raises(PlanError, match=r"the least is .* MiB, with .*batch.accumulation = 4"):
+        propose(none, 2**20)
+
+
+def test_a_profile_measures_what_was_predicted(recipe: Callable[..., Recipe]) -> None:
+    settings = recipe("model.width=512", "model.messages=fast", "zero.stage=2")
+    found = profile(settings, 1, name="tiny", steps=2, say=lambda text: None)
+    assert found.memory_error == pytest.approx(0, abs=0.15)
+    assert found.measured.seconds > 0
+    assert found.measured.pss <= found.measured.peak
+    parts = found.prediction.parts
+    assert parts["optimizer"] == 2 * parts["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--memory", "lots"], "--memory lots"),
+        (["--memory", "1MiB"], "the least is"),
+        (["--ranks", "9"], "batch.structures = 8 cannot be divided"),
+        (["--set", "zero.stage=7"], "zero.stage"),
+        (["--set", 'data.stores=["nowhere"]'], "nowhere"),
+        (
+            [
+                *("--set", "zero.stage=3", "--set", "zero.offload_optimizer=nvme"),
+                *("--set", "zero.nvme_path=x", "--set", "model.width=512"),
+            ],
+            "not predicted",
+        ),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    equipot: Equipot, recipe_file: Path, arguments: list[str], says: str
+) -> None:
+    command = equipot("memory", "plan", recipe_file, *arguments)
+    out, _ = command.communicate(timeout=250)
+    assert command.returncode == 2, out
+    (line,) = [line for line in out.splitlines() if "error:" in line]
+    assert says in line
+    assert "Traceback" not in out
+
+
+def test_a_rank_that_fails_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="recipe"):
+        launch("equipot.train.memory.rank", ['{"scratch": "' + str(tmp_path) + '"}'], ranks=1, logs=tmp_path)

@@ -1,0 +1,1 @@
+"""What a training run needs of memory and time: predicted before it starts, and measured."""

@@ -1,0 +1,170 @@
+"""What DeepSpeed holds on one rank while it trains, as tensors without numbers. Knows no model.
+
+Written down from DeepSpeed 0.19's stages as `equipot.train.engine` configures them, and compared with what
+they really allocate in the tests. With P parameters, N ranks and numbers of b bytes (4, or 2 in bf16):
+
+    stage   always                                     while gradients are made            in the update
+    0       4P weights, 8P moments                     4P gradients, 4P flat to reduce
+    1, 2    bP weights, 4P/N master, 8P/N moments      bP gradients (2: none), a bucket    2 bP/N and, if
+    3       bP/N weights, 4P/N master, 8P/N moments,   gathered weights, a bucket's copy   b = 2, 4P/N
+            bP/N gradients, a bucket
+
+and 4P/N for the moving average, always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from equipot.train.memory.trace import Tracker
+from equipot.train.recipe import LARGEST_BUCKET
+
+# What DeepSpeed's stage 3 keeps gathered at most: elements, its default.
+_MOST_GATHERED = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How a model is divided among ranks."""
+
+    stage: int
+    ranks: int
+    bytes_per_number: int
+    """of weights and gradients; master weights and moments have 4"""
+    offloaded: bool
+    """whether DeepSpeed keeps master weights and moments in the host's memory"""
+
+    def share(self, elements: int) -> int:
+        """One rank's part, where a part is made."""
+        return -(-elements // self.ranks)
+
+
+class ShapeEngine:
+    """Holds, under a tracker, what a rank's engine and moving average would; the module is on meta."""
+
+    def __init__(self, module: nn.Module, division: Division, tracker: Tracker) -> None:
+        self._division = division
+        self._tracker = tracker
+        self._parameters = list(module.parameters())
+        self._elements = sum(parameter.numel() for parameter in self._parameters)
+        self._bucket_size = max(1024, min(self._elements, LARGEST_BUCKET))
+        self._bucket: Tensor | None = None
+        self._in_bucket = 0
+        self._reduced: Tensor | None = None
+        """this rank's gradients after communication, stages 1 and 2"""
+        self._accumulated: Tensor | None = None
+        whole, share = self._elements, division.share(self._elements)
+        number = division.bytes_per_number
+        own = whole if division.stage == 0 else share
+        self._held = [
+            self._new("weights", share if division.stage == 3 else whole, number),
+            self._new("optimizer", 2 * own, 4),
+        ]
+        if division.stage > 0:
+            self._held.append(self._new("master weights", share, 4))
+        if division.offloaded:
+            self._held.append(self._new("gradients", share, 4))
+            if division.stage < 3:
+                largest = max(parameter.numel() for parameter in self._parameters)
+                self._held.append(self._new("communication", share + 2 * largest, number))
+        if division.stage == 3:
+            self._held.append(self._new("gradients", share, number))
+            self._bucket = self._new("communication", self._bucket_size, 4)
+        self._held.append(self._new("moving average", share, 4))
+        for parameter in self._parameters:
+            tracker.ignore(parameter)
+            parameter.register_post_accumulate_grad_hook(self._took_gradient)  # type: ignore[no-untyped-call]
+
+    def forward_backward(self, compute_loss: Callable[[], Tensor], *, last: bool) -> None:
+        """One micro-batch."""
+        division, tracker = self._division, self._tracker
+        gathered: Tensor | None = None
+        if division.stage == 3 and division.ranks > 1:
+            # Its reuse distance is a billion elements: what is gathered stays until the backward pass ends.
+            gathered = self._new(
+                "gathered weights", min(self._elements, _MOST_GATHERED), division.bytes_per_number
+            )
+        with tracker.making("activations"):
+            with tracker.phase("forward"):
+                loss = compute_loss()
+            with tracker.phase("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+        del loss, gathered
+        with tracker.phase("reduce"):
+            if division.stage == 0 and last:
+                flat = self._new("communication", self._elements, 4)
+                del flat
+            elif division.stage == 1 and last:
+                for parameter in self._parameters:
+                    self._into_bucket(parameter)
+            if division.stage >= 2 or (division.stage == 1 and last):
+                self._reduce()
+                if self._accumulated is None:
+                    self._accumulated = self._reduced
+                self._reduced = None
+                if division.stage < 3:
+                    self._bucket = None
+
+    def step(self) -> None:
+        """The update of the weights."""
+        division = self._division
+        with self._tracker.phase("update"):
+            share = division.share(self._elements)
+            if division.stage > 0 and not division.offloaded:
+                flat = self._new("gradients", share, division.bytes_per_number)
+                wide = self._new("gradients", share, 4) if division.bytes_per_number < 4 else None
+                del flat, wide
+            self._tracker.add_work(0.0, 7.0 * 4 * (self._elements if division.stage == 0 else share))
+            self._reduced = self._accumulated = None
+            for parameter in self._parameters:
+                parameter.grad = None
+            self._tracker.add_work(0.0, 3.0 * 4 * share)  # the moving average
+
+    def swap(self, evaluate: Callable[[], object]) -> None:
+        """A validation with other weights in the weights' place."""
+        with self._tracker.phase("validation"):
+            kept = self._new("weights", self._elements, 4) if self._division.stage == 0 else None
+            with self._tracker.making("activations"):
+                evaluate()
+            del kept
+
+    def save(self) -> None:
+        """A checkpoint: copies of this rank's weights, and the file that is made of them and the average."""
+        with self._tracker.phase("checkpoint"):
+            copies = self._new("checkpoint", self._division.share(self._elements), 4)
+            del copies
+
+    def _new(self, kind: str, elements: int, number: int) -> Tensor:
+        with self._tracker.making(kind):
+            return torch.empty(elements * number, dtype=torch.uint8, device="meta")
+
+    def _took_gradient(self, parameter: Tensor) -> None:
+        division = self._division
+        if parameter.grad is None:
+            return
+        self._tracker.call_it(parameter.grad, "gradients")
+        if division.stage in (1, 2) and self._bucket is None:
+            self._bucket = self._new("communication", self._bucket_size, division.bytes_per_number)
+        if division.stage >= 2:
+            self._into_bucket(parameter)
+
+    def _into_bucket(self, parameter: Tensor) -> None:
+        if self._in_bucket + parameter.numel() > self._bucket_size:
+            self._reduce()
+        self._in_bucket += parameter.numel()
+        parameter.grad = None  # in the bucket by now, or itself the bucket where it is larger than that
+
+    def _reduce(self) -> None:
+        division, numbers = self._division, self._in_bucket
+        flat = self._new("communication", numbers, division.bytes_per_number)
+        wide = self._new("communication", numbers, 4) if division.bytes_per_number < 4 else None
+        self._tracker.add_work(0.0, 4.0 * numbers * division.bytes_per_number)
+        self._in_bucket = 0
+        del flat, wide
+        if division.stage in (1, 2) and self._reduced is None and not division.offloaded:
+            share = division.share(self._elements)
+            self._reduced = self._new("gradients", share, division.bytes_per_number)
