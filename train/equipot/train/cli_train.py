@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from equipot.train.launch import in_a_launched_rank, launch
+from equipot.train.launch import GRACE_SECONDS, in_a_launched_rank, launch
 from equipot.train.recipe import RecipeError, check_combination, load_recipe
 from equipot.train.run_directory import RunDirectory, RunError
 from equipot.train.worker import Job, StopRequest, end_with_parent, work
@@ -30,7 +30,7 @@ def train(
     ] = 0,
     grace: Annotated[
         float, typer.Option(help="Seconds in which ranks have to save and end when asked to.", min=0)
-    ] = 600,
+    ] = GRACE_SECONDS,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as in optimizer.epochs=20."),

@@ -30,6 +30,8 @@ _GRACE_SECONDS = 5.0  # for peers of a failed rank to say what they saw before t
 _POLL_SECONDS = 0.05
 _SAME_SECONDS = 1.0  # torchrun passes on a Ctrl-C that the terminal has already sent to its ranks
 
+GRACE_SECONDS = 600.0
+"""For ranks to save and end in when they are asked to."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Upon which a run saves and ends well; Slurm sends SIGUSR1 if asked to (``--signal=USR1@120``)."""
 
@@ -113,7 +115,7 @@ def launch(
     *,
     ranks: int,
     logs: Path,
-    grace: float,
+    grace: float = GRACE_SECONDS,
     restarts: int = 0,
     again: Sequence[str] = (),
 ) -> None:
