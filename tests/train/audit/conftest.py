@@ -1,6 +1,7 @@
 """Trajectories with exact labels, stores made of them, and real samples."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import ase
@@ -62,32 +63,45 @@ def alcohols() -> list[ase.Atoms]:
     return frames
 
 
+def store_in(
+    folder: Path,
+    frames: Sequence[ase.Atoms],
+    name: str = "store",
+    *,
+    level: str = "PBE",
+    file: str = "",
+    group_by: str = "auto",
+) -> Store:
+    path = folder / (file or f"{name}.extxyz")
+    ase.io.write(path, frames, format="extxyz")
+    described = ImportOptions(level_of_theory=level, licence="MIT", name=name, group_by=group_by)
+    return Store.open(import_files([path], folder / name, described).store)
+
+
+def mix_in(folder: Path, stores: Sequence[Store], fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> Mix:
+    names = [store.manifest.name for store in stores]
+    request = of_stores([store.path for store in stores], names, 0, fractions)
+    return build_mix(request, folder / "mix")
+
+
 @pytest.fixture
 def make_store(tmp_path: Path) -> MakeStore:
-    def make(
-        frames: Sequence[ase.Atoms],
-        name: str = "store",
-        *,
-        level: str = "PBE",
-        file: str = "",
-        group_by: str = "auto",
-    ) -> Store:
-        path = tmp_path / (file or f"{name}.extxyz")
-        ase.io.write(path, frames, format="extxyz")
-        described = ImportOptions(level_of_theory=level, licence="MIT", name=name, group_by=group_by)
-        return Store.open(import_files([path], tmp_path / name, described).store)
-
-    return make
+    return partial(store_in, tmp_path)
 
 
 @pytest.fixture
 def make_mix(tmp_path: Path) -> MakeMix:
-    def make(stores: Sequence[Store], fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> Mix:
-        names = [store.manifest.name for store in stores]
-        request = of_stores([store.path for store in stores], names, 0, fractions)
-        return build_mix(request, tmp_path / "mix")
+    return partial(mix_in, tmp_path)
 
-    return make
+
+@pytest.fixture(scope="session")
+def alcohol_store(alcohols: list[ase.Atoms], tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return store_in(tmp_path_factory.mktemp("alcohols"), alcohols)
+
+
+@pytest.fixture(scope="session")
+def alloy_store(alloy: list[ase.Atoms], tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return store_in(tmp_path_factory.mktemp("alloy"), alloy, "alloy")
 
 
 @pytest.fixture

@@ -184,20 +184,19 @@ def test_a_mix_is_compared_with_stores_outside_it(
     assert "leak" not in {finding.code for finding in audit.findings}
 
 
-def test_honest_splits_do_not_leak(
-    alcohols: list[ase.Atoms], make_store: MakeStore, make_mix: MakeMix
-) -> None:
-    store = make_store(alcohols)
-    audit = audit_stores([], AuditOptions(), mix=make_mix([store]))
+def test_honest_splits_do_not_leak(alcohol_store: Store, make_mix: MakeMix) -> None:
+    audit = audit_stores([], AuditOptions(), mix=make_mix([alcohol_store]))
     assert "leak" not in {finding.code for finding in audit.findings}
 
 
-def test_copies_with_other_energies_are_a_conflict(alloy: list[ase.Atoms], make_store: MakeStore) -> None:
+def test_copies_with_other_energies_are_a_conflict(
+    alloy: list[ase.Atoms], alloy_store: Store, make_store: MakeStore
+) -> None:
     shifted = [
         labelled(a, energy=a.calc.results["energy"] + 0.3 * len(a), forces=a.calc.results["forces"])
         for a in alloy
     ]
-    stores = [make_store(alloy, "one"), make_store(shifted, "two")]
+    stores = [alloy_store, make_store(shifted, "two")]
     codes = {f.code: f for f in audit_stores(stores, AuditOptions()).findings}
     assert codes["duplicates-across-stores"].count >= len(alloy)
     assert codes["label-conflict"].severity is Severity.ERROR
@@ -207,9 +206,9 @@ def test_copies_with_other_energies_are_a_conflict(alloy: list[ase.Atoms], make_
 
 
 def test_exact_copies_across_stores_whatever_the_number_of_passes(
-    alcohols: list[ase.Atoms], make_store: MakeStore
+    alcohols: list[ase.Atoms], alcohol_store: Store, make_store: MakeStore
 ) -> None:
-    stores = [make_store(alcohols, "one"), make_store(alcohols[150:], "two")]
+    stores = [alcohol_store, make_store(alcohols[150:], "two")]
     no_split = lambda store, indices: np.full(len(indices), -1)  # noqa: E731
     counts = []
     for at_once in (7, 100, 10_000):
@@ -221,10 +220,10 @@ def test_exact_copies_across_stores_whatever_the_number_of_passes(
 
 
 def test_copies_are_taken_into_a_small_sample_together(
-    alloy: list[ase.Atoms], make_store: MakeStore, tmp_path: Path
+    alloy: list[ase.Atoms], alloy_store: Store, make_store: MakeStore
 ) -> None:
     shaken_alloy = [labelled(shaken(a), energy=a.calc.results["energy"]) for a in alloy]
-    stores = [make_store(alloy, "one"), make_store(shaken_alloy, "two")]
+    stores = [alloy_store, make_store(shaken_alloy, "two")]
     audit = audit_stores(stores, AuditOptions(sample=100))
     assert audit.compared <= 100
     across = [pairs.count for kind, pairs in audit.near.pairs.items() if kind.relation == "stores"]

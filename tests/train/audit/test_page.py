@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from equipot.cli.main import main
+from equipot.train.store import Store
 
-from .conftest import MakeMix, MakeStore, labelled
+from .conftest import MakeMix, MakeStore, labelled, mix_in, store_in
 
 HOSTILE = "<img src=x onerror=alert(1)>&$x^2$.extxyz"
 
@@ -44,17 +45,17 @@ def flipped(frames: list[ase.Atoms]) -> list[ase.Atoms]:
     ]
 
 
-@pytest.fixture
-def audited(alloy: list[ase.Atoms], make_store: MakeStore, make_mix: MakeMix, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def audited(alloy: list[ase.Atoms], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("audited")
     outlier = labelled(alloy[0], energy=500.0, forces=alloy[0].calc.results["forces"])
     stores = [
-        make_store([*flipped(alloy), outlier], "<b>one", file=HOSTILE, level="<script>PBE</script>"),
-        make_store(alloy[:40], "two"),
+        store_in(folder, [*flipped(alloy), outlier], "<b>one", file=HOSTILE, level="<script>PBE</script>"),
+        store_in(folder, alloy[:40], "two"),
     ]
-    mix = make_mix(stores, (0.7, 0.0, 0.3))
-    out = tmp_path / "report"
-    arguments = ["data", "audit", str(mix.path), "--out", str(out)]
-    assert main([*arguments, "--sample", "150"]) == 0
+    mix = mix_in(folder, stores, (0.7, 0.0, 0.3))
+    out = folder / "report"
+    assert main(["data", "audit", str(mix.path), "--out", str(out), "--sample", "150"]) == 0
     return out
 
 
@@ -128,9 +129,13 @@ def test_numbers_are_those_of_the_store(audited: Path, alloy: list[ase.Atoms]) -
 
 
 def test_strict_fails_on_errors_alone(
-    alloy: list[ase.Atoms], make_store: MakeStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    alloy: list[ase.Atoms],
+    alloy_store: Store,
+    make_store: MakeStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    right, wrong = make_store(alloy, "right"), make_store(flipped(alloy), "wrong")
+    right, wrong = alloy_store, make_store(flipped(alloy), "wrong")
     command = ["data", "audit", "--strict", "--sample", "100", "--out"]
     assert main([*command, str(tmp_path / "a"), str(right.path)]) == 0
     assert "consistent as far as could be seen" in capsys.readouterr().out
@@ -167,10 +172,8 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_signal_stops_it_and_nothing_is_written(
-    alcohols: list[ase.Atoms], make_store: MakeStore, tmp_path: Path
-) -> None:
-    store = make_store(alcohols)
+def test_a_signal_stops_it_and_nothing_is_written(alcohol_store: Store, tmp_path: Path) -> None:
+    path, out = str(alcohol_store.path), str(tmp_path / "out")
     script = (
         "import sys, os, signal\n"
         "from equipot.train.audit import run\n"
@@ -180,7 +183,7 @@ def test_a_signal_stops_it_and_nothing_is_written(
         "    yield from plain(store)\n"
         "run.read_blocks = slow\n"
         "from equipot.cli.main import main\n"
-        f"sys.exit(main(['data', 'audit', {str(store.path)!r}, '--out', {str(tmp_path / 'out')!r}]))\n"
+        f"sys.exit(main(['data', 'audit', {path!r}, '--out', {out!r}]))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 130

@@ -13,28 +13,23 @@ from equipot.train.store import Store
 from .conftest import MakeMix, MakeStore, labelled
 
 
-@pytest.fixture
-def store(alcohols: list[ase.Atoms], make_store: MakeStore) -> Store:
-    return make_store(alcohols)
-
-
 @pytest.mark.parametrize(("structures", "atoms"), [(7, 10**9), (10**9, 50), (10**9, 1), (10**9, 10**9)])
 def test_blocks_are_bounded_and_make_up_the_store(
-    store: Store, structures: int, atoms: int, monkeypatch: pytest.MonkeyPatch
+    alcohol_store: Store, structures: int, atoms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "CHUNK_STRUCTURES", structures)
     monkeypatch.setattr(base, "CHUNK_ATOMS", atoms)
-    blocks = list(read_blocks(store))
+    blocks = list(read_blocks(alcohol_store))
     for block in blocks:
         assert len(block) == 1 or (len(block) <= structures and len(block.positions) <= atoms)
-    assert np.concatenate([block.indices for block in blocks]).tolist() == list(range(len(store)))
-    np.testing.assert_array_equal(np.concatenate([block.energy for block in blocks]), store.energies)
+    assert np.concatenate([block.indices for block in blocks]).tolist() == list(range(len(alcohol_store)))
+    np.testing.assert_array_equal(np.concatenate([block.energy for block in blocks]), alcohol_store.energies)
     for block in blocks[:: max(len(blocks) // 5, 1)]:
-        system, labels = store.system(block.first), store.labels(block.first)
+        system, labels = alcohol_store.system(block.first), alcohol_store.labels(block.first)
         n = block.n_atoms[0]
         np.testing.assert_array_equal(block.positions[:n], system.positions)
         np.testing.assert_array_equal(block.forces[:n], labels.forces)
-        np.testing.assert_array_equal(block.counts[0], store.element_counts([block.first])[0])
+        np.testing.assert_array_equal(block.counts[0], alcohol_store.element_counts([block.first])[0])
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
@@ -106,7 +101,7 @@ def test_kin_keys_do_not_see_orientation_order_or_supercell(
 
 
 @pytest.mark.parametrize("after", [0, 3, 250])
-def test_an_audit_can_be_stopped(store: Store, after: int) -> None:
+def test_an_audit_can_be_stopped(alcohol_store: Store, after: int) -> None:
     asked = 0
 
     def should_stop() -> bool:
@@ -115,34 +110,34 @@ def test_an_audit_can_be_stopped(store: Store, after: int) -> None:
         return asked > after
 
     with pytest.raises(AuditStopped) as stopped:
-        audit_stores([store], AuditOptions(), should_stop=should_stop)
+        audit_stores([alcohol_store], AuditOptions(), should_stop=should_stop)
     assert stopped.value.exit_code == 130
     assert asked == after + 1
 
 
-def test_progress_rises_to_the_end(store: Store) -> None:
+def test_progress_rises_to_the_end(alcohol_store: Store) -> None:
     seen: list[float] = []
-    audit_stores([store], AuditOptions(), report=lambda what, done: seen.append(done))
+    audit_stores([alcohol_store], AuditOptions(), report=lambda what, done: seen.append(done))
     assert seen == sorted(seen)
     assert 0.5 < seen[-1] <= 1
 
 
-def test_the_same_store_gives_the_same_audit(store: Store) -> None:
-    one, two = (audit_stores([store], AuditOptions(sample=100)) for _ in range(2))
+def test_the_same_store_gives_the_same_audit(alcohol_store: Store) -> None:
+    one, two = (audit_stores([alcohol_store], AuditOptions(sample=100)) for _ in range(2))
     assert one.findings == two.findings
     assert one.compared == two.compared
 
 
 def test_references_are_those_of_a_model_trained_on_the_mix(
-    alloy: list[ase.Atoms], make_store: MakeStore, make_mix: MakeMix
+    alloy: list[ase.Atoms], alloy_store: Store, make_store: MakeStore, make_mix: MakeMix
 ) -> None:
     wrong = [labelled(a, energy=3 * a.calc.results["energy"]) for a in alloy]
-    inside, outside = make_store(alloy, "inside"), make_store(wrong, "outside", level="PBE0")
-    mix = make_mix([inside], (0.5, 0.0, 0.5))
+    outside = make_store(wrong, "outside", level="PBE0")
+    mix = make_mix([alloy_store], (0.5, 0.0, 0.5))
     audit = audit_stores([outside], AuditOptions(sample=100), mix=mix)
     np.testing.assert_allclose(
         audit.references["PBE"][list(mix.card.chemistry.elements)], mix.card.references.energy[0], atol=1e-6
     )
-    everything = audit_stores([inside, outside], AuditOptions(sample=100)).references
+    everything = audit_stores([alloy_store, outside], AuditOptions(sample=100)).references
     np.testing.assert_allclose(audit.references["PBE0"], everything["PBE0"])
     assert np.abs(everything["PBE"] - audit.references["PBE"]).max() > 1e-4

@@ -5,23 +5,34 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from equipot.train.assemble import Parts, assemble
-from equipot.train.checkpoint import CheckpointError, committed_paths, newest_valid, read_checkpoint
+from equipot.train.checkpoint import (
+    CheckpointError,
+    committed_paths,
+    newest_valid,
+    read_checkpoint,
+    read_weights,
+)
 from equipot.train.errors import TrainError
+from equipot.train.evaluate import Tally, evaluate
 from equipot.train.export import export_run
+from equipot.train.loss import Counts
 from equipot.train.metrics import read_rows
 from equipot.train.prepare import prepare
 from equipot.train.recipe import Recipe
 from equipot.train.run_directory import RunDirectory
 from equipot.train.state import TrainerState
+from equipot.train.tensor_stream import write_stream
 from equipot.train.worker import StopRequest
 from equipot.train.world import World
 
@@ -58,10 +69,10 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-@pytest.mark.parametrize("part", ["weights-00001-of-00001.safetensors", "deepspeed", "trainer.json"])
+@pytest.mark.parametrize("part", ["share-00001-of-00001.safetensors", "trainer.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run: Path, damage: str, part: str) -> None:
     newest = run / "checkpoints" / "step-00000006"
-    file = next(path for path in [newest / part, *sorted((newest / part).rglob("*"))] if path.is_file())
+    file = newest / part
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "missing":
@@ -116,31 +127,94 @@ def files_limited_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("limit", [3_000, 25_000], ids=["nothing fits", "a part fits"])
+def save(parts: Parts, state: TrainerState) -> str | None:
+    parts.checkpoints.begin(state, parts.engine, parts.ema)
+    return parts.checkpoints.settle()
+
+
+@pytest.mark.parametrize("limit", [1_000, 25_000], ids=["nothing fits", "a part fits"])
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_save_that_does_not_fit_leaves_the_one_before(
-    recipe: Callable[..., Recipe], tmp_path: Path, limit: int, world: World
+    recipe: Callable[..., Recipe], tmp_path: Path, limit: int, world: World, asynchronous: str
 ) -> None:
-    settings, run = recipe(), RunDirectory(tmp_path / "run")
+    settings = recipe(f"checkpoint.asynchronous={asynchronous}")
+    run = RunDirectory(tmp_path / "run")
     prepare(settings, run, resume=False)
     parts: Parts = assemble(settings, run, world)
-    parts.checkpoints.save(TrainerState(step=1), parts.engine, parts.ema)
-    with files_limited_to(limit), pytest.raises(CheckpointError, match="step-00000002 could not be written"):
-        parts.checkpoints.save(TrainerState(step=2), parts.engine, parts.ema)
+    assert save(parts, TrainerState(step=1)) is None
+    with files_limited_to(limit):
+        assert "step-00000002 could not be written" in (save(parts, TrainerState(step=2)) or "")
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000001"]
     read_checkpoint(run.checkpoints / "step-00000001")
-    parts.checkpoints.save(TrainerState(step=2), parts.engine, parts.ema)
+    assert save(parts, TrainerState(step=2)) is None
     assert names(run.path) == ["step-00000002", "step-00000001"]
 
 
-def test_the_best_is_kept_beside_the_newest(
+def test_the_newest_the_best_and_those_for_ever_are_kept(
     recipe: Callable[..., Recipe], tmp_path: Path, world: World
 ) -> None:
-    settings, run = recipe("checkpoint.keep=2"), RunDirectory(tmp_path / "run")
+    settings = recipe("checkpoint.keep=2", "checkpoint.keep_every_steps=3")
+    run = RunDirectory(tmp_path / "run")
     prepare(settings, run, resume=False)
     parts = assemble(settings, run, world)
-    for step in range(1, 6):
-        parts.checkpoints.save(TrainerState(step=step, best_step=min(step, 2)), parts.engine, parts.ema)
-    assert names(run.path) == ["step-00000005", "step-00000004", "step-00000002"]
+    for step in range(1, 9):
+        assert save(parts, TrainerState(step=step, best_step=min(step, 2))) is None
+    assert [int(name[5:]) for name in names(run.path)] == [8, 7, 6, 3, 2]
+
+
+def test_what_is_saved_is_the_state_when_saving_began(
+    recipe: Callable[..., Recipe], tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = recipe("checkpoint.when_busy=skip"), RunDirectory(tmp_path / "run")
+    prepare(settings, run, resume=False)
+    parts = assemble(settings, run, world)
+    meanwhile = threading.Event()
+
+    def slowly(*arguments: Any) -> dict[str, object]:  # a disk that is slower than training
+        assert meanwhile.wait(60)
+        return write_stream(*arguments)
+
+    monkeypatch.setattr("equipot.train.saving.write_stream", slowly)
+    for number in range(2):
+        meanwhile.clear()
+        take_a_step(parts, number)
+        begun = [fragment.values.clone() for fragment in parts.engine.fragments()]
+        parts.checkpoints.begin(TrainerState(step=number + 1), parts.engine, parts.ema)
+        assert not parts.checkpoints.may_begin(TrainerState(step=number + 2))
+        assert parts.checkpoints.may_begin(TrainerState(step=number + 2, best_step=number + 2))
+        take_a_step(parts, number + 1)
+        assert not list(run.checkpoints.glob(f"step-{number + 1:08d}"))
+        meanwhile.set()
+        assert parts.checkpoints.settle() is None
+        saved = read_weights(run.checkpoints / f"step-{number + 1:08d}", "weights")
+        for mine, (_, tensor) in zip(begun, saved, strict=True):
+            assert torch.equal(mine, tensor.flatten())
+
+
+def test_shares_that_rank_0_does_not_see_make_no_checkpoint(
+    recipe: Callable[..., Recipe], tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = recipe(), RunDirectory(tmp_path / "run")
+    prepare(settings, run, resume=False)
+    parts = assemble(settings, run, world)
+
+    def on_another_machine(path: Path, *rest: Any) -> dict[str, object]:
+        return write_stream(tmp_path / path.name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("equipot.train.saving.write_stream", on_another_machine)
+        assert "that all machines share" in (save(parts, TrainerState(step=1)) or "")
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def take_a_step(parts: Parts, number: int) -> None:
+    keys = parts.sampler.micro_batches(number, rank=0, ranks=1, accumulation=1)[0].keys
+    batch = parts.dataset.batch(keys)
+    parts.engine.module.train()
+    counts = Counts(*Counts.of(batch.targets))
+    parts.engine.forward_backward(batch.systems, batch.targets, counts, 1, last=True)
+    parts.engine.step(1e-2)
+    parts.ema.update(number + 1)
 
 
 def test_a_run_is_not_overwritten_nor_continued_as_another(run: Path, train: Callable[..., Path]) -> None:
@@ -160,39 +234,6 @@ def test_a_run_can_be_lengthened(
     assert steps == list(range(1, 9))
 
 
-DIRECT = 'model.forces="direct"'
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (["zero.stage=1"], ["zero.stage=0"]),
-        (["zero.stage=0"], ["zero.stage=2"]),
-        (["zero.stage=0", DIRECT], ["zero.stage=3", DIRECT]),
-        (["zero.stage=3", DIRECT], ["zero.stage=1", "precision=bf16", DIRECT]),
-    ],
-)
-def test_weights_are_taken_over_by_another_division(
-    before: list[str],
-    after: list[str],
-    tmp_path: Path,
-    train: Callable[..., Path],
-    weights: Callable[..., dict[str, torch.Tensor]],
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    run = train(tmp_path / "run", *before)
-    old = {kind: weights(run, kind) for kind in ("weights", "ema")}
-    train(run, *after, resume=True)
-    assert "the optimizer's moments begin anew" in capfd.readouterr().out
-    checkpoint = read_checkpoint(run / "checkpoints" / "step-00000006")
-    assert checkpoint.state.moments_since == 6
-    assert f"zero.stage={checkpoint.parallelism.zero_stage}" in after
-    for kind, tensors in old.items():
-        assert all(torch.equal(tensor, tensors[name]) for name, tensor in weights(run, kind).items())
-    train(run, *after, "optimizer.steps=8", resume=True)
-    assert names(run)[0] == "step-00000008"
-
-
 def test_a_request_to_stop_saves_before_the_next_step(
     train: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +244,29 @@ def test_a_request_to_stop_saves_before_the_next_step(
     assert "stopped as asked at step 0 of 6 and saved" in capfd.readouterr().out
     train(run, resume=True)
     assert names(run)[0] == "step-00000006"
+
+
+def test_a_validation_is_given_up_to_stop_and_made_when_resumed(
+    train: Callable[..., Path], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+
+    def asked_meanwhile(*arguments: Any, **options: Any) -> Tally:
+        stop.requested = True
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("equipot.train.trainer.evaluate", asked_meanwhile)
+        run = train(tmp_path / "run", stop=stop)
+    assert names(run) == ["step-00000005"]
+    assert not [row for row in read_rows(run / "metrics.csv") if row.validation_loss is not None]
+    train(run, resume=True)
+    for mine, theirs in zip(read_rows(run / "metrics.csv"), read_rows(finished / "metrics.csv"), strict=True):
+        assert (mine.step, mine.loss, mine.validation_loss) == (
+            theirs.step,
+            theirs.loss,
+            theirs.validation_loss,
+        )
 
 
 def test_a_run_without_a_checkpoint_is_begun_anew(train: Callable[..., Path], tmp_path: Path) -> None:

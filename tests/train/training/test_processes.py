@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -55,75 +57,136 @@ def undisturbed(recipe_file: Path, equipot: Start, tmp_path_factory: pytest.Temp
     return run
 
 
-@pytest.fixture(scope="module")
-def killed(
-    recipe_file: Path, equipot: Start, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[psutil.Process]]:
-    """A run whose launcher got SIGKILL in the middle of an epoch, and what were its ranks."""
-    run = tmp_path_factory.mktemp("killed") / "run"
-    process = equipot("train", recipe_file, "--out", run, *LONG)
-    wait_for_checkpoint(run, process, 8)
-    ranks = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    return run, ranks
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks that a launcher has started, in their order."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "equipot.train.worker" in " ".join(child.cmdline())]
 
 
-def test_no_rank_outlives_a_killed_launcher(killed: tuple[Path, list[psutil.Process]]) -> None:
-    _, ranks = killed
-    assert len(ranks) >= 2
-    assert gone(ranks)
+def storm(
+    start: Callable[..., subprocess.Popen[str]], run: Path, kills: int, seed: int
+) -> tuple[int, list[str]]:
+    """Kill a rank, the launcher, or all of them at random moments, so often, until a run ends.
+
+    Returns:
+        How many kills found something to kill, and what the launchers said.
+    """
+    random = np.random.default_rng(seed)
+    said: list[str] = []
+    process = start()
+    done = 0
+    for number in range(kills):
+        newest = max((int(path.name[5:]) for path in committed_paths(run / "checkpoints")), default=-1)
+        if random.random() < 0.75:  # while it trains, at any moment of a step or of a save
+            wait_for_checkpoint(run, process, newest + 1)
+        time.sleep(random.uniform(0, 0.3))
+        ranks = wait_for_ranks(process)
+        if process.poll() is not None:
+            break
+        whom = ("rank", "all", "launcher")[number % 3]
+        done += 1
+        if whom == "rank":
+            random.choice(np.array(ranks, dtype=object)).kill()
+            assert psutil.wait_procs(ranks, timeout=30)[1] == []
+            continue
+        process.kill()
+        for rank in ranks if whom == "all" else []:
+            rank.kill()
+        said.append(process.communicate(timeout=60)[0])
+        assert gone(ranks)
+        process = start()
+    said.append(finish(process))
+    return done, said
 
 
-def test_a_killed_run_ends_with_the_same_weights(
-    killed: tuple[Path, list[psutil.Process]],
-    undisturbed: Path,
-    recipe_file: Path,
-    equipot: Start,
-    weights: Weights,
-) -> None:
-    run, ranks = killed
-    assert gone(ranks)
-    found, _ = newest_valid(run / "checkpoints")
-    assert found is not None
-    assert 8 <= found.state.step < STEPS
-    said = finish(equipot("train", recipe_file, "--out", run, *LONG, "--resume"))
-    assert f"step {found.state.step} of {STEPS}" in said
-    for kind in ("weights", "ema"):
-        assert same(weights(run, kind), weights(undisturbed, kind))
-    assert [row.step for row in read_rows(run / "metrics.csv") if row.loss] == list(range(1, STEPS + 1))
+def wait_for_ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Both ranks, as soon as they are there; fewer if the launcher has ended."""
+    ranks: list[psutil.Process] = []
+    while len(ranks) < 2 and process.poll() is None:
+        time.sleep(0.01)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks = ranks_of(process)
+    return ranks
 
 
-def test_a_rank_that_is_killed_ends_the_run_and_says_so(
+def curve(run: Path) -> list[tuple[float | None, ...]]:
+    """All of a run's numbers that do not depend on the clock."""
+    rows = read_rows(run / "metrics.csv")
+    return [
+        tuple(value for name, value in asdict(row).items() if name != "structures_per_second") for row in rows
+    ]
+
+
+def test_a_storm_of_kills_changes_nothing(
     recipe_file: Path, equipot: Start, undisturbed: Path, tmp_path: Path, weights: Weights
 ) -> None:
     run = tmp_path / "run"
-    process = equipot("train", recipe_file, "--out", run, *LONG)
-    wait_for_checkpoint(run, process, 4)
-    ranks = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "equipot.train.worker" in " ".join(child.cmdline())
-    ]
-    assert len(ranks) == 2
-    ranks[1].send_signal(signal.SIGKILL)
-    said = finish(process, code=1)
-    assert "was killed by SIGKILL" in said
-    assert "--resume" in said
-    assert gone(ranks)
+    again = ["--restarts", 3, "--resume"]
+    done, said = storm(lambda: equipot("train", recipe_file, "--out", run, *LONG, *again), run, 3, seed=1)
+    assert done == 3
+    assert "was killed by SIGKILL" in said[0]
+    assert "restart 1 of 3, from the last checkpoint" in said[0]
+    assert curve(run) == curve(undisturbed)
+    for kind in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        assert same(weights(run, kind), weights(undisturbed, kind))
 
-    # ... and SIGTERM to the launcher of the resumed run saves, says how to go on, and is no error.
-    before = committed_paths(run / "checkpoints")[0].name
-    process = equipot("train", recipe_file, "--out", run, *LONG, "--resume")
-    wait_for_checkpoint(run, process, int(before[5:]) + 4)
-    process.send_signal(signal.SIGTERM)
-    said = " ".join(finish(process).split())
-    assert "stopped as asked" in said
-    assert f"equipot train RECIPE --out {run} --ranks 2 --resume" in said
-    stopped_at = read_checkpoint(committed_paths(run / "checkpoints")[0]).state.step
-    assert f"step {stopped_at} of {STEPS} and saved" in said
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_long_storm_of_kills_changes_nothing(
+    recipe_file: Path, equipot: Start, tmp_path: Path, weights: Weights
+) -> None:
+    options = ["--ranks", 2, "--set", "optimizer.steps=1500", "--set", "checkpoint.every_steps=3"]
+    run, calm = tmp_path / "run", tmp_path / "calm"
+    finish(equipot("train", recipe_file, "--out", calm, *options))
+    again = ["--restarts", 99, "--resume"]
+    done, _ = storm(lambda: equipot("train", recipe_file, "--out", run, *options, *again), run, 20, seed=2)
+    assert done == 20
+    assert curve(run) == curve(calm)
+    for kind in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        assert same(weights(run, kind), weights(calm, kind))
+
+
+def test_restarts_are_bounded(recipe_file: Path, equipot: Start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = equipot("train", recipe_file, "--out", run, *LONG, "--restarts", 1)
+    for _ in range(2):
+        ranks = wait_for_ranks(process)
+        ranks[1].kill()
+        assert gone(ranks)
+    said = " ".join(finish(process, code=1).split())
+    assert said.count("warning: rank 1 was killed by SIGKILL") == 1
+    assert "error: rank 1 was killed by SIGKILL" in said
+    assert "--resume continues the run" in said
+
+
+def test_signals_save_and_are_no_error(
+    recipe_file: Path, equipot: Start, undisturbed: Path, tmp_path: Path, weights: Weights
+) -> None:
+    run = tmp_path / "run"
+    before = 0
+    for number in (signal.SIGUSR1, signal.SIGINT):  # Slurm's, and Ctrl-C; ranks are sent SIGTERM
+        process = equipot("train", recipe_file, "--out", run, *LONG, "--resume")
+        wait_for_checkpoint(run, process, before + 4)
+        process.send_signal(number)
+        process.send_signal(number)  # as schedulers do
+        said = " ".join(finish(process).split())
+        before = read_checkpoint(committed_paths(run / "checkpoints")[0]).state.step
+        assert f"stopped as asked at step {before} of {STEPS} and saved" in said
+        assert f"equipot train RECIPE --out {run} --ranks 2 --resume" in said
     finish(equipot("train", recipe_file, "--out", run, *LONG, "--resume"))
     assert same(weights(run), weights(undisturbed))
+
+
+def test_ranks_that_do_not_end_in_time_are_killed(recipe_file: Path, equipot: Start, tmp_path: Path) -> None:
+    process = equipot("train", recipe_file, "--out", tmp_path / "run", *LONG, "--grace", 0)
+    wait_for_checkpoint(tmp_path / "run", process, 4)
+    ranks = ranks_of(process)
+    ranks[0].suspend()
+    process.send_signal(signal.SIGTERM)
+    said = " ".join(finish(process, code=1).split())
+    assert "had not ended 0 s after they were asked to" in said
+    assert gone(ranks)
 
 
 def test_a_full_disk_is_survived_and_told(
@@ -173,7 +236,7 @@ def test_an_error_that_all_ranks_share_reaches_the_user_once(
 ) -> None:
     spoiled = Path(shutil.copytree(store, tmp_path / "spoiled"))
     forces = np.load(next(spoiled.rglob("forces.npy")), mmap_mode="r+")
-    forces[0] = 1e30  # the references' scale, and with it every prediction's square, is no longer a float32
+    forces[:] = 1e30  # the references' scale, and with it every prediction's square, is no longer a float32
     forces.flush()
     options = ["--ranks", "2", "--set", f'data.stores=["{spoiled}"]', "--set", "loss.kind=mse"]
     said = " ".join(

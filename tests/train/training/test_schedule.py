@@ -21,13 +21,6 @@ def test_warm_up_then_cosine() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_moments_that_begin_anew_are_warmed_up_again() -> None:
-    assert learning_rate(60, 111, SETTINGS, moments_since=60) == pytest.approx(
-        0.1 * learning_rate(60, 111, SETTINGS)
-    )
-    assert learning_rate(70, 111, SETTINGS, moments_since=60) == learning_rate(70, 111, SETTINGS)
-
-
 def test_training_ends_with_what_ends_first() -> None:
     assert total_steps(OptimizerSection(epochs=3), 40) == 120
     assert total_steps(OptimizerSection(epochs=3, steps=50), 40) == 50

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from equipot.model.egnn import RunLayer
 from equipot.model.potential import Potential, count_parameters
-from equipot.train.checkpoint import Checkpoints, Parallelism
+from equipot.train.checkpoint import Parallelism
 from equipot.train.columns import Column
 from equipot.train.dataset import Dataset, Sizes
 from equipot.train.ema import Ema
@@ -23,6 +23,7 @@ from equipot.train.recompute import recomputed
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
 from equipot.train.sampler import Sampler
+from equipot.train.saving import Checkpoints
 from equipot.train.schedule import total_steps
 from equipot.train.world import World
 
@@ -85,7 +86,7 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
         potential=potential,
         engine=engine,
         ema=Ema(engine, recipe.ema.decay),
-        checkpoints=Checkpoints(run.checkpoints, world, keep=recipe.checkpoint.keep, parallelism=parallelism),
+        checkpoints=Checkpoints(run.checkpoints, world, recipe.checkpoint, parallelism),
         total_steps=total,
         summary=(
             f"{n_parameters:,} parameters; {split_sizes} structures; {sampler.steps_per_epoch} steps an "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from equipot.train.launch import in_a_launched_rank, launch
+from equipot.train.launch import GRACE_SECONDS, in_a_launched_rank, launch
 from equipot.train.recipe import RecipeError, check_combination, load_recipe
 from equipot.train.run_directory import RunDirectory, RunError
 from equipot.train.worker import Job, StopRequest, end_with_parent, work
@@ -24,6 +25,12 @@ def train(
         Path | None, typer.Option(help="Directory of the run; if absent, runs/ and the recipe's name.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that directory.")] = False,
+    restarts: Annotated[
+        int, typer.Option(help="How often to go on from the last checkpoint when ranks died.", min=0)
+    ] = 0,
+    grace: Annotated[
+        float, typer.Option(help="Seconds in which ranks have to save and end when asked to.", min=0)
+    ] = GRACE_SECONDS,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as in optimizer.epochs=20."),
@@ -33,10 +40,12 @@ def train(
 
     Starts --ranks processes of its own, or joins those that torchrun or the deepspeed launcher has started.
 
-    Ctrl-C and SIGTERM save and end the run; --resume continues it.
+    Ctrl-C, SIGTERM and SIGUSR1 save and end the run; --resume continues it.
     """
     directory = out or Path("runs") / recipe.stem
     joining = in_a_launched_rank()
+    if joining and restarts:
+        raise RecipeError("--restarts is for ranks that are started here; torchrun has --max-restarts")
     size = int(os.environ["WORLD_SIZE"]) if joining else ranks
     settings = load_recipe(recipe, set_ or [])
     check_combination(settings, size)
@@ -50,11 +59,19 @@ def train(
     if not resume and RunDirectory(directory).has_checkpoints and not joining:
         raise RunError(f"{directory} already holds a run; continue it with --resume, or choose another --out")
     job = Job(recipe=settings, out=directory, resume=resume)
-    if joining or size == 1:
+    if joining or (size == 1 and not restarts):
         stop = StopRequest()
         stop.listen()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent(os.getppid())
         work(job, stop)
     else:
-        launch("equipot.train.worker", [job.to_json()], ranks=ranks, logs=RunDirectory(directory).logs)
+        launch(
+            "equipot.train.worker",
+            [job.to_json()],
+            ranks=ranks,
+            logs=RunDirectory(directory).logs,
+            grace=grace,
+            restarts=restarts,
+            again=[replace(job, resume=True).to_json()],
+        )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
 
-from equipot.train.engine import Engine, Fragment
+from equipot.train.engine import Engine, Reader
 
 
 class Ema:
@@ -34,16 +32,7 @@ class Ema:
         if weights:
             torch._foreach_lerp_(self.parts, weights, weight)
 
-    def load_parts(self, parts: Iterable[torch.Tensor]) -> None:
-        """Take up a share saved at the same world size and stage."""
-        for mine, saved in zip(self.parts, parts, strict=True):
-            mine.copy_(saved)
-
-    def load_whole(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take up whole averages by parameter name, saved at any world size."""
-        for part, fragment in zip(self.parts, self._engine.fragments(), strict=True):
-            part.copy_(_part_of(weights[fragment.name], fragment))
-
-
-def _part_of(whole: torch.Tensor, fragment: Fragment) -> torch.Tensor:
-    return whole.reshape(-1)[fragment.offset : fragment.offset + fragment.values.numel()]
+    def load(self, read: Reader) -> None:
+        """Take up an average that was saved by a run divided in whatever way; `read` gives any part of it."""
+        for mine, place in zip(self.parts, self._engine.places(), strict=True):
+            mine.copy_(read("ema", place.name, place.offset, place.length))

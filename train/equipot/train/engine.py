@@ -1,4 +1,4 @@
-"""DeepSpeed's one room in training: ZeRO, precision, clipping, its share of a checkpoint. Knows no data."""
+"""DeepSpeed's one room in training: ZeRO, precision, clipping, and where each part of the state lies."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,10 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime import compiler
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
 from equipot.train.errors import TrainError
+from equipot.train.moments import MOMENTS, Moments
 from equipot.train.recipe import LARGEST_BUCKET, Recipe, ZeroSection
 from equipot.train.scratch import nvme_problem, scratch_directory
 from equipot.train.world import World
@@ -73,6 +72,16 @@ def _import_optimizers() -> None:
         compiler.compile = decorator
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which part of one parameter this rank has."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int  # into the flattened parameter
+    length: int  # 0 if the rank has no part
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fragment:
     """This rank's part of one parameter's fp32 master copy, which the next optimizer step may change."""
@@ -83,23 +92,8 @@ class Fragment:
     values: torch.Tensor  # flat; empty if the rank has no part
 
 
-class CheckpointWriteError(OSError):
-    """DeepSpeed's part of a checkpoint could not be written on this rank; raised after all collectives."""
-
-
-class _PatientWriter(TorchCheckpointEngine):  # type: ignore[misc]
-    """Remembers a failed write instead of raising: at the barriers after it other ranks would hang."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failure: Exception | None = None
-
-    def save(self, state_dict: object, path: str) -> None:
-        try:
-            with Path(path).open("wb") as file:
-                torch.save(state_dict, file)
-        except (OSError, RuntimeError) as failure:
-            self.failure = failure
+Reader = Callable[[str, str, int, int], torch.Tensor]
+"""Flat fp32 values by kind (weights or a moment), parameter, offset and length."""
 
 
 class Engine:
@@ -132,10 +126,7 @@ class Engine:
         )
         if self._stage == 3:
             let_tangents_through(module, LinearFunctionForZeroStage3)
-        self._writer = _PatientWriter()
-        self._engine.checkpoint_engine = self._writer
-        # DeepSpeed copies its conversion script beside every checkpoint; ours carry plain weights instead.
-        self._engine._copy_recovery_script = lambda path: None
+        self._moments = Moments(optimizer, self._optimizer, stage=self._stage, in_files=self._in_files)
 
     @property
     def module(self) -> nn.Module:
@@ -170,48 +161,104 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
+    def places(self) -> Iterator[Place]:
+        """Which parts this rank has, in the order of the module's parameters."""
+        for name, parameter in self._names.items():
+            yield self._place(name, parameter)
+
     def fragments(self) -> Iterator[Fragment]:
         """This rank's parts of the fp32 master weights, in the order of the module's parameters."""
         for name, parameter in self._names.items():
-            yield self._fragment(name, parameter)
+            place = self._place(name, parameter)
+            yield Fragment(name, place.shape, place.offset, self._master(parameter, place))
 
-    def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment:
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer's moments have seen; with 0 there are none."""
+        return self._moments.updates
+
+    def moments(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The optimizer's moments by name, in parts like those of :meth:`fragments`; may be live."""
+        for name, parameter in self._names.items():
+            place = self._place(name, parameter)
+            start = place.offset if self._stage == 0 else 0
+            yield {
+                moment: self._moments.read(parameter, moment)[start : start + place.length]
+                for moment in MOMENTS
+            }
+
+    def _place(self, name: str, parameter: nn.Parameter) -> Place:
         if self._stage == 3:
             shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+            part, size = self._padded_length(parameter), torch.Size(shape).numel()
+            offset = min(self.world.rank * part, size)
+            return Place(name, shape, offset, min(part, size - offset))
+        shape, size = tuple(parameter.shape), parameter.numel()
+        if self._stage == 0:
+            # Every rank holds all of it: take an even share.
+            share = -(-size // self.world.size)
+            offset = min(self.world.rank * share, size)
+            return Place(name, shape, offset, min(share, size - offset))
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Place(name, shape, 0, 0)
+        return Place(name, shape, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+
+    def _master(self, parameter: nn.Parameter, place: Place) -> torch.Tensor:
+        if self._stage == 3:
             part: torch.Tensor = self._optimizer.get_local_fp32_param(parameter).detach()
             if self._in_files:
                 part = part.clone()  # it is in a buffer that the next one is read into
-            offset = min(self.world.rank * part.numel(), torch.Size(shape).numel())
-            length = min(part.numel(), torch.Size(shape).numel() - offset)  # the last parts are padded
-            return Fragment(name, shape, offset, part[:length])
-        shape = tuple(parameter.shape)
+            return part[: place.length]  # the last parts are padded
         if self._stage == 0:
-            # Every rank holds all of it: take an even share.
-            share = -(-parameter.numel() // self.world.size)
-            offset = min(self.world.rank * share, parameter.numel())
-            return Fragment(name, shape, offset, parameter.detach().view(-1)[offset : offset + share])
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return Fragment(name, shape, 0, torch.empty(0, device=self.world.device))
-        return Fragment(name, shape, mapping.lp_fragment_address.start, mapping.hp_fragment.detach())
+            return parameter.detach().view(-1)[place.offset : place.offset + place.length]
+        if not place.length:
+            return torch.empty(0, device=self.world.device)
+        fragment: torch.Tensor = parameter._hp_mapping.hp_fragment.detach()  # type: ignore[attr-defined]
+        return fragment
 
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Start from whole fp32 weights by name, given on every rank."""
-        for fragment in self.fragments():
-            whole = weights[fragment.name].reshape(-1).to(fragment.values)
-            mine = whole[fragment.offset : fragment.offset + fragment.values.numel()]
-            fragment.values.copy_(mine)
-            if self._in_files:
-                parameter = self._names[fragment.name]
-                padded = mine.new_zeros(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
-                padded[: mine.numel()] = mine
-                self._optimizer.set_local_hp_param(padded, parameter)
+    @staticmethod
+    def _padded_length(parameter: nn.Parameter) -> int:
+        length: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        return length
+
+    def load(self, read: Reader, *, updates: int) -> None:
+        """Take up weights and moments that were saved by a run divided in whatever way.
+
+        Args:
+            read: gives any part of them; called for this rank's parts alone.
+            updates: what :attr:`updates` was; with 0 no moments are asked for.
+        """
+        if updates:
+            self._moments.begin(updates)
+            self._engine.global_steps = updates
+        for name, parameter in self._names.items():
+            place = self._place(name, parameter)
+            kinds = ("weights", *MOMENTS) if updates else ("weights",)
+            for kind in kinds:
+                self._take(parameter, kind, self._part_of(read, kind, parameter, place))
+        if self._stage:
+            self._set_working(fragment.values for fragment in self.fragments())
+
+    def _part_of(self, read: Reader, kind: str, parameter: nn.Parameter, place: Place) -> torch.Tensor:
         if self._stage == 0:
-            with torch.no_grad():
-                for name, parameter in self._names.items():
-                    parameter.copy_(weights[name])
-        else:
-            self._set_working([fragment.values for fragment in self.fragments()])
+            return read(kind, place.name, 0, parameter.numel())
+        part = read(kind, place.name, place.offset, place.length)
+        if self._stage < 3:
+            return part
+        padded = part.new_zeros(self._padded_length(parameter))
+        padded[: place.length] = part
+        return padded
+
+    def _take(self, parameter: nn.Parameter, kind: str, values: torch.Tensor) -> None:
+        if kind != "weights":
+            self._moments.write(parameter, kind, values)
+        elif self._stage == 3:
+            self._optimizer.set_local_hp_param(values, parameter)
+        elif self._stage == 0:
+            parameter.data.view(-1).copy_(values)
+        elif len(values):
+            parameter._hp_mapping.hp_fragment.data.copy_(values)  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
     def swapped(self, parts: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -225,45 +272,19 @@ class Engine:
                 for parameter, values in zip(self._names.values(), kept, strict=True):
                     parameter.data.copy_(values)
             else:
-                self._set_working([fragment.values for fragment in self.fragments()])
+                self._set_working(fragment.values for fragment in self.fragments())
 
-    def _set_working(self, parts: Sequence[torch.Tensor]) -> None:
+    def _set_working(self, parts: Iterable[torch.Tensor]) -> None:
         if self._stage == 3:
             self._engine.empty_partition_cache()  # what is still gathered from the last forward is stale
-        # Where each part lies is asked before any weight changes: at stage 0 the parts are the weights.
-        places = [(fragment.shape, fragment.offset) for fragment in self.fragments()]
-        for parameter, part, (shape, offset) in zip(self._names.values(), parts, places, strict=True):
+        for parameter, part, place in zip(self._names.values(), parts, self.places(), strict=True):
             if self._stage == 3:
                 local = parameter.ds_tensor.data  # type: ignore[attr-defined]
                 local[: part.numel()].copy_(part)
                 continue
-            whole = torch.zeros(torch.Size(shape).numel(), device=self.world.device)
-            whole[offset : offset + part.numel()] = part
-            parameter.data.copy_(self.world.sum_tensor(whole).view(shape))
-
-    @property
-    def resumes_exactly(self) -> bool:
-        """Whether :meth:`save` keeps the optimizer's moments: DeepSpeed omits those that are in files."""
-        return not self._in_files
-
-    def save(self, directory: Path) -> None:
-        """Write DeepSpeed's state (weights, optimizer, every rank its part) into an existing directory.
-
-        Raises:
-            CheckpointWriteError: this rank's part could not be written; the other ranks are not left waiting.
-        """
-        if not self.resumes_exactly:
-            return  # what it would write, it would also read, and train on with other weights
-        self._writer.failure = None
-        self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
-        if self._writer.failure is not None:
-            raise CheckpointWriteError(str(self._writer.failure)) from self._writer.failure
-
-    def load(self, directory: Path) -> None:
-        """Take up the state that :meth:`save` wrote at the same world size, stage and precision."""
-        self._engine.load_checkpoint(
-            str(directory.parent), tag=directory.name, load_lr_scheduler_states=False
-        )
+            whole = torch.zeros(torch.Size(place.shape).numel(), device=self.world.device)
+            whole[place.offset : place.offset + place.length] = part
+            parameter.data.copy_(self.world.sum_tensor(whole).view(place.shape))
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

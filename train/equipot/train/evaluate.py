@@ -5,7 +5,7 @@ Used during training on the validation split and at export on the test split, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,6 +140,10 @@ class Tally:
         return float(sum(weight * total / max(count, 1.0) for weight, total, count in per_label))
 
 
+class EvaluationStopped(Exception):
+    """An evaluation was given up because some rank was asked to end."""
+
+
 def evaluate(
     potential: Potential,
     dataset: Dataset,
@@ -149,14 +153,20 @@ def evaluate(
     loss: LossSection,
     *,
     stress: bool,
+    stopped: Callable[[], bool] | None = None,
 ) -> Tally:
     """Errors of a potential over structures, computed by all ranks together.
 
     Collective, and in step: under ZeRO-3 every forward pass is, so all ranks compute equally many batches.
+
+    Raises:
+        EvaluationStopped: on all ranks, when `stopped` is true on one.
     """
     tally = Tally(len(potential.config.levels_of_theory), loss)
     potential.eval()
     for mine in evaluation_batches(costs, world):
+        if stopped is not None and world.any(stopped()):
+            raise EvaluationStopped
         batch = dataset.batch(keys[mine.rows].astype(np.int64), device=world.device)
         prediction = predict(potential, batch.systems, forces=True, stress=stress)
         if mine.counts:

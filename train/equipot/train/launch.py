@@ -15,15 +15,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
 
 from equipot.train.errors import TrainError
 
 _GRACE_SECONDS = 5.0  # for peers of a failed rank to say what they saw before they are killed
 _POLL_SECONDS = 0.05
+_SAME_SECONDS = 1.0  # torchrun passes on a Ctrl-C that the terminal has already sent to its ranks
+
+GRACE_SECONDS = 600.0
+"""For ranks to save and end in when they are asked to."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Upon which a run saves and ends well; Slurm sends SIGUSR1 if asked to (``--signal=USR1@120``)."""
 
 
 class RankFailed(TrainError):
@@ -99,35 +109,126 @@ def free_port() -> int:
         return port
 
 
-def launch(module: str, arguments: Sequence[str], *, ranks: int, logs: Path) -> None:
+def launch(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    logs: Path,
+    grace: float = GRACE_SECONDS,
+    restarts: int = 0,
+    again: Sequence[str] = (),
+) -> None:
     """Run ``python -m module arguments`` as `ranks` ranks and wait for all of them.
 
-    SIGTERM and SIGINT are passed on as SIGTERM, upon which ranks save and end well; a second one kills them.
-    Rank 0 writes to this terminal, the others to ``logs/rank-N.log``.
+    The signals of :data:`STOP_SIGNALS` are passed on as SIGTERM, upon which ranks save and end well; Ctrl-C
+    after that kills them. Rank 0 writes to this terminal, the others to ``logs/rank-N.log``.
+
+    Args:
+        module: what the ranks run.
+        arguments: for it.
+        ranks: how many.
+        logs: directory for what the ranks say.
+        grace: seconds that the ranks have to end in after such a signal.
+        restarts: how often to begin again, with `again` as arguments, after ranks died of something that is
+            no mistake of the user's.
+        again: the arguments then.
 
     Raises:
         RankFailed: a rank failed; carries the exit code to end with.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    with _Signals(grace) as signals:
+        for left in reversed(range(restarts + 1)):
+            try:
+                _launch_once(module, arguments, ranks, logs, signals)
+                return
+            except RankFailed as failure:
+                if failure.exit_code == TrainError.exit_code or not left or signals.stopping:
+                    raise
+                count = f"restart {restarts - left + 1} of {restarts}"
+                Console(highlight=False).print(
+                    f"[yellow]warning:[/] {escape(str(failure))}. {count}, from the last checkpoint",
+                    soft_wrap=True,
+                )
+            arguments = again
+
+
+def _launch_once(module: str, arguments: Sequence[str], ranks: int, logs: Path, signals: _Signals) -> None:
     with tempfile.TemporaryDirectory(prefix="equipot-launch-") as scratch:
-        group = _Group(Path(scratch), logs)
-        restore = _forward_signals(group)
+        group = _Group(Path(scratch), logs, signals)
+        signals.group = group
         try:
             port = free_port()
             for rank in range(ranks):
                 group.start(rank, module, arguments, rank_environment(rank, ranks, port))
             group.wait()
         finally:
+            signals.group = None
             group.kill()
-            restore()
+
+
+class _Signals:
+    """Passes signals on to the group of the moment; use as a context manager."""
+
+    def __init__(self, grace: float) -> None:
+        self.grace = grace
+        self.group: _Group | None = None
+        self._repeated = StopSignals()
+        self._deadline: float | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the ranks were asked to end."""
+        return self._deadline is not None
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether they were, and have had the time for it."""
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._repeated.means_now(number):
+            if self.group is not None:
+                self.group.signal(signal.SIGKILL)
+            raise KeyboardInterrupt
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self.grace
+            if self.group is not None:
+                self.group.signal(signal.SIGTERM)
+
+
+class StopSignals:
+    """Tells one request to end from two: a scheduler may repeat itself, and a terminal speaks to all."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def means_now(self, number: int) -> bool:
+        """Whether a signal that has come asks to end at once: a further Ctrl-C, and not the same one."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        return number == signal.SIGINT and now - self._first > _SAME_SECONDS
 
 
 class _Group:
-    def __init__(self, scratch: Path, logs: Path) -> None:
+    def __init__(self, scratch: Path, logs: Path, signals: _Signals) -> None:
         self._scratch = scratch
         self._logs = logs
+        self._signals = signals
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self.stopping = False
 
     def start(self, rank: int, module: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
         command = [sys.executable, "-m", module, *arguments, "--failure-file", str(self._failure_file(rank))]
@@ -142,7 +243,7 @@ class _Group:
                 # A terminal's Ctrl-C goes to the launcher alone, which passes it on once.
                 start_new_session=True,
             )
-        if self.stopping:
+        if self._signals.stopping:
             self.signal(signal.SIGTERM)
 
     def signal(self, number: signal.Signals) -> None:
@@ -170,6 +271,13 @@ class _Group:
                 self.kill()
                 self._report(failed)
                 return
+            if self._signals.out_of_patience:
+                self.kill()
+                raise RankFailed(
+                    f"the ranks had not ended {self._signals.grace:g} s after they were asked to, and were "
+                    "killed; --resume continues from the last checkpoint",
+                    1,
+                )
             time.sleep(_POLL_SECONDS)
 
     def _report(self, failed: dict[int, int]) -> None:
@@ -183,7 +291,7 @@ class _Group:
         if record is not None:
             raise RankFailed(record.message, record.exit_code)
         code = failed[rank]
-        if self.stopping and code == -signal.SIGTERM:
+        if self._signals.stopping and code == -signal.SIGTERM:
             return  # asked to stop before it could begin: there is nothing to save
         if code < 0:
             name = signal.Signals(-code).name
@@ -195,20 +303,3 @@ class _Group:
 
     def _failure_file(self, rank: int) -> Path:
         return self._scratch / f"failure-{rank}.json"
-
-
-def _forward_signals(group: _Group) -> Callable[[], None]:
-    def handler(number: int, frame: FrameType | None) -> None:
-        if group.stopping:
-            group.signal(signal.SIGKILL)
-            raise KeyboardInterrupt
-        group.stopping = True
-        group.signal(signal.SIGTERM)
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-    return restore

@@ -269,6 +269,19 @@ class CheckpointSection(Section):
     every_epochs: int | None = Field(default=1, ge=1, description="epochs between two checkpoints")
     every_steps: int | None = Field(default=None, ge=1, description="steps between two checkpoints, besides")
     keep: int = Field(default=2, ge=1, description="how many of the newest are kept, besides the best")
+    keep_every_steps: int | None = Field(
+        default=None, ge=1, description="checkpoints at multiples of this are kept for ever, besides"
+    )
+    asynchronous: bool = Field(
+        default=True,
+        description="training goes on while a copy of the state in the host's memory is written: 16 bytes a "
+        "parameter, divided among the ranks; false: no copy, and training waits for the disk",
+    )
+    when_busy: Literal["wait", "skip"] = Field(
+        default="wait",
+        description="what a checkpoint does that is due while one is still being written; the best is always "
+        "waited for",
+    )
 
 
 class Recipe(Section):

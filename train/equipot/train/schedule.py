@@ -7,20 +7,19 @@ import math
 from equipot.train.recipe import OptimizerSection
 
 
-def learning_rate(step: int, total: int, settings: OptimizerSection, *, moments_since: int = 0) -> float:
+def learning_rate(step: int, total: int, settings: OptimizerSection) -> float:
     """The rate for the update that is number `step` from 0, out of `total`.
 
     Args:
         step: updates made before.
         total: length of training.
         settings: peak, warm-up, fraction at the end.
-        moments_since: the step at which the optimizer's moments began; warm-up is theirs.
     """
     length = max(1, total - 1 - settings.warmup_steps)
     progress = min(1.0, max(0, step - settings.warmup_steps) / length)
     fraction = settings.final_fraction
     rate = settings.learning_rate * (fraction + (1 - fraction) * 0.5 * (1 + math.cos(math.pi * progress)))
-    ramp = (step - moments_since + 1) / settings.warmup_steps if settings.warmup_steps else 1.0
+    ramp = (step + 1) / settings.warmup_steps if settings.warmup_steps else 1.0
     return rate * min(1.0, ramp)
 
 

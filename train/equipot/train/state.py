@@ -17,8 +17,6 @@ class TrainerState:
     best_step: int = -1
     best_loss: float | None = None
     validations_without_improvement: int = 0
-    moments_since: int = 0
-    """The step at which the optimizer's moments began: 0, or where weights alone were taken over."""
     seconds: float = 0.0
 
     def after_step(self, epoch: int, epoch_offset: int) -> TrainerState:

@@ -20,7 +20,7 @@ from equipot.train.checkpoint import Checkpoint, CheckpointError, newest_valid
 from equipot.train.console import Display
 from equipot.train.engine import start_world
 from equipot.train.errors import TrainError
-from equipot.train.evaluate import Errors, evaluate
+from equipot.train.evaluate import Errors, EvaluationStopped, evaluate
 from equipot.train.launch import available_cores
 from equipot.train.loader import Loader, StepBatches
 from equipot.train.loss import Counts, weighted
@@ -106,9 +106,14 @@ class Trainer:
             if self._world.is_first:
                 self._metrics = stack.enter_context(Metrics(self._run, self._display, step=self._state.step))
             self._display.note(self.parts.summary)
-            finished = self._loop()
+            try:
+                finished = self._loop()
+            except Exception:
+                self.parts.checkpoints.wait()  # what was begun before it went wrong is good
+                raise
+            self._settle()
             if self._state.differs_from(self._saved):
-                self._save(final=True)
+                self._save_last()
             if self._metrics is not None:
                 self._draw(self._metrics)
                 self._conclude(finished)
@@ -129,11 +134,15 @@ class Trainer:
             steps = iter(loader)
             while True:
                 if self._validation_is_due():
-                    self._validate()
+                    try:
+                        self._validate()
+                    except EvaluationStopped:
+                        return False
                 if self._state.step >= self._total or self._is_out_of_patience:
                     return True
-                if self._checkpoint_is_due():
-                    self._save(final=False)
+                if self._checkpoint_is_due() and self.parts.checkpoints.may_begin(self._state):
+                    self._settle()
+                    self._save()
                 if not self._step(steps):
                     return False
 
@@ -142,9 +151,12 @@ class Trainer:
         start = time.monotonic()
         batches = next(steps).batches
         labels = np.sum([Counts.of(batch.targets) for batch in batches], axis=0)
-        asked, *counted = self._world.sum([float(self._stop.requested), *labels])
+        failed = self.parts.checkpoints.has_failed
+        asked, unsaved, *counted = self._world.sum([float(self._stop.requested), float(failed), *labels])
         if asked:
             return False
+        if unsaved:
+            self._settle()
         counts = Counts(*counted)
         self.parts.engine.module.train()
         terms = torch.zeros(3, dtype=torch.float64)
@@ -159,12 +171,7 @@ class Trainer:
         totals = torch.tensor(self._world.sum(terms.tolist()), dtype=torch.float64)
         if not torch.isfinite(totals).all():
             self._refuse(np.concatenate(spoiled), "the loss")
-        rate = learning_rate(
-            self._state.step,
-            self._total,
-            self._recipe.optimizer,
-            moments_since=self._state.moments_since,
-        )
+        rate = learning_rate(self._state.step, self._total, self._recipe.optimizer)
         norm = self.parts.engine.step(rate)
         if not np.isfinite(norm):
             self._refuse(np.concatenate([batch.keys for batch in batches]), "the gradient")
@@ -229,6 +236,7 @@ class Trainer:
                 self._world,
                 self._recipe.loss,
                 stress=self._recipe.loss.stress > 0,
+                stopped=lambda: self._stop.requested,
             )
         self._last_errors = errors = tally.errors()
         self._state = self._state.after_validation(tally.loss())
@@ -245,21 +253,27 @@ class Trainer:
         self._metrics.add(row)
         self._display.validation(row.step, self._total, row.epoch, errors.in_words())
 
-    def _save(self, *, final: bool) -> None:
+    def _save(self) -> None:
         self._state = replace(self._state, seconds=time.monotonic() - self._began)
         if self._metrics is not None:
             self._metrics.flush()
-        try:
-            self.parts.checkpoints.save(self._state, self.parts.engine, self.parts.ema)
-        except CheckpointError as error:
-            if final:
-                raise CheckpointError(
-                    f"{error}. Training ends without its last steps being saved; make room and continue from "
-                    f"the checkpoint before with: {self._resume_command}"
-                ) from None
-            self._display.warn(f"{error}. Training goes on; earlier checkpoints are untouched")
-        else:
-            self._saved = self._state
+        self.parts.checkpoints.begin(self._state, self.parts.engine, self.parts.ema)
+        self._saved = self._state
+
+    def _settle(self) -> None:
+        problem = self.parts.checkpoints.settle()
+        if problem is not None:
+            self._saved = None
+            self._display.warn(f"{problem}. Training goes on; earlier checkpoints are untouched")
+
+    def _save_last(self) -> None:
+        self._save()
+        problem = self.parts.checkpoints.settle()
+        if problem is not None:
+            raise CheckpointError(
+                f"{problem}. Training ends without its last steps being saved; make room and continue from "
+                f"the checkpoint before with: {self._resume_command}"
+            )
 
     def _draw(self, metrics: Metrics) -> None:
         from equipot.train.plots import plot_learning_curve  # matplotlib: for one rank, at the end
@@ -279,22 +293,13 @@ class Trainer:
             self._display.warn(f"a damaged checkpoint is passed over: {problem}")
         if checkpoint is None:
             return
-        exact = self.parts.checkpoints.restore(checkpoint, self.parts.engine, self.parts.ema)
+        self.parts.checkpoints.restore(checkpoint, self.parts.engine, self.parts.ema)
         self._saved = self._state = checkpoint.state
-        self._display.note(f"resumed from {checkpoint.path}: step {self._state.step} of {self._total}")
-        if not exact:
-            self._state = replace(self._state, moments_since=self._state.step)
-            was = checkpoint.parallelism
-            self._display.warn(
-                f"the checkpoint is of {was.ranks} rank(s), ZeRO stage {was.zero_stage}, {was.precision}"
-                f"{self._in_files}: "
-                "weights and their average are taken over, the optimizer's moments begin anew, with a warm-up"
-            )
-
-    @property
-    def _in_files(self) -> str:
-        exact = self.parts.engine.resumes_exactly
-        return "" if exact else ", and DeepSpeed saves no moments that are offloaded to NVMe"
+        was = checkpoint.parallelism
+        self._display.note(
+            f"resumed from {checkpoint.path}: step {self._state.step} of {self._total}, saved by "
+            f"{was.ranks} rank(s), ZeRO stage {was.zero_stage}, {was.precision}"
+        )
 
     def _refuse(self, mine: NDArray[np.int64], what: str) -> None:
         gathered = self._world.gather(mine)

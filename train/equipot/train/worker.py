@@ -20,7 +20,15 @@ from pathlib import Path
 from types import FrameType
 
 from equipot.train.errors import TrainError
-from equipot.train.launch import Failure, free_port, in_a_launched_rank, rank_environment, wait_policy
+from equipot.train.launch import (
+    STOP_SIGNALS,
+    Failure,
+    StopSignals,
+    free_port,
+    in_a_launched_rank,
+    rank_environment,
+    wait_policy,
+)
 from equipot.train.recipe import Recipe
 
 
@@ -48,18 +56,19 @@ class Job:
 
 
 class StopRequest:
-    """Whether somebody asked this process to save and end; set by SIGTERM or SIGINT."""
+    """Whether somebody asked this process to save and end; set by the signals that mean it."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._signals = StopSignals()
 
     def listen(self) -> None:
-        """Take the place of the default handlers; a second signal interrupts at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """Take the place of the default handlers; a further Ctrl-C interrupts at once."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._signals.means_now(number):
             raise KeyboardInterrupt
         self.requested = True
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,15 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """The group they talk in; absent: everybody's."""
+
+    def apart(self) -> World:
+        """The same ranks in a group of its own, for a thread beside the training; collective itself."""
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        return replace(self, device=torch.device("cpu"), group=group)
 
     @property
     def is_first(self) -> bool:
@@ -36,7 +46,7 @@ class World:
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: object) -> list[object]:
@@ -44,20 +54,20 @@ class World:
         if self.size == 1:
             return [value]
         values: list[object] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_first(self, value: T) -> T:
         """Rank 0's value, on all ranks."""
         values: list[T] = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, src=0, device=self.device)
+            dist.broadcast_object_list(values, src=0, device=self.device, group=self.group)
         return values[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def agree(self, problem: str | None) -> str | None:
         """None if all ranks are well, else the first rank's problem, on all ranks."""
@@ -67,6 +77,6 @@ class World:
         if self.size == 1:
             return [float(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=operation)
+        dist.all_reduce(tensor, op=operation, group=self.group)
         result: list[float] = tensor.tolist()
         return result

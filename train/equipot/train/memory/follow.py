@@ -29,7 +29,7 @@ def shape_module(recipe: Recipe, card: RunCard) -> LossModule:
 
 
 def follow_step(recipe: Recipe, card: RunCard, ranks: int, load: Load, *, compiled: bool) -> Timeline:
-    """One rank's step, with a checkpoint after it.
+    """One rank's step, after a checkpoint.
 
     Args:
         recipe: what is trained, and how.
@@ -45,6 +45,7 @@ def follow_step(recipe: Recipe, card: RunCard, ranks: int, load: Load, *, compil
         ranks,
         2 if recipe.precision == "bf16" else 4,
         recipe.zero.offload_optimizer == "cpu",
+        recipe.checkpoint.asynchronous,
     )
     systems, targets = load.shapes()
 
@@ -60,7 +61,6 @@ def follow_step(recipe: Recipe, card: RunCard, ranks: int, load: Load, *, compil
         for number in range(min(n, 2)):
             engine.forward_backward(loss, last=number == min(n, 2) - 1)
         engine.step()
-        engine.save()
     return tracker.timeline()
 
 

@@ -16,6 +16,7 @@ import torch
 
 from equipot.train.allocator import give_memory_back
 from equipot.train.assemble import assemble
+from equipot.train.checkpoint import CheckpointError
 from equipot.train.engine import start_world
 from equipot.train.errors import TrainError
 from equipot.train.launch import Failure
@@ -65,7 +66,10 @@ def run(job: dict[str, Any]) -> None:
             world.barrier()
             if marks is not None:
                 marks.write(json.dumps({"step": made.step, "seconds": time.perf_counter() - start}) + "\n")
-    parts.checkpoints.save(TrainerState(step=job["steps"]), parts.engine, parts.ema)
+            if made.step == 0:  # what saving needs, it keeps
+                parts.checkpoints.begin(TrainerState(step=1), parts.engine, parts.ema)
+                if (problem := parts.checkpoints.settle()) is not None:
+                    raise CheckpointError(problem)
     if marks is not None:
         on_device = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
         marks.write(json.dumps({"device_bytes": on_device}) + "\n")

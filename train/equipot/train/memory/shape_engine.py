@@ -37,6 +37,8 @@ class Division:
     """of weights and gradients; master weights and moments have 4"""
     offloaded: bool
     """whether DeepSpeed keeps master weights and moments in the host's memory"""
+    copied: bool
+    """whether checkpoints are written from a copy, whose buffers stay"""
 
     def share(self, elements: int) -> int:
         """One rank's part, where a part is made."""
@@ -75,6 +77,8 @@ class ShapeEngine:
             self._held.append(self._new("gradients", share, number))
             self._bucket = self._new("communication", self._bucket_size, 4)
         self._held.append(self._new("moving average", share, 4))
+        if division.copied:
+            self._held.append(self._new("checkpoint", 4 * share, 4))
         for parameter in self._parameters:
             tracker.ignore(parameter)
             parameter.register_post_accumulate_grad_hook(self._took_gradient)  # type: ignore[no-untyped-call]
@@ -131,12 +135,6 @@ class ShapeEngine:
             with self._tracker.making("activations"):
                 evaluate()
             del kept
-
-    def save(self) -> None:
-        """A checkpoint: copies of this rank's weights, and the file that is made of them and the average."""
-        with self._tracker.phase("checkpoint"):
-            copies = self._new("checkpoint", self._division.share(self._elements), 4)
-            del copies
 
     def _new(self, kind: str, elements: int, number: int) -> Tensor:
         with self._tracker.making(kind):
