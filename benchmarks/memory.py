@@ -4,8 +4,8 @@
 
 Trains a few steps of each setting on crystals of copper and nickel, labelled by a pair potential, in ranks of
 their own, and prints JSON: predicted and measured bytes of all ranks, seconds a step, their ratios. Memory is
-sampled from outside; times are those of a machine that may be doing other things. Needs 3 GB and some
-minutes. Sizes are chosen so that the model and its activations stand out over an empty process.
+sampled from outside; times are what a thread computed, as the machine may be doing other things. Needs 3 GB
+and some minutes. Sizes are chosen so that the model and its activations stand out over an empty process.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ class Measured:
     pss: int
     """the most that the system's proportional count came to, which other users of a library lower"""
     seconds: float
-    """median of the steps after the first"""
+    """median of the steps after the first, on the wall"""
+    busy: float
+    """the same of what a thread computed, which other work on the machine does not lengthen"""
     samples: tuple[Sample, ...]
 
 
@@ -58,8 +60,8 @@ class Profile:
 
     @property
     def time_error(self) -> float:
-        """Predicted over measured, less one."""
-        return self.prediction.seconds / self.measured.seconds - 1
+        """Predicted over what a thread computed, less one."""
+        return self.prediction.seconds / self.measured.busy - 1
 
     def clock(self, timeline: Timeline) -> NDArray[np.float64]:
         """Predicted seconds since the step began, of each moment."""
@@ -107,16 +109,24 @@ def _measure(recipe: Recipe, run: Path, ranks: int, steps: int, scratch: Path) -
     finally:
         watch.stop()
         thread.join()
-    lines = (scratch / "steps.jsonl").read_text().splitlines()
+    written = scratch / "steps.jsonl"
+    lines = written.read_text().splitlines() if written.exists() else []
+    if not lines or "device_bytes" not in json.loads(lines[-1]):
+        raise KeyboardInterrupt  # a rank that fails is raised as such: these were asked to end
     marks = [json.loads(line) for line in lines]
-    times = [mark["seconds"] for mark in marks if "seconds" in mark]
+    steps_done = [mark for mark in marks if "seconds" in mark]
+
+    def median(name: str) -> float:
+        return float(np.median([mark[name] for mark in steps_done[1:] or steps_done]))
+
     device = [mark["device_bytes"] for mark in marks if mark.get("device_bytes")]
     samples = tuple(watch.samples)
     peak = max(device) * ranks if device else watch.peak
     return Measured(
         peak=peak,
         pss=max((sample.pss for sample in samples), default=0),
-        seconds=float(np.median(times[1:] or times)),
+        seconds=median("seconds"),
+        busy=median("busy"),
         samples=samples,
     )
 

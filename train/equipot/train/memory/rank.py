@@ -22,6 +22,7 @@ from equipot.train.errors import TrainError
 from equipot.train.launch import Failure
 from equipot.train.loader import Loader
 from equipot.train.loss import Counts
+from equipot.train.memory.machine import busy_seconds
 from equipot.train.recipe import Recipe
 from equipot.train.run_directory import RunDirectory
 from equipot.train.state import TrainerState
@@ -53,7 +54,7 @@ def run(job: dict[str, Any]) -> None:
         torch.cuda.reset_peak_memory_stats()
     with loader:
         for made in loader:
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), busy_seconds()
             labels = np.sum([Counts.of(batch.targets) for batch in made.batches], axis=0)
             counts = Counts(*world.sum(list(labels)))
             parts.engine.module.train()
@@ -65,7 +66,8 @@ def run(job: dict[str, Any]) -> None:
             parts.ema.update(made.step + 1)
             world.barrier()
             if marks is not None:
-                marks.write(json.dumps({"step": made.step, "seconds": time.perf_counter() - start}) + "\n")
+                mark = {"seconds": time.perf_counter() - start, "busy": busy_seconds() - busy}
+                marks.write(json.dumps(mark) + "\n")
             if made.step == 0:  # what saving needs, it keeps
                 parts.checkpoints.begin(TrainerState(step=1), parts.engine, parts.ema)
                 if (problem := parts.checkpoints.settle()) is not None:

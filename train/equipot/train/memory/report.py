@@ -39,7 +39,7 @@ def plan_table(plan: Plan) -> Table:
     chosen = propose(plan.candidates, plan.memory) if fitting else None
     shared = "all ranks" if plan.sharing > 1 else "in all"
     table = Table(box=None, pad_edge=False, title=_title(plan), title_justify="left")
-    for column in ("", "stage", "checkpointing", "messages", "offload", "micro-batches"):
+    for column in ("", "stage", "recompute", "messages", "offload", "micro"):
         table.add_column(column)
     for column in ("per rank", shared, "most when", "s/step"):
         table.add_column(column, justify="right")
@@ -48,14 +48,14 @@ def plan_table(plan: Plan) -> Table:
         fits = each.total <= plan.memory
         messages = recipe.model.messages
         table.add_row(
-            "→" if each is chosen else "",
+            "→" if each is chosen else "" if fits else "✗",
             str(recipe.zero.stage),
             "yes" if recipe.activation_checkpointing else "no",
             messages if isinstance(messages, str) else "/".join(messages),
             recipe.zero.offload_optimizer,
             str(recipe.batch.accumulation),
             gib(each.prediction.per_rank),
-            gib(each.total) + ("" if fits else " (too much)"),
+            gib(each.total),
             each.prediction.phase,
             f"{each.prediction.seconds:.3g}",
             style=None if fits else "dim",
@@ -93,7 +93,7 @@ def profile_table(profiles: Sequence[Profile]) -> Table:
     """Predicted and measured side by side."""
     table = Table(box=None, pad_edge=False)
     table.add_column("run")
-    for column in ("predicted", "measured", "error", "s/step predicted", "measured", "error"):
+    for column in ("predicted", "measured", "error", "s/step predicted", "computed", "error", "on the wall"):
         table.add_column(column, justify="right")
     for each in profiles:
         table.add_row(
@@ -102,8 +102,9 @@ def profile_table(profiles: Sequence[Profile]) -> Table:
             gib(each.measured.peak),
             f"{each.memory_error:+.1%}",
             f"{each.prediction.seconds:.3g}",
-            f"{each.measured.seconds:.3g}",
+            f"{each.measured.busy:.3g}",
             f"{each.time_error:+.0%}",
+            f"{each.measured.seconds:.3g}",
         )
     return table
 
@@ -130,7 +131,7 @@ def relative(profiles: Sequence[Profile]) -> list[dict[str, object]]:
                 "run": each.name,
                 "memory": each.measured.peak / reference.measured.peak,
                 "own": _own(each) / _own(reference),
-                "time": each.measured.seconds / reference.measured.seconds,
+                "time": each.measured.busy / reference.measured.busy,
             }
         )
     return rows
@@ -147,7 +148,8 @@ def as_json(profiles: Sequence[Profile]) -> list[dict[str, object]]:
             "measured_pss_bytes": each.measured.pss,
             "memory_error": round(each.memory_error, 4),
             "predicted_seconds": round(each.prediction.seconds, 4),
-            "measured_seconds": round(each.measured.seconds, 4),
+            "measured_seconds": round(each.measured.busy, 4),
+            "measured_seconds_on_the_wall": round(each.measured.seconds, 4),
             "time_error": round(each.time_error, 3),
             "parts_of_a_rank": dict(each.prediction.parts) | {"process": each.prediction.process},
             "most_when": each.prediction.phase,

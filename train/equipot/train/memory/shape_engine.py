@@ -128,14 +128,6 @@ class ShapeEngine:
                 parameter.grad = None
             self._tracker.add_work(0.0, 3.0 * 4 * share)  # the moving average
 
-    def swap(self, evaluate: Callable[[], object]) -> None:
-        """A validation with other weights in the weights' place."""
-        with self._tracker.phase("validation"):
-            kept = self._new("weights", self._elements, 4) if self._division.stage == 0 else None
-            with self._tracker.making("activations"):
-                evaluate()
-            del kept
-
     def _new(self, kind: str, elements: int, number: int) -> Tensor:
         with self._tracker.making(kind):
             return torch.empty(elements * number, dtype=torch.uint8, device="meta")
