@@ -136,8 +136,7 @@ def _settings(
     recipe: Recipe, ranks: int, accumulation: int, *, offload: bool
 ) -> Iterator[tuple[Change, ...]]:
     forms: list[object] = [recipe.model_dump(mode="json")["model"]["messages"]]
-    if forms[0] != "lean":
-        forms.append("lean")
+    forms += [form for form in ("fast", "lean") if form != forms[0]]
     # Alone there is nobody to divide with: what a stage adds is buffers.
     lowest = 1 if recipe.precision == "bf16" else 0
     stages = range(lowest, 4) if ranks > 1 else sorted({lowest, recipe.zero.stage})
