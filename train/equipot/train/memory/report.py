@@ -92,7 +92,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 def profile_table(profiles: Sequence[Profile]) -> Table:
     """Predicted and measured side by side."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("run")
+    table.add_column("run", no_wrap=True)
     for column in ("predicted", "measured", "error", "s/step predicted", "computed", "error", "on the wall"):
         table.add_column(column, justify="right")
     for each in profiles:
@@ -112,7 +112,7 @@ def profile_table(profiles: Sequence[Profile]) -> Table:
 def comparison_table(profiles: Sequence[Profile]) -> Table:
     """The paper's table: memory and time relative to the first of each form."""
     table = Table(box=None, pad_edge=False, title="relative to the same form as it is", title_justify="left")
-    table.add_column("run")
+    table.add_column("run", no_wrap=True)
     for column in ("peak memory", "without processes", "time"):
         table.add_column(column, justify="right")
     for row in relative(profiles):
