@@ -49,7 +49,9 @@ def test_more_ranks_take_no_more_of_each(recipe: Callable[..., Recipe], stage: i
 def test_plans_can_be_trained_fit_and_say_what_would_be_needed(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    settings = recipe("model.width=256", "model.messages=plain", "batch.structures=8")
+    settings = recipe(
+        "model.width=256", "model.messages=plain", "batch.structures=8", "checkpoint.asynchronous=false"
+    )
     with opened(settings) as (_, data):
         predict_two = predictor(data, 2)
         roomy = candidates(settings, 2, 2**40, predict_two, sharing=2, offload=False)
