@@ -42,7 +42,7 @@ def test_the_peak_of_two_processes_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_tracker_follows_storages_and_work() -> None:
-    tracker = Tracker()
+    tracker = Tracker("cpu")
     with tracker, tracker.phase("first"), tracker.making("activations"):
         x = torch.ones(100, 50)
         view = x.t()

@@ -93,7 +93,7 @@ def test_what_deepspeed_holds_in_a_step_is_what_is_followed(
 ) -> None:
     settings = recipe("model.width=192", "batch.structures=2", "model.messages=fast", *changes)
     run, card, batch = opened(settings, tmp_path)
-    tracker = Tracker()
+    tracker = Tracker("cpu")
     with tracker:
         parts = assemble(settings, run, world)
         n = settings.batch.accumulation

@@ -38,7 +38,7 @@ def follow_step(recipe: Recipe, card: RunCard, ranks: int, load: Load, *, compil
         load: every micro-batch.
         compiled: whether messages are computed by the compiled kernels.
     """
-    tracker = Tracker()
+    tracker = Tracker("meta")
     module = shape_module(recipe, card).train()
     division = Division(
         recipe.zero.stage,

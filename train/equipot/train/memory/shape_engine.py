@@ -158,8 +158,12 @@ class ShapeEngine:
 
     def _reduce(self) -> None:
         division, numbers = self._division, self._in_bucket
-        flat = self._new("communication", numbers, division.bytes_per_number)
         wide = self._new("communication", numbers, 4) if division.bytes_per_number < 4 else None
+        flat: Tensor | None = None
+        if division.stage == 3:
+            flat = self._new("communication", numbers, 4)
+        elif division.ranks > 1:  # alone, the bucket is one slice, which is flat already
+            flat = self._new("communication", numbers, division.bytes_per_number)
         self._tracker.add_work(0.0, 4.0 * numbers * division.bytes_per_number)
         self._in_bucket = 0
         del flat, wide

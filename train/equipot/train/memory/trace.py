@@ -49,10 +49,11 @@ class Timeline:
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, follows what the thread computes."""
+    """While open, follows what the thread computes on one kind of device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
         self._kind = "other"
         self._phase = ""
         self._held: dict[int, tuple[int, str, weakref.ref[Any]]] = {}
@@ -73,6 +74,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def phase(self, name: str) -> Iterator[None]:
         """What happens inside the block belongs to this part of a step."""
         before, self._phase = self._phase, name
+        self._note(self._kind, 0)  # so that it is there even if it makes nothing
         try:
             yield
         finally:
@@ -132,7 +134,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif not func.is_view:
             self._touched += sum(tensor.nbytes for tensor in _tensors((args, kwargs, out)))
         for tensor in _tensors(out):
-            self._hold(tensor)
+            if tensor.device.type == self._device:
+                self._hold(tensor)
         return out
 
     def _hold(self, tensor: Tensor) -> None:
