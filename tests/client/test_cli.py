@@ -193,7 +193,7 @@ def test_a_file_that_breaks_in_the_middle_keeps_what_was_done(
 
 
 def test_ctrl_c_keeps_what_was_done(server: Any, cluster: Callable[..., Atoms], tmp_path: Path) -> None:
-    server.delay = 0.3
+    server.delay = 1.0
     path, out = tmp_path / "long.extxyz", tmp_path / "out.extxyz"
     write(path, [cluster(200, seed=i) for i in range(300)])
     words = ["predict", str(path), "--address", server.address, "--out", str(out)]

@@ -23,6 +23,7 @@ from equipot.train.prepare import open_mix, prepare
 from equipot.train.recipe import Recipe
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
+from equipot.train.state import TrainerState
 from equipot.train.world import World
 
 FORMS = ("plain", "split", "lean", "balanced", "fast")
@@ -107,6 +108,10 @@ def test_what_deepspeed_holds_in_a_step_is_what_is_followed(
             with tracker.phase(f"update {step}"):
                 parts.engine.step(1e-3)
                 parts.ema.update(step + 1)
+            if not step:
+                with tracker.making("checkpoint"):
+                    parts.checkpoints.begin(TrainerState(step=1), parts.engine, parts.ema)
+                assert parts.checkpoints.settle() is None
     real = tracker.timeline()
     ours = follow_step(settings, card, 1, Load.of(batch), compiled=has_compiled_kernels())
     followed = max(sum(ours.peak(phase).values()) for phase in ("forward", "backward", "reduce"))

@@ -81,9 +81,10 @@ def propose(found: Sequence[Candidate], memory: int) -> Candidate:
         raise PlanError("no setting of this recipe can be run on so many ranks; give fewer --ranks")
     least = min(found, key=lambda each: each.total)
     settings = ", ".join(in_words(least.changes)) or "the recipe as it is"
+    copied = "set checkpoint.asynchronous = false, " if least.recipe.checkpoint.asynchronous else ""
     raise PlanError(
         f"nothing fits in {gib(memory)}: the least is {gib(least.total)}, with {settings}. Give more "
-        "memory, or lower model.width or batch.max_edges"
+        f"memory, {copied}or lower model.width or batch.max_edges"
     )
 
 
