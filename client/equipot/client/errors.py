@@ -168,6 +168,9 @@ def from_rpc_error(error: BaseException, address: str) -> ClientError:
             return ServerUnavailable(f"{address} is not available: {message}", retry_after=retry_after)
         case grpc.StatusCode.UNAVAILABLE:
             return ServerUnavailable(f"cannot reach {address}: is 'equipot serve' running? ({message})")
+        case grpc.StatusCode.CANCELLED:
+            # Nobody here cancels a call and then asks for its answer: a server that stops ends calls so.
+            return ServerUnavailable(f"{address} stopped before it answered ({message})")
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(
                 f"no answer from {address} in time ({message}): raise the timeout or send less at once"

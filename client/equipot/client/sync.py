@@ -256,10 +256,9 @@ class Client:
         request = sent.request
         if request is None:
             return sent.part.merge(wish, None)
-        predict = self._connected().Predict
 
         def attempt() -> pb.PredictResponse:
-            return predict(request, timeout=sent.deadline.require())
+            return self._connected().Predict(request, timeout=sent.deadline.require())
 
         first = attempt if sent.pending is None else sent.pending.result
         try:
