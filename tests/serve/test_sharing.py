@@ -268,7 +268,7 @@ def test_an_only_caller_is_answered_in_the_loop_and_callers_that_meet_share_batc
                 patch.setattr(LocalEngine, "compute", slowly(noted))
                 await asyncio.gather(*(there.stub.Predict(ask([molecule(seed)])) for seed in range(64)))
             assert len(where) < 32
-            assert True not in where
+            assert not any(where)
             await asyncio.sleep(1.1 * dispatcher.ALONE_SECONDS)
             where.clear()
             await there.stub.Predict(ask([molecule(1)]))

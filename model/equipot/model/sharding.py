@@ -8,11 +8,11 @@ they are, and only sums over edges are added up. Per layer that is, forward, two
 much backward. DeepSpeed's automatic splitting makes row-parallel products of any linear map, so it would
 add up W_2 silu(z_ij) itself, tens of times as large.
 
-The bodies below may be differentiated any number of times: each Function's backward is another's forward.
+What crosses may be differentiated any number of times: the way back of each crossing is another crossing.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -29,6 +29,11 @@ Kind = Literal["rows", "columns", "first", "whole"]
 """What a rank holds of a parameter: rows or columns of its own; all, on the first rank alone; all."""
 
 Change = Callable[[Tensor, "Group"], Tensor]
+
+Way = Literal["enter", "sum", "gather", "sum_slice"]
+"""How values cross between ranks."""
+
+_BACK: Mapping[Way, Way] = {"enter": "sum", "sum": "enter", "gather": "sum_slice", "sum_slice": "gather"}
 
 # First match decides. `down` of a layer adds up what the ranks have, so its bias may come from one alone.
 _KINDS: tuple[tuple[str, Kind], ...] = (
@@ -168,71 +173,43 @@ def _before(module: nn.Module, change: Change, group: Group) -> None:
 
 def _enter(values: Tensor, group: Group) -> Tensor:
     """The same values go different ways on the ranks: their gradients add up."""
-    out: Tensor = _Enter.apply(values, group)  # type: ignore[no-untyped-call]
-    return out
+    return _cross(values, group, "enter")
 
 
 def _sum(values: Tensor, group: Group) -> Tensor:
     """Every rank's part added up; what depends on the sum is the same on all ranks, its gradient too."""
-    out: Tensor = _Sum.apply(values, group)  # type: ignore[no-untyped-call]
-    return out
+    return _cross(values, group, "sum")
 
 
 def _gather(values: Tensor, group: Group) -> Tensor:
     """Slices of columns put together, to go different ways on the ranks."""
-    out: Tensor = _Gather.apply(values, group)  # type: ignore[no-untyped-call]
-    return out
+    return _cross(values, group, "gather")
 
 
-def _sum_slice(values: Tensor, group: Group) -> Tensor:
-    """This rank's columns of every rank's part added up."""
-    out: Tensor = _SumSlice.apply(values, group)  # type: ignore[no-untyped-call]
+def _cross(values: Tensor, group: Group, way: Way) -> Tensor:
+    out: Tensor = _Crossing.apply(values, group, way)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Context(FunctionCtx):
     group: Group
+    way: Way
 
 
-class _Enter(torch.autograd.Function):
+class _Crossing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, values: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, values: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.sum(values)
+    def forward(ctx: _Context, values: Tensor, group: Group, way: Way) -> Tensor:
+        ctx.group, ctx.way = group, way
+        match way:
+            case "enter":
+                return values.view_as(values)
+            case "sum":
+                return group.sum(values)
+            case "gather":
+                return group.gather(values)
+            case "sum_slice":
+                return group.sum_slice(values)
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        return _enter(grad, ctx.group), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, values: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.gather(values)
-
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_slice(grad, ctx.group), None
-
-
-class _SumSlice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, values: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.sum_slice(values)
-
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.group), None
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _cross(grad, ctx.group, _BACK[ctx.way]), None, None
