@@ -127,14 +127,17 @@ def measure(parts: Parts, store: Store, world: World, pairs: int) -> dict[str, o
         "structures": sizes[0],
         "atoms": round(statistics.mean(batch.systems.n_atoms for batch in ready)),
         "edges": round(statistics.mean(batch.systems.n_edges for batch in ready)),
-        "cold": compare(parts, cold, ready, world, pairs),
-        "kept": compare(parts, kept, ready, world, pairs),
+        "cold": compare(parts, cold, ready, world, pairs, workers=0),
+        "kept": compare(parts, kept, ready, world, pairs, workers=0),
+        "cold_by_a_thread": compare(parts, cold, ready, world, pairs, workers=1),
         "loader_cpu_ms": loader_parts(parts, cold, kept, ready),
         "edges_cpu_ms": ways_to_edges(store, config.cutoff, ready),
     }
 
 
-def compare(parts: Parts, dataset: Dataset, ready: list[Batch], world: World, pairs: int) -> dict[str, float]:
+def compare(
+    parts: Parts, dataset: Dataset, ready: list[Batch], world: World, pairs: int, *, workers: int
+) -> dict[str, float]:
     """Steps on batches from memory and from the loader, in turn."""
     arms = ("memory", "loader", "memory again")  # what the last adds is how finely this machine can tell
     cpu: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -142,7 +145,13 @@ def compare(parts: Parts, dataset: Dataset, ready: list[Batch], world: World, pa
     waits = []
     period = len(ready)
     with Loader(
-        dataset, _Cycle(parts.sampler, period), world, accumulation=1, first_step=0, steps=pairs
+        dataset,
+        _Cycle(parts.sampler, period),
+        world,
+        accumulation=1,
+        first_step=0,
+        steps=pairs,
+        workers=workers,
     ) as loader:
         steps = iter(loader)
         for number in range(pairs):

@@ -68,7 +68,7 @@ def assert_same(one: Batch, other: Batch) -> None:
             assert torch.equal(mine.nan_to_num(-1), its.nan_to_num(-1)), name
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_resumed_run_has_the_batches_it_would_have_had(dataset: Dataset, workers: int) -> None:
     whole = loaded(dataset, 0, 16)  # into the third epoch
     assert [made.step for made in whole] == list(range(16))

@@ -42,7 +42,8 @@ class Loader:
         accumulation: micro-batches of a step.
         first_step: where to begin.
         steps: where to end: the number of the first step that is not made.
-        workers: threads; one keeps up with a training on CPUs.
+        workers: threads; one keeps up with a training on CPUs. With 0 a batch is made when it is asked for:
+            where threads share the processor with the step, handing over costs more than a small batch.
         bytes_ahead: what waits to be used is not added to once it takes so many bytes.
     """
 
@@ -65,26 +66,34 @@ class Loader:
         self._range = range(first_step, steps)
         self._depth = workers + 1
         self._bytes_ahead = bytes_ahead
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
         self._largest = 0
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
 
     def __iter__(self) -> Iterator[StepBatches]:
+        if self._threads is None:
+            return map(self._make, self._range)
+        return self._made_ahead(self._threads)
+
+    def _made_ahead(self, threads: ThreadPoolExecutor) -> Iterator[StepBatches]:
         remaining = iter(self._range)
         waiting: deque[Future[StepBatches]] = deque()
-        self._add(waiting, remaining)
+        self._add(threads, waiting, remaining)
         while waiting:
             made = waiting.popleft().result()  # raises what the thread met, where the batch is used
             self._largest = max(self._largest, made.nbytes)
-            self._add(waiting, remaining)
+            self._add(threads, waiting, remaining)
             yield made
 
-    def _add(self, waiting: deque[Future[StepBatches]], remaining: Iterator[int]) -> None:
+    def _add(
+        self, threads: ThreadPoolExecutor, waiting: deque[Future[StepBatches]], remaining: Iterator[int]
+    ) -> None:
         while len(waiting) < self._depth:
             # one always; more when it is known how large they are
             room = self._bytes_ahead // self._largest if self._largest else 1
@@ -93,7 +102,7 @@ class Loader:
             step = next(remaining, None)
             if step is None:
                 return
-            waiting.append(self._threads.submit(self._make, step))
+            waiting.append(threads.submit(self._make, step))
 
     def _make(self, step: int) -> StepBatches:
         made = []

@@ -167,9 +167,10 @@ class BatchSection(Section):
     )
     workers: int = Field(
         default=1,
-        ge=1,
+        ge=0,
         le=64,
-        description="threads per rank that make the next batches; more for fast GPUs and large structures",
+        description="threads per rank that make the next batches; more for fast GPUs and large structures; 0 "
+        "makes each batch when it is due, which is quickest for small molecules on CPUs",
     )
 
 
