@@ -1,6 +1,5 @@
 """Which elements, charges and spins structures hold, and whether a model of these knows others."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +16,6 @@ class Chemistry:
     elements: tuple[int, ...]
     charges: tuple[int, ...]
     spin_multiplicities: tuple[int, ...]
-
-    @staticmethod
-    def union(parts: Iterable["Chemistry"]) -> "Chemistry":
-        """What occurs in any of them."""
-        elements: set[int] = set()
-        charges: set[int] = set()
-        spins: set[int] = set()
-        for part in parts:
-            elements.update(part.elements)
-            charges.update(part.charges)
-            spins.update(part.spin_multiplicities)
-        return Chemistry(tuple(sorted(elements)), tuple(sorted(charges)), tuple(sorted(spins)))
 
     def covers(self, manifest: Manifest) -> bool:
         """Whether a store holds nothing else, as far as its manifest tells."""

@@ -32,7 +32,6 @@ class Watch:
         self._directory = directory
         self._processes = processes
         self._stopping = threading.Event()
-        self._highest: dict[int, int] = {}
         self.samples: list[Sample] = []
 
     @property

@@ -17,9 +17,8 @@ from equipot.model.batch import System
 from equipot.train.errors import DataError
 from equipot.train.sources import xyz_chunks
 from equipot.train.sources.base import Frame, FrameError, ReadOptions, Reason, Rejected, require_file
-from equipot.train.sources.labels import find_charge_and_spin, find_labels
-from equipot.train.sources.plain_extxyz import plain_frame, zero_forces
-from equipot.train.sources.structure import check_structure
+from equipot.train.sources.keyed_frame import keyed_frame
+from equipot.train.sources.plain_extxyz import plain_frame
 
 XYZ_FORMATS = ("extxyz", "xyz")
 _LOOKED_AT = 100  # frames that are searched for a key the user named before it is called absent
@@ -203,23 +202,9 @@ class AseFile:
             cell=np.asarray(atoms.cell.array, dtype=np.float64),
             pbc=np.asarray(atoms.pbc, dtype=np.bool_),
         )
-        check_structure(system)
-        labels = find_labels(_all_values(atoms), len(atoms), system.cell, system.pbc, self._options)
-        charge, spin = find_charge_and_spin(atoms.info)
-        return Frame(
-            index=index,
-            atomic_numbers=system.atomic_numbers,
-            positions=system.positions,
-            cell=system.cell,
-            pbc=system.pbc,
-            energy=labels.energy,
-            forces=labels.forces,
-            stress=labels.stress,
-            charge=charge,
-            spin_multiplicity=spin,
-            group=_group(_all_values(atoms), self._options.group_keys),
-            notes=labels.notes + zero_forces(labels.forces, len(atoms)),
-        )
+        values = _all_values(atoms)
+        group = _group(values, self._options.group_keys)
+        return keyed_frame(index, system, values, atoms.info, group, self._options)
 
 
 def _all_values(atoms: ase.Atoms) -> dict[str, Any]:

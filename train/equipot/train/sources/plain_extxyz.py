@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipot.model.batch import System
-from equipot.train.sources.base import Frame, FrameError, Note, ReadOptions
+from equipot.train.sources.base import Frame, FrameError, ReadOptions
 from equipot.train.sources.extxyz_frame import parse_extxyz
+from equipot.train.sources.keyed_frame import keyed_frame
 from equipot.train.sources.labels import (
     CHARGE_KEYS,
     ENERGY_KEYS,
@@ -21,10 +22,7 @@ from equipot.train.sources.labels import (
     SPIN_KEYS,
     STRESS_KEYS,
     UNIT_KEYS,
-    find_charge_and_spin,
-    find_labels,
 )
-from equipot.train.sources.structure import check_structure
 from equipot.train.sources.xyz_chunks import Chunk
 
 _COMMENT = re.compile(r"""\s*(?:[A-Za-z_][\w.-]*=(?:"[^"\\]*"|[^\s"'{}\[\]\\,=]+)(?:\s+|$))+""", re.ASCII)
@@ -63,32 +61,9 @@ def plain_frame(chunk: Chunk, options: ReadOptions) -> Frame | None:
         )
         if system.positions.shape != (chunk.n_atoms, 3) or system.positions.dtype != np.float64:
             return None
-        check_structure(system)
-        labels = find_labels({**parsed.columns, **info}, chunk.n_atoms, system.cell, system.pbc, options)
-        charge, spin = find_charge_and_spin(info)
+        return keyed_frame(chunk.index, system, {**parsed.columns, **info}, info, group, options)
     except FrameError:
         return None
-    return Frame(
-        index=chunk.index,
-        atomic_numbers=system.atomic_numbers,
-        positions=system.positions,
-        cell=system.cell,
-        pbc=system.pbc,
-        energy=labels.energy,
-        forces=labels.forces,
-        stress=labels.stress,
-        charge=charge,
-        spin_multiplicity=spin,
-        group=group,
-        notes=labels.notes + zero_forces(labels.forces, chunk.n_atoms),
-    )
-
-
-def zero_forces(forces: NDArray[np.float64] | None, n_atoms: int) -> tuple[Note, ...]:
-    """A note if there are forces and all are zero, which in a frame of several atoms is hardly meant."""
-    if forces is None or n_atoms < 2 or forces.any():
-        return ()
-    return (Note("forces: all zero in a frame of several atoms", f"{n_atoms} atoms"),)
 
 
 def _info(values: Mapping[str, str], comment: str, options: ReadOptions) -> dict[str, Any] | None:
