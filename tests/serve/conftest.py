@@ -247,6 +247,7 @@ class Inside:
     server: GrpcServer
     stub: PotentialServiceAsyncStub
     metrics: Metrics
+    address: str
 
     def value(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"equipot_{name}", labels) or 0.0
@@ -266,7 +267,12 @@ async def inside(config: ServeConfig) -> AsyncIterator[Inside]:
     server.open(Registry.load(config))
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Inside(server, cast("PotentialServiceAsyncStub", PotentialServiceStub(channel)), metrics)
+            yield Inside(
+                server,
+                cast("PotentialServiceAsyncStub", PotentialServiceStub(channel)),
+                metrics,
+                f"127.0.0.1:{port}",
+            )
             await server.drain(20.0)
     finally:
         await server.stop()

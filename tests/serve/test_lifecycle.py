@@ -221,3 +221,45 @@ def test_calls_before_the_models_are_loaded_are_told_to_come_back(bundles: Bundl
     finally:
         process.kill()
         process.communicate()
+
+
+class TestHealth:
+    @staticmethod
+    def state(channel: grpc.Channel, service: str) -> Any:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return health_pb2_grpc.HealthStub(channel).Check(request, wait_for_ready=True, timeout=60).status
+
+    def test_a_server_that_loads_lives_and_is_not_ready(self, bundles: Bundles, tmp_path: Path) -> None:
+        """A pipe that nobody writes to takes the card's place: the server stays where it loads."""
+        slow = tmp_path / "slow"
+        shutil.copytree(bundles.tiny, slow)
+        (slow / "model.json").unlink()
+        os.mkfifo(slow / "model.json")
+        with taken_port() as port:
+            pass
+        process = launch(slow, "--port", port, "--no-metrics", stderr=tmp_path / "log")
+        try:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                assert self.state(channel, "equipot.liveness") == health_pb2.HealthCheckResponse.SERVING
+                assert self.state(channel, "equipot.readiness") == health_pb2.HealthCheckResponse.NOT_SERVING
+        finally:
+            process.kill()
+            process.communicate()
+
+    def test_a_lingering_server_says_not_serving_and_still_answers(
+        self, bundles: Bundles, tmp_path: Path
+    ) -> None:
+        with (
+            running(bundles.tiny, "--linger-seconds", 3, stderr=tmp_path / "log") as process,
+            grpc.insecure_channel(process.address) as channel,
+        ):
+            stub = PotentialServiceStub(channel)
+            watch = health_pb2_grpc.HealthStub(channel).Watch(
+                health_pb2.HealthCheckRequest(service="equipot.readiness")
+            )
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            process.popen.send_signal(signal.SIGTERM)
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert self.state(channel, "equipot.liveness") == health_pb2.HealthCheckResponse.SERVING
+            assert not stub.Predict(ask([molecule(1)]), timeout=20).failures
+            assert process.popen.wait(timeout=20) == 0

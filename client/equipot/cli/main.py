@@ -33,6 +33,8 @@ VERBS: dict[str, Verb] = {
     "export": Verb("turn a checkpoint into a bundle", "equipot.train.cli_export", "app", "train"),
     "serve": Verb("serve bundles over gRPC", "equipot.serve.cli", "app", "serve"),
     "models": Verb("list the models of a server", "equipot.client.cli", "models_app", ""),
+    "probe": Verb("ask for a server's health, or check its answer", "equipot.client.cli_probe", "app", ""),
+    "fetch": Verb("fetch a bundle from a URL, by checksum", "equipot.model.cli_fetch", "app", "model"),
     "doctor": Verb("say what this machine and installation have", "equipot.cli.doctor", "app", ""),
     "predict": Verb("predict every frame of a file", "equipot.client.cli", "predict_app", "ase"),
 }

@@ -211,7 +211,7 @@ class AsyncClient:
             raise ClientError(f"the client of {self.address} is closed: make another one")
         if self._stub is None:
             self._channel = grpc.aio.insecure_channel(
-                self.address, options=channel_options(self._settings.max_message_bytes)
+                self.address, options=channel_options(self.address, self._settings.max_message_bytes)
             )
             self._stub = cast("PotentialServiceAsyncStub", PotentialServiceStub(self._channel))
         return self._stub

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from enum import StrEnum
 
 from equipot.client.errors import ClientError
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+
+SPREAD = re.compile(r"(dns|ipv4|ipv6):")
+"""Addresses that stand for as many servers as they lead to."""
+
+SPREAD_CONFIG = json.dumps(
+    {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        # Servers that load, drain or have lost a rank are left out without a call being refused first.
+        "healthCheckConfig": {"serviceName": "equipot.wire.v1.PotentialService"},
+    }
+)
+"""gRPC's service config for these: calls go round over all servers that say SERVING."""
+
+RESOLVE_SECONDS = 5
+"""A name is looked up again when a connection ends, but not more often; gRPC's own default is 30."""
 
 
 class Health(StrEnum):
@@ -34,9 +50,17 @@ def check_address(address: str) -> str:
     return address
 
 
-def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """gRPC channel options, the same for both clients."""
+def channel_options(address: str, max_message_bytes: int) -> list[tuple[str, int | str]]:
+    """gRPC channel options, the same for both clients.
+
+    An address with the scheme dns, ipv4 or ipv6 is all servers it leads to, and HOST:PORT one of them.
+    """
+    spread: list[tuple[str, int | str]] = [
+        ("grpc.service_config", SPREAD_CONFIG),
+        ("grpc.dns_min_time_between_resolutions_ms", 1000 * RESOLVE_SECONDS),
+    ]
     return [
+        *(spread if SPREAD.match(address) else []),
         ("grpc.max_send_message_length", max_message_bytes),
         # An answer is smaller than its request, unless most structures fail, each with its words.
         ("grpc.max_receive_message_length", 2 * max_message_bytes),

@@ -297,7 +297,7 @@ class Client:
             if self._closed:
                 raise ClientError(f"the client of {self.address} is closed: make another one")
             if self._stub is None:
-                options = channel_options(self._settings.max_message_bytes)
+                options = channel_options(self.address, self._settings.max_message_bytes)
                 self._channel = grpc.insecure_channel(self.address, options=options)
                 self._stub = PotentialServiceStub(self._channel)
                 self._process = os.getpid()

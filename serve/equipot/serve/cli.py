@@ -78,6 +78,10 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="How long accepted requests may take once the server is told to stop.")
     ] = 30.0,
+    linger_seconds: Annotated[
+        float,
+        typer.Option(help="How long before that new calls are still taken, while health says NOT_SERVING."),
+    ] = 0.0,
 ) -> None:
     """Serve bundles over gRPC, with health, reflection and Prometheus metrics, until SIGTERM."""
     logging.basicConfig(
@@ -94,6 +98,7 @@ def serve(
         deterministic=deterministic,
         tensor_parallel=tensor_parallel,
         drain_seconds=drain_seconds,
+        linger_seconds=linger_seconds,
         budget=Budget(
             batch_edges=default_budget(device).batch_edges if max_batch_edges is None else max_batch_edges,
             batch_atoms=BATCH_ATOMS,

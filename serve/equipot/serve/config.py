@@ -65,6 +65,8 @@ class ServeConfig:
         deterministic: whether a structure must get the same bits whatever shares its batch.
         tensor_parallel: over how many processes each model's weights are spread.
         drain_seconds: how long accepted requests may take to finish once the server is told to stop.
+        linger_seconds: how long before that new calls are still taken, while health already says NOT_SERVING:
+            so long callers and load balancers may take to look elsewhere.
         budget: of the batcher.
         limits: of requests.
 
@@ -82,6 +84,7 @@ class ServeConfig:
     deterministic: bool = False
     tensor_parallel: int = 1
     drain_seconds: float = 30.0
+    linger_seconds: float = 0.0
     budget: Budget = CPU_BUDGET
     limits: RequestLimits = DEFAULT_LIMITS
 
@@ -98,6 +101,8 @@ class ServeConfig:
         _check("tensor-parallel", self.tensor_parallel, 1, MOST_RANKS)
         if not 0 <= self.drain_seconds <= 86_400:
             raise ServeError(f"drain-seconds is {self.drain_seconds}, allowed are 0 to 86400")
+        if not 0 <= self.linger_seconds <= 3_600:
+            raise ServeError(f"linger-seconds is {self.linger_seconds}, allowed are 0 to 3600")
         _check("max-batch-edges", self.budget.batch_edges, 1, None)
         _check("max-batch-atoms", self.budget.batch_atoms, 1, None)
         _check("max-queue-edges", self.budget.queue_edges, 1, None)

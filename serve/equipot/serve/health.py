@@ -1,4 +1,4 @@
-"""grpc.health.v1 for a server whose services rise and fall together.
+"""grpc.health.v1 for a server whose services rise and fall together, and the two names that probes ask for.
 
 grpcio's own servicer leaves watchers waiting when the server stops: they hold it up for the whole grace
 period and end with a traceback. Here they are told, and then let go.
@@ -14,6 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from equipot.serve.status import Context
 
+LIVENESS = "equipot.liveness"
+"""SERVING while the process answers at all: also while models load, ranks are away, or the server drains."""
+
+READINESS = "equipot.readiness"
+"""SERVING while calls are answered, as the server as a whole and its services; apart for probes to name."""
+
 SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
@@ -21,7 +27,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated
     """One state for the given services and for the server as a whole, whose name is empty."""
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._services = {"", *services}
+        self._services = {"", READINESS, LIVENESS, *services}
         self._serving = False
         self._closed = False
         self._change = asyncio.Event()
@@ -62,4 +68,5 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated
         states = health_pb2.HealthCheckResponse
         if request.service not in self._services:
             return states(status=states.SERVICE_UNKNOWN)
-        return states(status=states.SERVING if self._serving else states.NOT_SERVING)
+        serving = self._serving or request.service == LIVENESS
+        return states(status=states.SERVING if serving else states.NOT_SERVING)

@@ -84,7 +84,7 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
             announce(f"serving {names} on {_address(config.host, port)}")
             await stopping
             watching.cancel()
-            await server.drain(config.drain_seconds)
+            await server.drain(config.drain_seconds, linger=config.linger_seconds)
             for model in registry:
                 model.engine.close()
         finally:
@@ -149,11 +149,17 @@ class GrpcServer:
             await asyncio.sleep(WATCH_SECONDS)
             self._health.set(serving=all(model.ready for model in registry))
 
-    async def drain(self, seconds: float) -> None:
-        """Refuses new calls and waits for the accepted ones; those still open after `seconds` are ended."""
+    async def drain(self, seconds: float, *, linger: float = 0.0) -> None:
+        """Says NOT_SERVING at once, refuses new calls after `linger` s, ends those open `seconds` later.
+
+        Callers that watch health (and whoever sends them) look elsewhere within `linger` without a refusal.
+        """
+        self._health.set(serving=False)
+        if linger:
+            logger.info("draining: new calls are taken for another %g s, health says NOT_SERVING", linger)
+            await asyncio.sleep(linger)
         logger.info("draining: new calls are refused, accepted ones have %g s", seconds)
         self._gate.close()
-        self._health.set(serving=False)
         try:
             await asyncio.wait_for(self._dispatcher.quiet(), seconds)
         except TimeoutError:
