@@ -27,7 +27,7 @@ from equipot.model.potential import Potential
 from equipot.model.references import References
 from equipot.serve.config import ServeConfig
 from equipot.serve.metrics import Metrics
-from equipot.serve.models import Registry
+from equipot.serve.registry import Registry
 from equipot.serve.server import GrpcServer
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import (

@@ -75,7 +75,7 @@ def test_what_is_not_asked_for_is_not_computed(engine: LocalEngine) -> None:
 
 def test_lists_with_a_skin_give_the_same_answers_along_a_trajectory(engine: LocalEngine) -> None:
     systems = [molecule(1, 12), crystal(2), molecule(3, 30)]
-    neighbors, rng = SkinnedNeighbors(engine.card.config.cutoff, skin=0.6), np.random.default_rng(0)
+    neighbors, rng = SkinnedNeighbors(engine.card.cutoff, skin=0.6), np.random.default_rng(0)
     for _ in range(12):
         moved = [replace(s, positions=s.positions + rng.normal(0, 0.03, s.positions.shape)) for s in systems]
         kept = [g for g in engine.prepare(moved, neighbors=neighbors) if isinstance(g, Graph)]

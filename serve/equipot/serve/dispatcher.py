@@ -186,7 +186,8 @@ class Dispatcher:
         assert isinstance(key, Key)
         only_work = len(self._jobs) == 1 and self._batcher.backlog == 0
         seconds = self._pace.get(key.model.name, math.inf) * batch.cost
-        return only_work and seconds <= AT_ONCE_SECONDS and now - self._together >= ALONE_SECONDS
+        quick = key.model.engine.at_once and seconds <= AT_ONCE_SECONDS
+        return only_work and quick and now - self._together >= ALONE_SECONDS
 
     def _run_elsewhere(self, batch: Batch, graphs: list[Graph], started: float) -> None:
         """In the compute thread: one batch."""
@@ -266,4 +267,4 @@ def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Faul
 def _expected_edges(work: Work, from_structure: int = 0) -> int:
     """What is not prepared yet counts by the neighbours that the model's training data had."""
     n_atoms = work.offsets[-1] - work.offsets[from_structure]
-    return round(n_atoms * work.key.model.card.config.mean_neighbors)
+    return round(n_atoms * work.key.model.card.mean_neighbors)

@@ -15,21 +15,17 @@ import torch
 
 from equipot.model.batch import Graph, System, build_graphs, collate
 from equipot.model.bundle import BundleCard, load_potential, read_card
-from equipot.model.errors import ModelError, StructureError
+from equipot.model.card import CARD_FILE
+from equipot.model.errors import ModelError
 from equipot.model.inference import FrozenPotential
 from equipot.model.sharding import check_divisible
 from equipot.model.skin import SkinnedNeighbors
-from equipot.model.validate import check_graph, check_supported, check_system
+from equipot.model.validate import check_supported
+from equipot.serve.card import ModelCard
 from equipot.serve.config import RequestLimits
 from equipot.serve.errors import CallError, Fault, ServeError
-from equipot.serve.footprint import footprint
+from equipot.serve.preparation import Preparation
 from equipot.serve.ranks import Ranks
-
-ESTIMATE_MARGIN = 2.0
-"""A structure is refused unbuilt if its estimated edges are this many times the limit."""
-
-MOST_PAIRS = 1e9
-"""Pairs beyond which the search for neighbours alone would hold a core for seconds."""
 
 WORK_PER_THREAD = 400e6
 """Floating-point operations that pay for waking one more thread: some 4 ms of one core's work."""
@@ -58,12 +54,20 @@ class Engine(Protocol):
     """What computes: one process here, several ranks elsewhere. `prepare` may be called from any thread."""
 
     @property
-    def card(self) -> BundleCard:
-        """Of the bundle it computes with."""
+    def card(self) -> ModelCard:
+        """Of the model it computes with."""
 
     @property
     def dtype(self) -> str:
         """What the network computes in."""
+
+    @property
+    def way(self) -> str:
+        """How it computes, for the operator."""
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a short batch may be computed in the event loop: nothing in it can hang."""
 
     @property
     def tensor_parallel(self) -> int:
@@ -111,9 +115,12 @@ class LocalEngine:
         limits: RequestLimits,
         threads: int | None = None,
         deterministic: bool = False,
+        text: str = "",
     ) -> None:
-        self.card = card
+        self.card = ModelCard.of_bundle(card, text)
         self.dtype = dtype
+        self.at_once = True
+        self._config = card.config
         self._potential = potential
         self._deterministic = deterministic
         # Geometry is never less than float32: in bfloat16 an atom would stand on a grid of 0.03 Å. Compiled
@@ -121,7 +128,11 @@ class LocalEngine:
         exact = self._potential.way == "compiled"
         self._batch_dtype = torch.float64 if exact else torch.promote_types(_DTYPES[dtype], torch.float32)
         self._device = torch.device(device)
-        self._limits = limits
+        self._prepare = Preparation(
+            cutoff=card.config.cutoff,
+            limits=limits,
+            supported=lambda system: check_supported(system, card.config),
+        )
         self._threads = threads
         self._most_threads = threads or torch.get_num_threads()
 
@@ -175,6 +186,7 @@ class LocalEngine:
             limits=limits,
             threads=threads,
             deterministic=deterministic,
+            text=(path / CARD_FILE).read_text(encoding="utf-8"),
         )
         engine.warm_up()
         return engine
@@ -209,13 +221,13 @@ class LocalEngine:
         if self._threads is not None or (self._deterministic and not self._potential.batch_invariant):
             # One number for all: where products are a library's, bits change with it.
             return self._most_threads
-        config = self.card.config
+        config = self._config
         products = config.layers * (4 * n_edges + 20 * n_atoms)
         return min(self._most_threads, 1 + int(products * config.width**2 / WORK_PER_THREAD))
 
     def warm_up(self) -> None:
         """Computes one atom pair, so that no caller waits for what torch does only once."""
-        config = self.card.config
+        config = self._config
         pair = System(
             atomic_numbers=np.full(2, config.elements[0]),
             positions=np.array([[0.0, 0.0, 0.0], [config.cutoff / 2, 0.0, 0.0]]),
@@ -230,31 +242,7 @@ class LocalEngine:
         self, systems: Sequence[System], *, neighbors: SkinnedNeighbors | None = None
     ) -> list[Graph | Fault]:
         """Checks structures, refuses those that are too large, and finds the edges of the others at once."""
-        checked = [self._check(system) for system in systems]
-        good = [system for system in checked if isinstance(system, System)]
-        cutoff = self.card.config.cutoff
-        graphs = iter(build_graphs(good, cutoff) if neighbors is None else neighbors.graphs(good))
-        return [self._check_edges(next(graphs)) if isinstance(one, System) else one for one in checked]
-
-    def _check(self, system: System) -> System | Fault:
-        """The structure as the model is to see it."""
-        try:
-            if fault := self._too_many_atoms(system):
-                return fault
-            check_system(system)
-            supported = check_supported(system, self.card.config)
-        except StructureError as error:
-            return _fault(error)
-        return self._too_dense(system) or supported
-
-    def _check_edges(self, graph: Graph) -> Graph | Fault:
-        if graph.n_edges > self._limits.structure_edges:
-            return self._too_many_edges(graph.n_edges, "")
-        try:
-            check_graph(graph)
-        except StructureError as error:
-            return _fault(error)
-        return graph
+        return self._prepare(systems, neighbors)
 
     def compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
         """Answers a batch. If it fails whole, halves are tried, until the structure at fault stands alone."""
@@ -294,36 +282,9 @@ class LocalEngine:
                 None if all_forces is None else all_forces[start:stop],
                 None if all_stress is None else all_stress[index],
             )
-            results.append(_not_finite(result, graph) or result)
+            results.append(not_finite(result, graph) or result)
             start = stop
         return results
-
-    def _too_many_atoms(self, system: System) -> Fault | None:
-        n_atoms, limit = len(system.atomic_numbers), self._limits.structure_atoms
-        if n_atoms <= limit:
-            return None
-        return Fault(
-            "too_large",
-            "n_atoms",
-            f"has {n_atoms} atoms, the limit is {limit}",
-            "split it, or raise the server's --max-atoms",
-        )
-
-    def _too_dense(self, system: System) -> Fault | None:
-        limit = self._limits.structure_edges
-        cost = footprint(system, self.card.config.cutoff, enough=limit)
-        if cost.edges > ESTIMATE_MARGIN * limit or cost.pairs > MOST_PAIRS:
-            return self._too_many_edges(cost.edges, "about ")
-        return None
-
-    def _too_many_edges(self, n_edges: float, about: str) -> Fault:
-        return Fault(
-            "too_large",
-            "positions",
-            f"has {about}{n_edges:.3g} pairs of atoms within {self.card.config.cutoff:g} Å,"
-            f" the limit is {self._limits.structure_edges}",
-            "check cell and units (Å), send a smaller structure, or raise the server's --max-edges",
-        )
 
 
 def use_threads(count: int | None) -> None:
@@ -348,11 +309,8 @@ def _numbers(tensor: torch.Tensor | None) -> npt.NDArray[np.float64] | None:
     return None if tensor is None else tensor.double().cpu().numpy()
 
 
-def _fault(error: StructureError) -> Fault:
-    return Fault(error.reason, error.field, error.message, error.remedy)
-
-
-def _not_finite(result: Result, graph: Graph) -> Fault | None:
+def not_finite(result: Result, graph: Graph) -> Fault | None:
+    """The fault of an answer that is not a number, None if all of it is."""
     if not math.isfinite(result.energy):
         what = "energy"
     elif result.forces is not None and not np.isfinite(result.forces).all():

@@ -24,7 +24,8 @@ from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
 from equipot.serve.metrics import Metrics, MetricsEndpoint
-from equipot.serve.models import Registry
+from equipot.serve.models import names_of
+from equipot.serve.registry import Registry
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
 
 LAST_ANSWERS_SECONDS = 2.0
@@ -73,15 +74,14 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
                     name=model.name,
                     digest=model.card.digest,
                     dtype=model.engine.dtype,
-                    force_mode=model.card.config.forces,
+                    force_mode=model.card.force_mode,
                 )
             # What is loaded stays: else each full collection would walk torch's objects, for tens of ms.
             gc.collect()
             gc.freeze()
             server.open(registry)
             watching = asyncio.create_task(server.watch(registry))
-            names = ", ".join(model.name for model in registry)
-            announce(f"serving {names} on {_address(config.host, port)}")
+            announce(f"serving {names_of(list(registry))} on {_address(config.host, port)}")
             await stopping
             watching.cancel()
             await server.drain(config.drain_seconds, linger=config.linger_seconds)
@@ -147,7 +147,7 @@ class GrpcServer:
         """Says by health whether every model can compute, until cancelled."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            self._health.set(serving=all(model.ready for model in registry))
+            self._health.set(serving=registry.ready)
 
     async def drain(self, seconds: float, *, linger: float = 0.0) -> None:
         """Says NOT_SERVING at once, refuses new calls after `linger` s, ends those open `seconds` later.

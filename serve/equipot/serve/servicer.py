@@ -12,7 +12,8 @@ from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit
 from equipot.serve.job import Answer, Key, Work
 from equipot.serve.metrics import NO_MODEL, OK, Metrics
-from equipot.serve.models import Registry, ServedModel
+from equipot.serve.models import ServedModel
+from equipot.serve.registry import Registry
 from equipot.serve.status import Context, guarded
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1 import potential_pb2_grpc
@@ -75,10 +76,11 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         # The stubs declare the callback's type as a class, which no function is.
         context.add_done_callback(self._left)  # type: ignore[arg-type]
         try:
-            model = self._gate.registry().find(request.model)
+            model = self._gate.registry().find(request.model, session=_session(request, context))
             label = model.name
-            work = self._understand(request, model, deadline)
-            answer = await self._dispatcher.predict(work)
+            with model.in_use():
+                work = self._understand(request, model, deadline)
+                answer = await self._dispatcher.predict(work)
             response = _response(work, answer)
             outcome = OK
             self._metrics.request_seconds.labels(label).observe(time.perf_counter() - started)
@@ -100,16 +102,13 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """The models that this server serves."""
-        registry = self._gate.registry()
-        return pb.ListModelsResponse(
-            models=[model.describe(self._limits, is_default=model is registry.default) for model in registry]
-        )
+        return pb.ListModelsResponse(models=self._gate.registry().listing(self._limits))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
         """One model with its full card."""
         registry = self._gate.registry()
-        model = registry.find(request.model)
-        return model.describe(self._limits, is_default=model is registry.default)
+        family, slot = registry.locate(request.model, _session(request, context))
+        return registry.describe(family, slot, self._limits)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the methods."""
@@ -123,10 +122,15 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
     def _understand(self, request: pb.PredictRequest, model: ServedModel, deadline: float | None) -> Work:
         model.engine.check_ready()
         forces, stress = _wanted(request)
-        if stress and not model.has_stress:
+        if stress and not model.card.has_stress:
+            why = " has a direct force head and so" if model.card.force_mode == "direct" else " has"
             raise InvalidRequest(
-                f"{model.name} has a direct force head and so no stress: ask for energy and forces only,"
-                " or a model with conservative forces",
+                f"{model.name}{why} no stress: ask for energy and forces only, or another model",
+                field="properties",
+            )
+        if forces and not model.card.has_forces:
+            raise InvalidRequest(
+                f"{model.name} has no forces: ask for the energy only (properties), or another model",
                 field="properties",
             )
         level = model.level_index(request.level_of_theory)
@@ -143,6 +147,11 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
             raise InvalidRequest(str(error), field=f"structures.{error.field}") from error
         _within(len(structures.positions), self._limits.request_atoms, "atoms")
         return structures
+
+
+def _session(request: pb.PredictRequest | pb.GetModelRequest, context: Context) -> str:
+    """Whose calls belong together."""
+    return request.session or str(context.peer())
 
 
 def _wanted(request: pb.PredictRequest) -> tuple[bool, bool]:

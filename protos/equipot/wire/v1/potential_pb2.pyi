@@ -75,6 +75,33 @@ FAILURE_REASON_INTERNAL: FailureReason.ValueType  # 5
 """The server failed on it."""
 global___FailureReason = FailureReason
 
+class _ModelState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ModelStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    MODEL_STATE_AVAILABLE: _ModelState.ValueType  # 1
+    """In the repository, not in memory; the first request for it brings it there."""
+    MODEL_STATE_LOADING: _ModelState.ValueType  # 2
+    MODEL_STATE_READY: _ModelState.ValueType  # 3
+    """Answers."""
+    MODEL_STATE_FAILED: _ModelState.ValueType  # 4
+    """Cannot be loaded; see reason."""
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper): ...
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+MODEL_STATE_AVAILABLE: ModelState.ValueType  # 1
+"""In the repository, not in memory; the first request for it brings it there."""
+MODEL_STATE_LOADING: ModelState.ValueType  # 2
+MODEL_STATE_READY: ModelState.ValueType  # 3
+"""Answers."""
+MODEL_STATE_FAILED: ModelState.ValueType  # 4
+"""Cannot be loaded; see reason."""
+global___ModelState = ModelState
+
 @typing.final
 class Structures(google.protobuf.message.Message):
     """A batch of structures. Empty optional arrays mean their default for the whole batch."""
@@ -127,10 +154,19 @@ class PredictRequest(google.protobuf.message.Message):
     STRUCTURES_FIELD_NUMBER: builtins.int
     PROPERTIES_FIELD_NUMBER: builtins.int
     LEVEL_OF_THEORY_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """"name" or "name@sha256:<digest>"; empty: the server's default model."""
+    """"name", "name@version", "name@label" or "name@sha256:<digest>", of which eight digits suffice; empty: the
+    server's default model. A plain name means its label "stable" (and, for some sessions, "canary") where
+    there are such labels, else its newest version.
+    """
     level_of_theory: builtins.str
     """One of the model's levels of theory; empty: its only one."""
+    session: builtins.str
+    """Any text that names the caller's run. While labels stay as they are, requests of one session get the same
+    version of a model, whatever share of sessions goes to its canary. Empty: the caller's identity, or where
+    there is none its connection, takes its place.
+    """
     @property
     def structures(self) -> global___Structures: ...
     @property
@@ -144,9 +180,10 @@ class PredictRequest(google.protobuf.message.Message):
         structures: global___Structures | None = ...,
         properties: collections.abc.Iterable[global___Property.ValueType] | None = ...,
         level_of_theory: builtins.str = ...,
+        session: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["structures", b"structures"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["level_of_theory", b"level_of_theory", "model", b"model", "properties", b"properties", "structures", b"structures"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["level_of_theory", b"level_of_theory", "model", b"model", "properties", b"properties", "session", b"session", "structures", b"structures"]) -> None: ...
 
 global___PredictRequest = PredictRequest
 
@@ -236,6 +273,7 @@ class ModelReference(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     TENSOR_PARALLEL_FIELD_NUMBER: builtins.int
     BATCH_INVARIANT_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
     name: builtins.str
     digest: builtins.str
     """"sha256:<hex>" over the bundle's card and weights."""
@@ -245,6 +283,8 @@ class ModelReference(google.protobuf.message.Message):
     tensor_parallel: builtins.int
     batch_invariant: builtins.bool
     """Whether a structure gets the same bits whatever shares its batch, on one machine and server."""
+    version: builtins.str
+    """In the server's repository; empty if it was served from nowhere that has versions."""
     def __init__(
         self,
         *,
@@ -254,8 +294,9 @@ class ModelReference(google.protobuf.message.Message):
         dtype: builtins.str = ...,
         tensor_parallel: builtins.int = ...,
         batch_invariant: builtins.bool = ...,
+        version: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "digest", b"digest", "dtype", b"dtype", "level_of_theory", b"level_of_theory", "name", b"name", "tensor_parallel", b"tensor_parallel"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "digest", b"digest", "dtype", b"dtype", "level_of_theory", b"level_of_theory", "name", b"name", "tensor_parallel", b"tensor_parallel", "version", b"version"]) -> None: ...
 
 global___ModelReference = ModelReference
 
@@ -309,19 +350,24 @@ class GetModelRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
     model: builtins.str
-    """As in PredictRequest."""
+    """Both as in PredictRequest."""
+    session: builtins.str
     def __init__(
         self,
         *,
         model: builtins.str = ...,
+        session: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "session", b"session"]) -> None: ...
 
 global___GetModelRequest = GetModelRequest
 
 @typing.final
 class Model(google.protobuf.message.Message):
+    """One version of a model. What is not known of it is empty or 0, as all of a version that cannot be read."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NAME_FIELD_NUMBER: builtins.int
@@ -338,30 +384,50 @@ class Model(google.protobuf.message.Message):
     IS_DEFAULT_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     CARD_JSON_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    IS_CURRENT_FIELD_NUMBER: builtins.int
     name: builtins.str
     digest: builtins.str
+    """"sha256:<hex>" over the bundle's card and weights, or over what decides a foreign potential's numbers."""
     cutoff: builtins.float
-    """Å."""
+    """Å; 0: it does not say."""
     force_mode: builtins.str
-    """"conservative" or "direct"."""
+    """"conservative", "direct", "unknown" to us, or "none" if it gives no forces."""
     has_stress: builtins.bool
     dtype: builtins.str
     n_parameters: builtins.int
     is_default: builtins.bool
+    """Whether an empty name means it."""
     card_json: builtins.str
-    """The bundle's whole model.json: configuration, provenance, metrics."""
+    """The bundle's whole model.json: configuration, provenance, metrics; or what is known of another potential."""
+    version: builtins.str
+    """As in ModelReference."""
+    state: global___ModelState.ValueType
+    reason: builtins.str
+    """Why it failed; of a version that answers: why what replaced it in the repository was refused."""
+    is_current: builtins.bool
+    """Whether the plain name means it (for those sessions that do not get the canary)."""
     @property
     def levels_of_theory(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
     def elements(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Atomic numbers it was trained on."""
+        """Atomic numbers it was trained on; empty: it does not say."""
 
     @property
-    def charges(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def charges(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Empty: any is passed on to it."""
+
     @property
     def spin_multiplicities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def limits(self) -> global___Limits: ...
+    @property
+    def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Labels that name this version."""
+
     def __init__(
         self,
         *,
@@ -379,9 +445,14 @@ class Model(google.protobuf.message.Message):
         is_default: builtins.bool = ...,
         limits: global___Limits | None = ...,
         card_json: builtins.str = ...,
+        version: builtins.str = ...,
+        labels: collections.abc.Iterable[builtins.str] | None = ...,
+        state: global___ModelState.ValueType = ...,
+        reason: builtins.str = ...,
+        is_current: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["card_json", b"card_json", "charges", b"charges", "cutoff", b"cutoff", "digest", b"digest", "dtype", b"dtype", "elements", b"elements", "force_mode", b"force_mode", "has_stress", b"has_stress", "is_default", b"is_default", "levels_of_theory", b"levels_of_theory", "limits", b"limits", "n_parameters", b"n_parameters", "name", b"name", "spin_multiplicities", b"spin_multiplicities"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["card_json", b"card_json", "charges", b"charges", "cutoff", b"cutoff", "digest", b"digest", "dtype", b"dtype", "elements", b"elements", "force_mode", b"force_mode", "has_stress", b"has_stress", "is_current", b"is_current", "is_default", b"is_default", "labels", b"labels", "levels_of_theory", b"levels_of_theory", "limits", b"limits", "n_parameters", b"n_parameters", "name", b"name", "reason", b"reason", "spin_multiplicities", b"spin_multiplicities", "state", b"state", "version", b"version"]) -> None: ...
 
 global___Model = Model
 

@@ -68,7 +68,7 @@ class PotentialServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """The models that this server serves.
+        """The models that this server serves, one entry for each version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

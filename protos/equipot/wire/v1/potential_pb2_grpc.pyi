@@ -40,7 +40,7 @@ class PotentialServiceStub:
         equipot.wire.v1.potential_pb2.ListModelsRequest,
         equipot.wire.v1.potential_pb2.ListModelsResponse,
     ]
-    """The models that this server serves."""
+    """The models that this server serves, one entry for each version."""
 
     GetModel: grpc.UnaryUnaryMultiCallable[
         equipot.wire.v1.potential_pb2.GetModelRequest,
@@ -66,7 +66,7 @@ class PotentialServiceAsyncStub:
         equipot.wire.v1.potential_pb2.ListModelsRequest,
         equipot.wire.v1.potential_pb2.ListModelsResponse,
     ]
-    """The models that this server serves."""
+    """The models that this server serves, one entry for each version."""
 
     GetModel: grpc.aio.UnaryUnaryMultiCallable[
         equipot.wire.v1.potential_pb2.GetModelRequest,
@@ -96,7 +96,7 @@ class PotentialServiceServicer(metaclass=abc.ABCMeta):
         request: equipot.wire.v1.potential_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> typing.Union[equipot.wire.v1.potential_pb2.ListModelsResponse, collections.abc.Awaitable[equipot.wire.v1.potential_pb2.ListModelsResponse]]:
-        """The models that this server serves."""
+        """The models that this server serves, one entry for each version."""
 
     @abc.abstractmethod
     def GetModel(

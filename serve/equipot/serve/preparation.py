@@ -1,0 +1,95 @@
+"""From structures to graphs for any engine: checks, limits and neighbour lists. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from equipot.model.batch import Graph, System, build_graphs
+from equipot.model.errors import StructureError
+from equipot.model.skin import SkinnedNeighbors
+from equipot.model.validate import check_graph, check_system
+from equipot.serve.config import RequestLimits
+from equipot.serve.errors import Fault
+from equipot.serve.footprint import footprint
+
+ESTIMATE_MARGIN = 2.0
+"""A structure is refused unbuilt if its estimated edges are this many times the limit."""
+
+MOST_PAIRS = 1e9
+"""Pairs beyond which the search for neighbours alone would hold a core for seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """How the structures of one model are prepared; may be called from any thread.
+
+    Attributes:
+        cutoff: of its edges, in Å.
+        limits: of one structure.
+        supported: the structure as the model is to see it; raises StructureError for what it does not know.
+    """
+
+    cutoff: float
+    limits: RequestLimits
+    supported: Callable[[System], System]
+
+    def __call__(
+        self, systems: Sequence[System], neighbors: SkinnedNeighbors | None = None
+    ) -> list[Graph | Fault]:
+        """Checks structures, refuses those that are too large, and finds the edges of the others at once."""
+        checked = [self._check(system) for system in systems]
+        good = [system for system in checked if isinstance(system, System)]
+        graphs = iter(build_graphs(good, self.cutoff) if neighbors is None else neighbors.graphs(good))
+        return [self._check_edges(next(graphs)) if isinstance(one, System) else one for one in checked]
+
+    def _check(self, system: System) -> System | Fault:
+        """The structure as the model is to see it."""
+        try:
+            if fault := self._too_many_atoms(system):
+                return fault
+            check_system(system)
+            supported = self.supported(system)
+        except StructureError as error:
+            return _fault(error)
+        return self._too_dense(system) or supported
+
+    def _check_edges(self, graph: Graph) -> Graph | Fault:
+        if graph.n_edges > self.limits.structure_edges:
+            return self._too_many_edges(graph.n_edges, "")
+        try:
+            check_graph(graph)
+        except StructureError as error:
+            return _fault(error)
+        return graph
+
+    def _too_many_atoms(self, system: System) -> Fault | None:
+        n_atoms, limit = len(system.atomic_numbers), self.limits.structure_atoms
+        if n_atoms <= limit:
+            return None
+        return Fault(
+            "too_large",
+            "n_atoms",
+            f"has {n_atoms} atoms, the limit is {limit}",
+            "split it, or raise the server's --max-atoms",
+        )
+
+    def _too_dense(self, system: System) -> Fault | None:
+        limit = self.limits.structure_edges
+        cost = footprint(system, self.cutoff, enough=limit)
+        if cost.edges > ESTIMATE_MARGIN * limit or cost.pairs > MOST_PAIRS:
+            return self._too_many_edges(cost.edges, "about ")
+        return None
+
+    def _too_many_edges(self, n_edges: float, about: str) -> Fault:
+        return Fault(
+            "too_large",
+            "positions",
+            f"has {about}{n_edges:.3g} pairs of atoms within {self.cutoff:g} Å,"
+            f" the limit is {self.limits.structure_edges}",
+            "check cell and units (Å), send a smaller structure, or raise the server's --max-edges",
+        )
+
+
+def _fault(error: StructureError) -> Fault:
+    return Fault(error.reason, error.field, error.message, error.remedy)
