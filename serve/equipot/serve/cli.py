@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +12,15 @@ import typer
 from equipot.serve.batcher import Budget
 from equipot.serve.config import (
     BATCH_ATOMS,
+    DEFAULT_AGE,
+    DEFAULT_KEEPALIVE,
     DEFAULT_LIMITS,
     DEFAULT_QUEUE_EDGES,
     RequestLimits,
     ServeConfig,
     default_budget,
 )
+from equipot.serve.logs import configure
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,6 +30,13 @@ class Dtype(StrEnum):
 
     FLOAT32 = "float32"
     FLOAT64 = "float64"
+
+
+class LogStyle(StrEnum):
+    """How the log is written."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 @app.command()
@@ -75,6 +83,42 @@ def serve(
     max_message_mb: Annotated[int, typer.Option(help="Most MiB in one request message.")] = (
         DEFAULT_LIMITS.message_bytes // 2**20
     ),
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM file of the server's certificate; read again when it changes.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of CAs, of one of which callers must have a certificate (mTLS)."),
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of bearer tokens, one of which callers must show; `equipot token` makes them."
+        ),
+    ] = None,
+    allow_plaintext_tokens: Annotated[
+        bool, typer.Option("--allow-plaintext-tokens", help="Take tokens without TLS from other machines.")
+    ] = False,
+    identity_limits: Annotated[
+        Path | None, typer.Option(help="TOML file of what each identity may ask for.")
+    ] = None,
+    no_reflection: Annotated[
+        bool, typer.Option("--no-reflection", help="Do not tell callers which services there are.")
+    ] = False,
+    metrics_host: Annotated[
+        str | None, typer.Option(help="Name or address of /metrics; by default that of --host.")
+    ] = None,
+    max_connection_age: Annotated[
+        float, typer.Option(help="Seconds after which callers are told to connect anew; 0 is never.")
+    ] = DEFAULT_AGE,
+    keepalive: Annotated[
+        float, typer.Option(help="Seconds of silence after which a caller is asked if it is there.")
+    ] = DEFAULT_KEEPALIVE,
+    log_format: Annotated[LogStyle, typer.Option(help="Of the log on stderr.")] = LogStyle.TEXT,
+    log_structures: Annotated[
+        bool, typer.Option("--log-structures", help="Log the structures of requests, too.")
+    ] = False,
     drain_seconds: Annotated[
         float, typer.Option(help="How long accepted requests may take once the server is told to stop.")
     ] = 30.0,
@@ -84,9 +128,7 @@ def serve(
     ] = 0.0,
 ) -> None:
     """Serve bundles over gRPC, with health, reflection and Prometheus metrics, until SIGTERM."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure(log_format.value)
     config = ServeConfig(
         bundles=tuple(bundles),
         host=host,
@@ -99,6 +141,18 @@ def serve(
         tensor_parallel=tensor_parallel,
         drain_seconds=drain_seconds,
         linger_seconds=linger_seconds,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        tokens=tokens,
+        allow_plaintext_tokens=allow_plaintext_tokens,
+        identity_limits=identity_limits,
+        reflection=not no_reflection,
+        metrics_host=metrics_host,
+        max_connection_age=max_connection_age,
+        keepalive=keepalive,
+        log_format=log_format.value,
+        log_structures=log_structures,
         budget=Budget(
             batch_edges=default_budget(device).batch_edges if max_batch_edges is None else max_batch_edges,
             batch_atoms=BATCH_ATOMS,

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from equipot.serve.batcher import Budget
 from equipot.serve.errors import ServeError
+from equipot.serve.logs import LogFormat
 
 MAX_PORT = 65535
 MOST_RANKS = 64
 LARGEST_MESSAGE_MB = 2047
 """protobuf's own limit is 2 GiB."""
+
+SHORTEST_AGE, LONGEST_AGE = 10, 604_800
+"""Seconds of a connection's age: each new one costs a handshake."""
+
+DEFAULT_AGE, DEFAULT_KEEPALIVE = 1_800.0, 60.0
+SHORTEST_KEEPALIVE = 10
+"""Seconds between two questions whether the other side is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +78,21 @@ class ServeConfig:
             so long callers and load balancers may take to look elsewhere.
         budget: of the batcher.
         limits: of requests.
+        tls_cert: PEM file of the server's certificate and those that lead to its CA; None serves plaintext.
+        tls_key: PEM file of its private key.
+        tls_client_ca: PEM file of CAs; callers must show a certificate of one of them (mTLS). None asks for
+            none.
+        tokens: file of bearer tokens; callers must show one. None asks for none.
+        allow_plaintext_tokens: whether tokens may come without TLS from other machines, for where something
+            else encrypts.
+        identity_limits: TOML file of what each identity may ask for; None limits nobody.
+        reflection: whether callers may ask which services there are.
+        metrics_host: where the Prometheus endpoint listens; None is `host`.
+        max_connection_age: seconds after which callers are told to connect anew, so that they see new servers
+            and certificates; 0 is never.
+        keepalive: seconds of silence after which a caller is asked whether it is still there.
+        log_format: of the log on stderr.
+        log_structures: whether the log may hold what callers ask about.
 
     Raises:
         ServeError: a value out of range, with its bounds.
@@ -87,6 +111,18 @@ class ServeConfig:
     linger_seconds: float = 0.0
     budget: Budget = CPU_BUDGET
     limits: RequestLimits = DEFAULT_LIMITS
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    tokens: Path | None = None
+    allow_plaintext_tokens: bool = False
+    identity_limits: Path | None = None
+    reflection: bool = True
+    metrics_host: str | None = None
+    max_connection_age: float = DEFAULT_AGE
+    keepalive: float = DEFAULT_KEEPALIVE
+    log_format: LogFormat = "text"
+    log_structures: bool = False
 
     def __post_init__(self) -> None:
         if not self.bundles:
@@ -111,6 +147,48 @@ class ServeConfig:
         _check("max-request-structures", self.limits.request_structures, 1, None)
         _check("max-request-atoms", self.limits.request_atoms, 1, None)
         _check("max-message-mb", self.limits.message_bytes // 2**20, 1, LARGEST_MESSAGE_MB)
+        if self.max_connection_age and not SHORTEST_AGE <= self.max_connection_age <= LONGEST_AGE:
+            raise ServeError(
+                f"max-connection-age is {self.max_connection_age:g}, allowed are {SHORTEST_AGE} to"
+                f" {LONGEST_AGE} seconds, and 0 for never"
+            )
+        if not SHORTEST_KEEPALIVE <= self.keepalive <= 86_400:
+            raise ServeError(
+                f"keepalive is {self.keepalive:g}, allowed are {SHORTEST_KEEPALIVE} to 86400 seconds"
+            )
+        if self.log_format not in get_args(LogFormat):
+            raise ServeError(
+                f"log-format is {self.log_format!r}, allowed are {', '.join(get_args(LogFormat))}"
+            )
+        self._check_trust()
+
+    def _check_trust(self) -> None:
+        """What is asked of callers must fit together."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = (
+                ("--tls-cert", "--tls-key") if self.tls_key is None else ("--tls-key", "--tls-cert")
+            )
+            raise ServeError(f"{given} is given and {missing} is not: a certificate and its key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ServeError(
+                "--tls-client-ca asks callers for certificates, which takes --tls-cert and --tls-key"
+            )
+        plaintext = self.tls_cert is None and not is_loopback(self.host)
+        if self.tokens is not None and plaintext and not self.allow_plaintext_tokens:
+            raise ServeError(
+                f"tokens would travel to {self.host} unencrypted: give --tls-cert and --tls-key, listen on"
+                " 127.0.0.1, or say --allow-plaintext-tokens if something else encrypts (a mesh, a proxy)"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _check(name: str, value: int, low: int, high: int | None) -> None:

@@ -145,6 +145,9 @@ class Dispatcher:
     ) -> None:
         """Queues what was prepared, answers what cannot be computed, and starts the engine if it is idle."""
         model = job.work.key.model.name
+        call, now = job.work.call, time.monotonic()
+        call.spent("prepare", now - seconds, now, structures=len(prepared))
+        call.prepared(sum(graph.n_edges for graph in prepared if not isinstance(graph, Fault)))
         items = []
         for index, graph in enumerate(prepared, start):
             if isinstance(graph, Fault):
@@ -236,6 +239,8 @@ class Dispatcher:
         for ticket in {item.ticket for item in batch.items}:
             if job := self._jobs.get(ticket):
                 job.computed(seconds)
+                if job.work.call.phases is not None:
+                    _note_phases(job, batch, ticket, started, seconds)
         for item, result in zip(batch.items, results, strict=True):
             if job := self._jobs.get(item.ticket):
                 job.answer(item.index, result)
@@ -256,6 +261,13 @@ class Dispatcher:
             batch_edges=batch.n_edges,
             seconds=seconds,
         )
+
+
+def _note_phases(job: Job, batch: Batch, ticket: int, started: float, seconds: float) -> None:
+    arrival = min(item.arrival for item in batch.items if item.ticket == ticket)
+    job.work.call.spent("queue", arrival, started)
+    n_structures = len(batch.items)
+    job.work.call.spent("compute", started, started + seconds, edges=batch.n_edges, structures=n_structures)
 
 
 def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Fault], float]:

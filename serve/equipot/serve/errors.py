@@ -77,6 +77,18 @@ class OverLimit(CallError):
     reason = "OVER_LIMIT"
 
 
+class Unauthenticated(CallError):
+    """The caller did not show who it is, or showed what is not known here."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class OverQuota(CallError):
+    """The caller has used up what it may ask for now; later it may ask again."""
+
+    reason = "OVER_QUOTA"
+
+
 class QueueFull(CallError):
     """Too much work waits already; later there will be room."""
 

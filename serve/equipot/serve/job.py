@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from equipot.model.batch import Graph, System
+from equipot.serve.call import Call
 from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, Fault
 from equipot.serve.models import ServedModel
@@ -36,6 +37,7 @@ class Work:
         structures: to be answered, S of them.
         level: index of the level of theory.
         deadline: by `time.monotonic`; None if the caller waits for ever.
+        call: that it came with: who asks, and what it may ask for.
         offsets: S+1 places where each structure's atoms begin, and where the last one's end.
     """
 
@@ -43,6 +45,7 @@ class Work:
     structures: StructureArrays
     level: int
     deadline: float | None
+    call: Call = field(default_factory=Call)
     offsets: list[int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -37,7 +37,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         by_outcome = ["model", "outcome"]
-        self.requests = self._counter("requests", "Calls of Predict, by how they ended", by_outcome)
+        self.requests = self._counter(
+            "requests", "Calls of Predict, and others refused at the door, by outcome", by_outcome
+        )
         self.structures = self._counter("structures", "Structures, by how they ended", by_outcome)
         self.atoms = self._counter("atoms", "Atoms of answered structures", ["model"])
         self.edges = self._counter("edges", "Edges of answered structures", ["model"])
@@ -59,6 +61,11 @@ class Metrics:
     def describe_model(self, *, name: str, digest: str, dtype: str, force_mode: str) -> None:
         """Announces a served model."""
         self._info.labels(model=name, digest=digest, dtype=dtype, force_mode=force_mode).set(1)
+
+    def watch_certificate(self, expires: Callable[[], float]) -> None:
+        """Reports when the server's certificate ends, as a Unix time."""
+        gauge = self._gauge("certificate_expires_timestamp_seconds", "When the TLS certificate in use ends")
+        gauge.set_function(expires)
 
     def watch_queue(self, depth: Callable[[], Depth]) -> None:
         """Reports what waits; `depth` is called from the endpoint's thread whenever somebody asks."""

@@ -26,7 +26,9 @@ from equipot.serve.errors import NotReady, ServeError
 from equipot.serve.metrics import Metrics, MetricsEndpoint
 from equipot.serve.models import names_of
 from equipot.serve.registry import Registry
+from equipot.serve.reread import keep_current
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
+from equipot.serve.trust import Trust, server_options
 
 LAST_ANSWERS_SECONDS = 2.0
 """Time for answers that are ready to leave, once nothing computes any more."""
@@ -58,9 +60,12 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
         try:
             if config.metrics_port is not None:
                 endpoint = stack.enter_context(
-                    MetricsEndpoint(metrics, host=config.host, port=config.metrics_port)
+                    MetricsEndpoint(
+                        metrics, host=config.metrics_host or config.host, port=config.metrics_port
+                    )
                 )
-                announce(f"metrics on http://{_address(config.host, endpoint.port)}/metrics")
+                where = _address(config.metrics_host or config.host, endpoint.port)
+                announce(f"metrics on http://{where}/metrics")
             loading = asyncio.create_task(asyncio.to_thread(Registry.load, config))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -104,19 +109,17 @@ class GrpcServer:
             config.budget, metrics, in_compute_thread=lambda: use_threads(config.threads)
         )
         self._health = health.Health([SERVICE])
-        self._server = grpc.aio.server(
-            options=[
-                # Else two servers on one port would share its connections, and neither would know.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", config.limits.message_bytes),
-                ("grpc.max_send_message_length", -1),
-            ]
+        self._trust = Trust(config, metrics, on_done=None)
+        self._server = grpc.aio.server(interceptors=[self._trust.door], options=server_options(config))
+        servicer = PotentialServicer(
+            self._gate, self._dispatcher, metrics, config.limits, log_structures=config.log_structures
         )
-        servicer = PotentialServicer(self._gate, self._dispatcher, metrics, config.limits)
         servicer.add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        if config.reflection:
+            names = (SERVICE, health.SERVICE, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self._keeping: asyncio.Task[None] | None = None
 
     @property
     def computing(self) -> bool:
@@ -132,10 +135,11 @@ class GrpcServer:
         host, port = self._config.host, self._config.port
         _check_port(host, port)
         try:
-            bound = self._server.add_insecure_port(_address(host, port))
+            bound = self._trust.add_port(self._server, _address(host, port))
         except RuntimeError as error:
             raise ServeError(f"cannot listen on {_address(host, port)}: {error}") from error
         await self._server.start()
+        self._keeping = asyncio.create_task(keep_current(self._trust.changing))
         return bound
 
     def open(self, registry: Registry) -> None:
@@ -170,6 +174,8 @@ class GrpcServer:
 
     async def stop(self) -> None:
         """Ends every connection."""
+        if self._keeping is not None:
+            self._keeping.cancel()
         self._health.close()
         await self._server.stop(LAST_ANSWERS_SECONDS)
         self._dispatcher.close()

@@ -7,9 +7,11 @@ import time
 
 import grpc
 
+from equipot.serve.call import current_call
 from equipot.serve.config import RequestLimits
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit
+from equipot.serve.excerpt import excerpt
 from equipot.serve.job import Answer, Key, Work
 from equipot.serve.metrics import NO_MODEL, OK, Metrics
 from equipot.serve.models import ServedModel
@@ -59,7 +61,16 @@ class Gate:
 class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
     """The methods of `PotentialService`; they raise `CallError`, which `guarded` turns into statuses."""
 
-    def __init__(self, gate: Gate, dispatcher: Dispatcher, metrics: Metrics, limits: RequestLimits) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        limits: RequestLimits,
+        *,
+        log_structures: bool = False,
+    ) -> None:
+        self._log_structures = log_structures
         self._gate = gate
         self._dispatcher = dispatcher
         self._metrics = metrics
@@ -71,13 +82,14 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         label, outcome = NO_MODEL, "internal"
+        call = current_call()
         self._metrics.in_flight.inc()
         self._dispatcher.entered()
         # The stubs declare the callback's type as a class, which no function is.
         context.add_done_callback(self._left)  # type: ignore[arg-type]
         try:
             model = self._gate.registry().find(request.model, session=_session(request, context))
-            label = model.name
+            label = call.model = model.name
             with model.in_use():
                 work = self._understand(request, model, deadline)
                 answer = await self._dispatcher.predict(work)
@@ -94,6 +106,7 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
             outcome = "deadline_passed" if late else "cancelled"
             raise
         finally:
+            call.outcome = outcome
             self._metrics.in_flight.dec()
             self._metrics.requests.labels(label, outcome).inc()
 
@@ -135,7 +148,13 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
             )
         level = model.level_index(request.level_of_theory)
         structures = self._structures(request)
-        return Work(key=Key(model, forces, stress), structures=structures, level=level, deadline=deadline)
+        call = current_call()
+        call.asked(len(structures), len(structures.positions))
+        if self._log_structures:
+            call.contents = excerpt(structures)
+        return Work(
+            key=Key(model, forces, stress), structures=structures, level=level, deadline=deadline, call=call
+        )
 
     def _structures(self, request: pb.PredictRequest) -> StructureArrays:
         if not request.HasField("structures"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf import any_pb2
@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from equipot.serve.call import current_call
 from equipot.serve.errors import (
     CallError,
     DeadlinePassed,
@@ -21,8 +22,13 @@ from equipot.serve.errors import (
     NotReady,
     NotServed,
     OverLimit,
+    OverQuota,
     QueueFull,
+    Unauthenticated,
 )
+
+REQUEST_ID = "x-request-id"
+"""The header by which a caller may name a call, and by which every answer does."""
 
 DOMAIN = "equipot"
 """ErrorInfo's domain: whose reasons these are."""
@@ -35,10 +41,12 @@ CODES: Mapping[type[CallError], grpc.StatusCode] = MappingProxyType(
         InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
         NotServed: grpc.StatusCode.NOT_FOUND,
         OverLimit: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        OverQuota: grpc.StatusCode.RESOURCE_EXHAUSTED,
         QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
         DeadlineUnreachable: grpc.StatusCode.RESOURCE_EXHAUSTED,
         DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
         NotReady: grpc.StatusCode.UNAVAILABLE,
+        Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
         CallError: grpc.StatusCode.INTERNAL,
     }
 )
@@ -49,11 +57,17 @@ RequestT = TypeVar("RequestT", bound=Message)
 logger = logging.getLogger(__name__)
 
 
-def to_status(error: CallError) -> status_pb2.Status:
-    """The rich status of an error: ErrorInfo, BadRequest if a field is at fault, RetryInfo if it helps."""
+def to_status(error: CallError, request_id: str = "") -> status_pb2.Status:
+    """The rich status of an error.
+
+    It has ErrorInfo, RequestInfo if the call has an id, BadRequest if a field is at fault, RetryInfo if it
+    helps.
+    """
     message = error.message[:LONGEST_MESSAGE]
     status = status_pb2.Status(code=CODES[type(error)].value[0], message=message)
     _attach(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.facts))
+    if request_id:
+        _attach(status, error_details_pb2.RequestInfo(request_id=request_id))
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         _attach(status, error_details_pb2.BadRequest(field_violations=[violation]))
@@ -68,6 +82,15 @@ def _attach(status: status_pb2.Status, detail: Message) -> None:
     packed = any_pb2.Any()
     packed.Pack(detail)
     status.details.append(packed)
+
+
+async def refuse(context: Context, error: CallError) -> NoReturn:
+    """Ends the call with this error."""
+    call = current_call()
+    call.outcome = error.reason.lower()
+    status = rpc_status.to_status(to_status(error, call.request_id))
+    named = ((REQUEST_ID, call.request_id),) if call.request_id else ()
+    await context.abort(status.code, status.details, (*status.trailing_metadata, *named))
 
 
 def guarded(
@@ -86,8 +109,7 @@ def guarded(
         except Exception:
             logger.exception("%s failed", request_type.__name__)
             failure = CallError("the server failed on this request; its log has the reason")
-        status = rpc_status.to_status(to_status(failure))
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        await refuse(context, failure)
 
     return grpc.unary_unary_rpc_method_handler(
         answer, request_deserializer=None, response_serializer=lambda message: message.SerializeToString()

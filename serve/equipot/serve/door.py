@@ -1,0 +1,239 @@
+"""What every call passes before it is answered: who asks, under which id, and whether it may now.
+
+When it is done it gets its line in the log. The one service known here is health, which is open to all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, TypeAlias
+
+import grpc
+
+from equipot.serve import health
+from equipot.serve.call import ANONYMOUS, Call, current_call, enter
+from equipot.serve.errors import CallError, Unauthenticated
+from equipot.serve.logs import FIELDS
+from equipot.serve.quotas import Account, Quotas
+from equipot.serve.reread import Reread
+from equipot.serve.status import REQUEST_ID, Context, refuse
+from equipot.serve.tokens import Tokens
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_OPEN = f"/{health.SERVICE}/"
+
+access = logging.getLogger("equipot.access")
+
+
+class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time it takes none
+    """Lets calls in, each as a `Call` that its task finds by `current_call`.
+
+    Args:
+        tokens: whoever calls must show one of them; None asks for none.
+        quotas: what each identity may ask for.
+        certificates_name: whether callers show certificates, which then tell who they are if tokens do not.
+        on_refusal: told the outcome of each call that is turned away here.
+        on_done: told each call when its answer has left, with its phases; None if nobody wants to know.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: Reread[Tokens] | None,
+        quotas: Quotas,
+        certificates_name: bool,
+        on_refusal: Callable[[str], None],
+        on_done: Callable[[Call], None] | None,
+    ) -> None:
+        self._tokens = tokens
+        self._quotas = quotas
+        self._certificates_name = certificates_name
+        self._on_refusal = on_refusal
+        self._on_done = on_done
+        self._guarded: dict[str, Handler] = {}
+
+    async def intercept_service(  # type: ignore[override]  # there may be no handler, too
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The handler of a call, behind the door; it is asked before any of the request is read."""
+        method = details.method
+        handler = await continuation(details)
+        if handler is None or method.startswith(_OPEN):
+            return handler
+        try:
+            enter(self.recognise(method, details.invocation_metadata))
+        except Unauthenticated as error:
+            return self._turned_away(error)
+        # The same handler each time, so it is wrapped once: names that nobody serves do not come here.
+        guarded = self._guarded.get(method)
+        if guarded is None:
+            guarded = self._guarded[method] = self._guard(handler)
+        return guarded
+
+    def recognise(self, method: str, metadata: Metadata | None) -> Call:
+        """The call of these headers.
+
+        Raises:
+            Unauthenticated: it shows no token that is known here, and one is asked for.
+        """
+        authorization = request_id = traceparent = ""
+        for name, value in metadata or ():
+            if isinstance(value, str):
+                if name == "authorization":
+                    authorization = value
+                elif name == REQUEST_ID:
+                    request_id = value
+                elif name == "traceparent":
+                    traceparent = value
+        if not _SANE_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(8)
+        call = Call(method=method, request_id=request_id, traceparent=traceparent)
+        if self._on_done is not None:
+            call.phases = []
+        if self._tokens is not None:
+            enter(call)
+            call.identity = _owner(authorization, self._tokens.value)
+        return call
+
+    def _guard(self, handler: Handler) -> Handler:
+        """The handler, with everything that happens before and after it."""
+        if handler.response_streaming:
+            return _same_kind(handler, self._streaming(handler))
+
+        # grpc's types are those of servers with threads; under asyncio a behaviour is a coroutine.
+        inner: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+        async def answer(request: Any, context: Context) -> Any:  # noqa: ANN401  # as gRPC has it
+            call, account = await self._begin(context)
+            try:
+                return await inner(request, context)
+            except asyncio.CancelledError:
+                if call.outcome == "ok":
+                    call.outcome = "cancelled"
+                raise
+            finally:
+                self._end(call, account)
+
+        return _same_kind(handler, answer)
+
+    def _streaming(self, handler: Handler) -> Callable[[Any, Context], AsyncIterator[Any]]:
+        inner: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        async def answer(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401  # as gRPC has it
+            call, account = await self._begin(context)
+            try:
+                async for response in inner(request, context):
+                    yield response
+            except asyncio.CancelledError:
+                if call.outcome == "ok":
+                    call.outcome = "cancelled"
+                raise
+            finally:
+                self._end(call, account)
+
+        return answer
+
+    async def _begin(self, context: Context) -> tuple[Call, Account]:
+        call = current_call()
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        if self._certificates_name and call.identity == ANONYMOUS:
+            call.identity = _certified(context)
+        account = self._quotas.account(call.identity, now=call.started)
+        try:
+            account.begin(now=call.started)
+        except CallError as error:
+            await self._refuse(call, error, context)
+        call.account = account
+        return call, account
+
+    def _end(self, call: Call, account: Account) -> None:
+        account.end()
+        call.seconds = time.monotonic() - call.started
+        # Once the answer has left: noting it is not what the caller waits for.
+        asyncio.get_running_loop().call_soon(self._note, call)
+
+    def _turned_away(self, error: CallError) -> Handler:
+        # Of the kind that reads a stream, and reads nothing: no stranger's message is taken in.
+        async def answer(requests: object, context: Context) -> None:
+            await self._refuse(current_call(), error, context)
+
+        return grpc.stream_unary_rpc_method_handler(answer)
+
+    async def _refuse(self, call: Call, error: CallError, context: Context) -> None:
+        call.seconds = time.monotonic() - call.started
+        call.peer = context.peer()
+        self._on_refusal(error.reason.lower())
+        asyncio.get_running_loop().call_soon(self._note, call)
+        await refuse(context, error)
+
+    def _note(self, call: Call) -> None:
+        if self._on_done is not None:
+            self._on_done(call)
+        if access.isEnabledFor(logging.INFO):
+            access.info(call.method.rpartition("/")[2], extra={FIELDS: described(call)})
+
+
+def described(call: Call) -> dict[str, object]:
+    """What the log says of a call; of its structures only their number, unless they were kept for it."""
+    fields: dict[str, object] = {
+        "request_id": call.request_id,
+        "identity": call.identity,
+        "model": call.model,
+        "structures": call.structures,
+        "atoms": call.atoms,
+        "outcome": call.outcome,
+        "ms": round(1000 * call.seconds, 3),
+    }
+    if call.peer:
+        fields["peer"] = call.peer
+    if call.contents is not None:
+        fields["contents"] = call.contents
+    return fields
+
+
+def _owner(authorization: str, tokens: Tokens) -> str:
+    if not authorization:
+        raise Unauthenticated(
+            "this server answers callers with a bearer token alone, and the call has none: send the header"
+            " `authorization: Bearer TOKEN` (Client(token=…), --token-file or EQUIPOT_TOKEN)"
+        )
+    scheme, _, token = authorization.partition(" ")
+    if scheme.lower() != "bearer":
+        raise Unauthenticated("the authorization header is not of the form `Bearer TOKEN`")
+    identity = tokens.identity_of(token.strip())
+    if identity is None:
+        raise Unauthenticated(
+            "the bearer token is not known here: it is mistyped, withdrawn, or another server's; whoever runs"
+            " the server can make a new one with `equipot token`"
+        )
+    return identity
+
+
+def _certified(context: Context) -> str:
+    """The name in the caller's certificate: its first alternative name, else its common name."""
+    proven = context.auth_context()
+    for kind in ("x509_subject_alternative_name", "x509_common_name"):
+        for name in proven.get(kind, ()):
+            return name.decode("utf-8", "replace")
+    return ANONYMOUS
+
+
+def _same_kind(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
+    kinds: dict[tuple[bool, bool], Callable[..., Handler]] = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    make = kinds[handler.request_streaming, handler.response_streaming]
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)

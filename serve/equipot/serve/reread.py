@@ -1,0 +1,95 @@
+"""Values read from files that are read again when the files change. Knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from equipot.serve.errors import ServeError
+
+POLL_SECONDS = 1.0
+"""How often files are looked at; a look is one `stat`, which also sees Kubernetes swap its symlinks."""
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class Refreshable(Protocol):
+    """Something that may have changed on disk."""
+
+    def refresh(self) -> bool:
+        """Looks; returns whether there is a new value."""
+
+
+class Reread(Generic[T]):
+    """The last good value of some files. A bad new one is logged once, and the old one stays.
+
+    Args:
+        what: they are, for the log.
+        paths: of the files; a change of any of them reads all again.
+        read: makes the value of them.
+
+    Attributes:
+        value: the last good one.
+
+    Raises:
+        ServeError: by `read`, the first time.
+    """
+
+    def __init__(self, what: str, paths: Sequence[Path], read: Callable[[], T]) -> None:
+        self._what = what
+        self._paths = tuple(paths)
+        self._read = read
+        # Looked at before they are read: what changes meanwhile is read again.
+        self._seen = self._look()
+        self.value = read()
+
+    def refresh(self) -> bool:
+        """Reads again if a file has changed; returns whether there is a new value."""
+        seen = self._look()
+        if seen == self._seen:
+            return False
+        self._seen = seen
+        try:
+            self.value = self._read()
+        except ServeError as error:
+            logger.error("the new %s cannot be used, the old one stays: %s", self._what, error)
+            return False
+        logger.info("%s read again", self._what)
+        return True
+
+    def _look(self) -> tuple[tuple[int, ...] | None, ...]:
+        return tuple(_signature(path) for path in self._paths)
+
+
+async def keep_current(values: Iterable[Refreshable]) -> None:
+    """Reads again what has changed, until cancelled."""
+    values = list(values)
+    while values:
+        await asyncio.sleep(POLL_SECONDS)
+        for value in values:
+            value.refresh()
+
+
+def read_bytes(path: Path, flag: str) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        ServeError: it cannot be read; names the flag that named the file.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ServeError(f"{flag} {path} cannot be read: {error.strerror or error}") from error
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
