@@ -1,8 +1,8 @@
 """How much each identity may ask for. Pure bookkeeping: no gRPC, no clock, no file.
 
 Rates are buckets that fill at the rate and hold some seconds of it. Whoever has anything left may ask, and is
-charged what the request turns out to hold, even if that is more: the next one waits until the debt is paid. So
-no request is impossible by its size, and over time nobody gets more than the rate.
+charged what the request turns out to hold, even if that is more: the next one waits until the debt is paid.
+So no request is impossible by its size, and over time nobody gets more than the rate.
 """
 
 from __future__ import annotations
