@@ -19,11 +19,12 @@ if [ "${1:-}" = "--check" ]; then
 fi
 PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m grpc_tools.protoc -I protos \
   --python_out="$out" --grpc_python_out="$out" --mypy_out="$out" --mypy_grpc_out="$out" \
-  protos/equipot/wire/v1/*.proto
+  protos/equipot/wire/*/*.proto
 if [ "${1:-}" = "--check" ]; then
-  for made in "$out"/equipot/wire/v1/*; do
-    if ! cmp -s "$made" "protos/equipot/wire/v1/$(basename "$made")"; then
-      echo "protos/equipot/wire/v1/$(basename "$made") is out of date: run scripts/gen_protos.sh" >&2
+  for made in "$out"/equipot/wire/*/*; do
+    kept="protos/${made#"$out"/}"
+    if ! cmp -s "$made" "$kept"; then
+      echo "$kept is out of date: run scripts/gen_protos.sh" >&2
       exit 1
     fi
   done

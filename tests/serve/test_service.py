@@ -298,7 +298,8 @@ class TestAround:
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         (reply,) = stub.ServerReflectionInfo(iter([request]))
         names = {service.name for service in reply.list_services_response.service}
-        assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        others = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        assert names == {SERVICE, "inference.GRPCInferenceService", *others}
 
     def test_metrics_count_what_happens(self, stub: PotentialServiceStub, server: Process) -> None:
         def counts() -> list[float]:

@@ -32,6 +32,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated
         self._closed = False
         self._change = asyncio.Event()
 
+    @property
+    def serving(self) -> bool:
+        """The state now."""
+        return self._serving
+
     def set(self, *, serving: bool) -> None:
         """Changes the state and tells the watchers."""
         if serving != self._serving:

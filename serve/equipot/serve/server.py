@@ -18,11 +18,12 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from equipot.serve import health
+from equipot.serve import health, inference_protocol
 from equipot.serve.config import ServeConfig
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
+from equipot.serve.inference_protocol import InferenceServicer
 from equipot.serve.metrics import Metrics, MetricsEndpoint
 from equipot.serve.models import names_of
 from equipot.serve.registry import Registry
@@ -115,9 +116,10 @@ class GrpcServer:
             self._gate, self._dispatcher, metrics, config.limits, log_structures=config.log_structures
         )
         servicer.add_to(self._server)
+        InferenceServicer(servicer, ready=lambda: self._health.serving).add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
-            names = (SERVICE, health.SERVICE, reflection.SERVICE_NAME)
+            names = (SERVICE, inference_protocol.SERVICE, health.SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self._keeping: asyncio.Task[None] | None = None
 

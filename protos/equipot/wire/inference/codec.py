@@ -1,0 +1,268 @@
+"""Structures as tensors of the Open Inference Protocol, and answers back. Knows no physics and no gRPC.
+
+S structures of N atoms in all, flat. Inputs (any integer type where one is named, FP32 where FP64 is):
+
+    n_atoms            INT64 [S]       atoms in each structure; left out: all atoms are one structure
+    atomic_numbers     INT32 [N]
+    positions          FP64  [N, 3]    Å
+    cell               FP64  [S, 3, 3] Å, rows are lattice vectors; optional
+    pbc                BOOL  [S, 3]    optional
+    charge             INT32 [S]       optional
+    spin_multiplicity  INT32 [S]       optional
+
+Outputs, those asked for, or energy and forces:
+
+    energy  FP64 [S]        eV
+    forces  FP64 [N, 3]     eV/Å
+    stress  FP64 [S, 3, 3]  eV/Å³, positive in tension
+    error   BYTES [S]       why a structure has no answer, empty where it has one
+
+A structure that fails has NaN in its slots; `error` then comes whether it was asked for or not. The request's
+parameter `level_of_theory` is that of PredictRequest; `model_version` may be a digest, "sha256:…".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from equipot.wire.inference import open_inference_pb2 as oip
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.codec import CodecError
+
+Array = npt.NDArray[Any]
+
+INPUTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "n_atoms": ("INT64", ("S",)),
+        "atomic_numbers": ("INT32", ("N",)),
+        "positions": ("FP64", ("N", "3")),
+        "cell": ("FP64", ("S", "3", "3")),
+        "pbc": ("BOOL", ("S", "3")),
+        "charge": ("INT32", ("S",)),
+        "spin_multiplicity": ("INT32", ("S",)),
+    }
+)
+OUTPUTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "energy": ("FP64", ("S",)),
+        "forces": ("FP64", ("N", "3")),
+        "stress": ("FP64", ("S", "3", "3")),
+        "error": ("BYTES", ("S",)),
+    }
+)
+REQUIRED = ("atomic_numbers", "positions")
+
+_PROPERTIES: Mapping[str, pb.Property.ValueType] = MappingProxyType(
+    {"energy": pb.PROPERTY_ENERGY, "forces": pb.PROPERTY_FORCES, "stress": pb.PROPERTY_STRESS}
+)
+# The protocol's numeric types: numpy's name of each on the wire, and where it lies if it is not sent raw.
+_TYPES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "BOOL": ("u1", "bool_contents"),
+        "UINT8": ("u1", "uint_contents"),
+        "UINT16": ("<u2", "uint_contents"),
+        "UINT32": ("<u4", "uint_contents"),
+        "UINT64": ("<u8", "uint64_contents"),
+        "INT8": ("i1", "int_contents"),
+        "INT16": ("<i2", "int_contents"),
+        "INT32": ("<i4", "int_contents"),
+        "INT64": ("<i8", "int64_contents"),
+        "FP32": ("<f4", "fp32_contents"),
+        "FP64": ("<f8", "fp64_contents"),
+    }
+)
+_FLOATS = ("FP32", "FP64")
+_LEVEL = "level_of_theory"
+
+
+def predict_request(request: oip.ModelInferRequest) -> pb.PredictRequest:
+    """The same question in the words of the project's own service.
+
+    Raises:
+        CodecError: a tensor that is unknown, missing, given twice, of another type, or of another shape.
+    """
+    version = request.model_version
+    return pb.PredictRequest(
+        model=f"{request.model_name}@{version}" if version else request.model_name,
+        structures=_structures(_tensors(request)),
+        properties=_properties(request),
+        level_of_theory=_level_of_theory(request.parameters),
+    )
+
+
+def infer_response(
+    request: oip.ModelInferRequest, response: pb.PredictResponse, n_atoms: Sequence[int]
+) -> oip.ModelInferResponse:
+    """The answer as tensors: those asked for, and `error` if a structure failed.
+
+    Args:
+        request: what was asked.
+        response: what the project's own service answered.
+        n_atoms: atoms in each of the S structures.
+    """
+    model, sizes = response.model, {"S": len(n_atoms), "N": sum(n_atoms), "3": 3}
+    answer = oip.ModelInferResponse(model_name=request.model_name, model_version=model.digest, id=request.id)
+    for key, word in (
+        ("name", model.name),
+        ("digest", model.digest),
+        (_LEVEL, model.level_of_theory),
+        ("dtype", model.dtype),
+    ):
+        answer.parameters[key].string_param = word
+    wanted = [output.name for output in request.outputs] or ["energy", "forces"]
+    if response.failures and "error" not in wanted:
+        wanted.append("error")
+    for name in wanted:
+        datatype, axes = OUTPUTS[name]
+        tensor = answer.outputs.add(name=name, datatype=datatype, shape=[sizes[axis] for axis in axes])
+        assert tensor.name == name
+        raw = _errors(response, len(n_atoms)) if name == "error" else getattr(response, name)
+        answer.raw_output_contents.append(raw)
+    return answer
+
+
+def tensor_metadata(
+    tensors: Mapping[str, tuple[str, tuple[str, ...]]],
+) -> list[oip.ModelMetadataResponse.TensorMetadata]:
+    """How `INPUTS` or `OUTPUTS` describe themselves; -1 stands for S and N."""
+    return [
+        oip.ModelMetadataResponse.TensorMetadata(
+            name=name, datatype=datatype, shape=[int(axis) if axis.isdigit() else -1 for axis in axes]
+        )
+        for name, (datatype, axes) in tensors.items()
+    ]
+
+
+def _tensors(request: oip.ModelInferRequest) -> dict[str, Array]:
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise CodecError(
+            "raw_input_contents",
+            f"has {len(raw)} entries for {len(request.inputs)} inputs",
+            "send one for each input, in order, or typed contents in every input",
+        )
+    tensors: dict[str, Array] = {}
+    for place, tensor in enumerate(request.inputs):
+        name = tensor.name
+        if name not in INPUTS:
+            raise CodecError("inputs", f"{name[:100]!r} is no input", f"the inputs are {', '.join(INPUTS)}")
+        if name in tensors:
+            raise CodecError(name, "is given twice", "give each input once")
+        if raw and tensor.HasField("contents"):
+            raise CodecError(name, "has contents both raw and typed", "send one of the two")
+        tensors[name] = _numbers(tensor, raw[place] if raw else None)
+    for name in REQUIRED:
+        if name not in tensors:
+            raise CodecError(name, "is missing", f"the inputs {' and '.join(REQUIRED)} are always needed")
+    return tensors
+
+
+def _numbers(tensor: oip.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Array:
+    """The tensor's numbers in its own shape and type."""
+    name, shape = tensor.name, tuple(tensor.shape)
+    wanted = INPUTS[name][0]
+    known = _TYPES.get(tensor.datatype)
+    if known is None or (tensor.datatype in _FLOATS) != (wanted in _FLOATS):
+        fitting = "FP64 or FP32" if wanted in _FLOATS else f"{wanted} or another integer type"
+        raise CodecError(name, f"has the datatype {tensor.datatype[:20]!r}", f"send it as {fitting}")
+    if any(length < 0 for length in shape):
+        raise CodecError(name, f"has the shape {list(shape)}", "give the real lengths")
+    dtype, field = np.dtype(known[0]), known[1]
+    expected = 1
+    for length in shape:
+        expected *= length
+    count = len(raw) / dtype.itemsize if raw is not None else len(getattr(tensor.contents, field))
+    if count != expected:
+        held = f"{len(raw)} bytes" if raw is not None else f"{count} numbers in {field}"
+        raise CodecError(
+            name,
+            f"has {held}, but {tensor.datatype} of shape {list(shape)} is {expected} numbers",
+            "make contents, shape and datatype fit",
+        )
+    if raw is not None:
+        return np.frombuffer(raw, dtype=dtype).reshape(shape)
+    # As int64 or float64 first: what does not fit the type named is then seen where it is narrowed.
+    return np.array(getattr(tensor.contents, field)).reshape(shape)
+
+
+def _structures(tensors: Mapping[str, Array]) -> pb.Structures:
+    numbers = tensors["atomic_numbers"]
+    if "n_atoms" in tensors:
+        n_atoms = _as(tensors["n_atoms"], "n_atoms", np.uint32)
+        if n_atoms.ndim != 1:
+            raise _wrong_shape("n_atoms", n_atoms.shape)
+    else:
+        n_atoms = np.array([numbers.size], dtype=np.uint32)
+    sizes = {"S": len(n_atoms), "N": int(n_atoms.sum(dtype=np.int64)), "3": 3}
+    for name, array in tensors.items():
+        expected = tuple(sizes[axis] for axis in INPUTS[name][1])
+        # One structure's cell, pbc or charge may come without the axis of structures.
+        if array.shape != expected and not (len(n_atoms) == 1 and array.shape == expected[1:]):
+            raise _wrong_shape(name, array.shape, expected)
+    message = pb.Structures(n_atoms=n_atoms.tolist())
+    kinds: dict[str, type[np.generic]] = {"FP64": np.float64, "INT32": np.int32, "BOOL": np.uint8}
+    for name, array in tensors.items():
+        if name != "n_atoms":
+            little = _as(array, name, kinds[INPUTS[name][0]])
+            setattr(message, name, little.astype(little.dtype.newbyteorder("<"), copy=False).tobytes())
+    return message
+
+
+def _as(array: Array, name: str, dtype: type[np.generic]) -> Array:
+    """The array in a type that must hold every number of it."""
+    if issubclass(dtype, np.integer) and array.size:
+        limits = np.iinfo(dtype)
+        for extreme in (int(array.min()), int(array.max())):
+            if not limits.min <= extreme <= limits.max:
+                raise CodecError(
+                    name, f"holds {extreme}", f"give numbers between {limits.min} and {limits.max}"
+                )
+    return array.astype(dtype, copy=False)
+
+
+def _wrong_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None = None) -> CodecError:
+    axes = ", ".join(INPUTS[name][1])
+    means = f" = {list(expected)}" if expected is not None else ""
+    return CodecError(
+        name,
+        f"has the shape {list(shape)}, expected [{axes}]{means}",
+        "S is the number of structures and N that of all their atoms, as n_atoms says",
+    )
+
+
+def _properties(request: oip.ModelInferRequest) -> list[pb.Property.ValueType]:
+    names = [output.name for output in request.outputs]
+    for place, name in enumerate(names):
+        if name not in OUTPUTS:
+            raise CodecError(
+                "outputs", f"{name[:100]!r} is no output", f"the outputs are {', '.join(OUTPUTS)}"
+            )
+        if name in names[:place]:
+            raise CodecError("outputs", f"{name} is asked for twice", "ask for each output once")
+    if names == ["error"]:
+        return [pb.PROPERTY_ENERGY]
+    return [_PROPERTIES[name] for name in names if name in _PROPERTIES]
+
+
+def _level_of_theory(parameters: Mapping[str, oip.InferParameter]) -> str:
+    for name, value in parameters.items():
+        if name == _LEVEL and value.WhichOneof("parameter_choice") == "string_param":
+            return value.string_param
+        if name == _LEVEL:
+            raise CodecError(f"parameters.{_LEVEL}", "is no string", "give the level's name as string_param")
+    return ""
+
+
+def _errors(response: pb.PredictResponse, n_structures: int) -> bytes:
+    """BYTES elements, each its length in four bytes and then the text."""
+    texts = [b""] * n_structures
+    for failure in response.failures:
+        field = f"{failure.field}: " if failure.field else ""
+        texts[failure.index] = f"{field}{failure.message}; {failure.remedy}".encode()
+    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
