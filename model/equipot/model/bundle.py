@@ -37,7 +37,16 @@ from equipot.model.potential import Potential, count_parameters
 from equipot.model.references import References
 from equipot.model.sharding import Cut, Group, cut_of, parallel_config, spread
 
-__all__ = ["BUNDLE_VERSION", "BundleCard", "Shard", "load_potential", "read_card", "write_bundle"]
+__all__ = [
+    "BUNDLE_VERSION",
+    "BundleCard",
+    "Shard",
+    "check_shards",
+    "load_potential",
+    "read_card",
+    "tensor_reader",
+    "write_bundle",
+]
 
 INDEX_FILE = "model.safetensors.index.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -160,6 +169,41 @@ def load_potential(
     # Moves the lookup tables, which no shard holds; the parameters are there already.
     potential.to(device=device)
     return potential.eval().requires_grad_(False), card
+
+
+def check_shards(path: str | Path, card: BundleCard) -> None:
+    """Checks every shard's size and sha256.
+
+    Raises:
+        BundleError: one is missing, truncated or altered.
+    """
+    for shard in card.shards:
+        _check_shard(Path(path), shard, verify=True)
+
+
+def tensor_reader(path: str | Path, card: BundleCard) -> Callable[[str], Tensor]:
+    """Reads single tensors of a bundle by name, as float32; nothing else is held in memory.
+
+    Args:
+        path: the bundle's folder, whose shards are not checked again.
+        card: its card.
+
+    Raises:
+        BundleError: by the function that is returned: the tensor is in no shard.
+    """
+    files = {}
+    for shard in card.shards:
+        for key, _, _ in _shard_tensors(Path(path) / shard.file):
+            files[key] = Path(path) / shard.file
+
+    def read(name: str) -> Tensor:
+        if name not in files:
+            raise BundleError(f"{path}: tensor {name!r} is in no shard; export the model again")
+        with safe_open(files[name], framework="pt", device="cpu") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.to(torch.float32)
+
+    return read
 
 
 class _ShardWriter:

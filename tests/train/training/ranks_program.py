@@ -1,4 +1,4 @@
-"""What each rank runs in test_ranks.py: `equipot train` once per set of changes to a recipe."""
+"""What each rank runs in tests of two ranks: `equipot train` again and again, with changes to a recipe."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 from equipot.cli.main import main
 
 
-def run(recipe: str, jobs: dict[str, list[str]]) -> int:
-    """Train every job, named by its run directory; the worst exit code."""
+def run(recipe: str, jobs: list[tuple[str, list[str]]]) -> int:
+    """Train every job, named by its run directory, or continue it there; the worst exit code."""
     codes = []
-    for out, changes in jobs.items():
+    for out, changes in jobs:
         overrides = [word for change in changes for word in ("--set", change)]
-        codes.append(main(["train", recipe, "--out", out, *overrides]))
+        codes.append(main(["train", recipe, "--out", out, "--resume", *overrides]))
     return max(codes)
 
 

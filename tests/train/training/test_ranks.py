@@ -40,7 +40,7 @@ def two_ranks(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     """Runs of two ranks under torchrun, by name; one launch, because launching is what takes time."""
     home = tmp_path_factory.mktemp("two-ranks")
     runs = {name: home / name for name in DIVIDED}
-    jobs = json.dumps({str(run): DIVIDED[name] for name, run in runs.items()})
+    jobs = json.dumps([(str(run), DIVIDED[name]) for name, run in runs.items()])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     program = str(Path(__file__).with_name("ranks_program.py"))
     done = subprocess.run(

@@ -15,6 +15,7 @@ from equipot.train.columns import Column
 from equipot.train.dataset import Dataset, Sizes
 from equipot.train.ema import Ema
 from equipot.train.engine import Engine
+from equipot.train.inherit import Inherited, is_head
 from equipot.train.loss import LossModule
 from equipot.train.places import Places
 from equipot.train.prepare import open_mix
@@ -76,7 +77,14 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     n_parameters = count_parameters(potential)  # before ZeRO-3 takes the weights apart
     module = LossModule(potential, recipe.loss, two_passes=recipe.zero.stage == 3)
     engine = Engine(module, recipe, world)
+    if card.parent is not None:
+        inherited = Inherited(run.parent, card.config, card.references)
+        engine.load(inherited.read, updates=0)
+        engine.load_frozen(inherited.read)
     parallelism = Parallelism(ranks=world.size, zero_stage=recipe.zero.stage, precision=recipe.precision)
+    begun_from = ""
+    if card.parent is not None:
+        begun_from = f"fine-tunes {card.parent.weights} of {card.parent.name} ({card.parent.digest[:15]}…); "
     split_sizes = ", ".join(f"{count} {name}" for name, count in card.mix.sizes.items())
     return Parts(
         dataset=dataset,
@@ -89,9 +97,9 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
         checkpoints=Checkpoints(run.checkpoints, world, recipe.checkpoint, parallelism),
         total_steps=total,
         summary=(
-            f"{n_parameters:,} parameters; {split_sizes} structures; {sampler.steps_per_epoch} steps an "
-            f"epoch and {total} in all; {world.size} rank(s) on {world.device.type}, "
-            f"ZeRO stage {recipe.zero.stage}, {recipe.precision}"
+            f"{begun_from}{n_parameters:,} parameters; {split_sizes} structures; "
+            f"{sampler.steps_per_epoch} steps an epoch and {total} in all; "
+            f"{world.size} rank(s) on {world.device.type}, ZeRO stage {recipe.zero.stage}, {recipe.precision}"
         ),
     )
 
@@ -128,6 +136,9 @@ def make_potential(recipe: Recipe, card: RunCard) -> Potential:
         forms = tuple("balanced" if form == "fast" else form for form in config.message_forms)
         config = replace(config, messages=forms)
     potential = Potential(config, card.references)
+    if recipe.finetune is not None and recipe.finetune.weights == "heads":
+        for name, parameter in potential.named_parameters():
+            parameter.requires_grad_(is_head(name))
     if recipe.activation_checkpointing:
         run_layer: RunLayer = recomputed
         potential.backbone.run_layer = run_layer  # type: ignore[assignment]  # nn.Module declares tensors

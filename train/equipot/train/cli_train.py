@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from equipot.train.finetune import with_architecture
 from equipot.train.launch import GRACE_SECONDS, in_a_launched_rank, launch
-from equipot.train.recipe import RecipeError, check_combination, load_recipe
+from equipot.train.recipe import Recipe, RecipeError, check_combination, load_recipe
+from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory, RunError
 from equipot.train.worker import Job, StopRequest, end_with_parent, work
 
@@ -47,7 +49,7 @@ def train(
     if joining and restarts:
         raise RecipeError("--restarts is for ranks that are started here; torchrun has --max-restarts")
     size = int(os.environ["WORLD_SIZE"]) if joining else ranks
-    settings = load_recipe(recipe, set_ or [])
+    settings = _with_architecture(load_recipe(recipe, set_ or []), RunDirectory(directory))
     check_combination(settings, size)
     for key, paths, verb in (("stores", settings.data.stores, "import"), ("mix", [settings.data.mix], "mix")):
         for path in paths:
@@ -75,3 +77,8 @@ def train(
             restarts=restarts,
             again=[replace(job, resume=True).to_json()],
         )
+
+
+def _with_architecture(recipe: Recipe, run: RunDirectory) -> Recipe:
+    begun = recipe.finetune is not None and run.has_checkpoints
+    return with_architecture(recipe, RunCard.read(run.card).recipe if begun else None)

@@ -108,16 +108,18 @@ class Engine:
                 f'zero.offload_optimizer = "nvme" is {problem[0]}. {problem[1]}, or '
                 'zero.offload_optimizer = "cpu"'
             )
-        self._names = dict(module.named_parameters())
+        parameters = dict(module.named_parameters())
+        self._names = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
         self._gradient_norm = 0.0
         optimizer = torch.optim.AdamW(
-            _parameter_groups(module, recipe.optimizer.weight_decay),
+            _parameter_groups(self._names.values(), recipe.optimizer.weight_decay),
             lr=recipe.optimizer.learning_rate,
             betas=recipe.optimizer.betas,
             fused=True,
         )
         _import_optimizers()
-        n_elements = sum(parameter.numel() for parameter in module.parameters())
+        n_elements = sum(parameter.numel() for parameter in self._names.values())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -240,6 +242,20 @@ class Engine:
         if self._stage:
             self._set_working(fragment.values for fragment in self.fragments())
 
+    def load_frozen(self, read: Reader) -> None:
+        """Take up the weights that are not trained; no checkpoint holds them, nor :meth:`fragments`."""
+        for name, parameter in self._frozen.items():
+            if self._stage == 3:
+                place = self._place(name, parameter)
+                self._set_local(parameter, read("weights", name, place.offset, place.length))
+            else:
+                parameter.data.view(-1).copy_(read("weights", name, 0, parameter.numel()))
+
+    @staticmethod
+    def _set_local(parameter: nn.Parameter, part: torch.Tensor) -> None:
+        local = parameter.ds_tensor.data  # type: ignore[attr-defined]
+        local[: part.numel()].copy_(part)
+
     def _part_of(self, read: Reader, kind: str, parameter: nn.Parameter, place: Place) -> torch.Tensor:
         if self._stage == 0:
             return read(kind, place.name, 0, parameter.numel())
@@ -279,17 +295,17 @@ class Engine:
             self._engine.empty_partition_cache()  # what is still gathered from the last forward is stale
         for parameter, part, place in zip(self._names.values(), parts, self.places(), strict=True):
             if self._stage == 3:
-                local = parameter.ds_tensor.data  # type: ignore[attr-defined]
-                local[: part.numel()].copy_(part)
+                self._set_local(parameter, part)
                 continue
             whole = torch.zeros(torch.Size(place.shape).numel(), device=self.world.device)
             whole[place.offset : place.offset + place.length] = part
             parameter.data.copy_(self.world.sum_tensor(whole).view(place.shape))
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
+def _parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    parameters = list(parameters)
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

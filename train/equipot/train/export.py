@@ -27,12 +27,11 @@ from equipot.train.checkpoint import (
 from equipot.train.dataset import Dataset, Sizes
 from equipot.train.errors import DataError
 from equipot.train.evaluate import Errors, Tally, evaluate, evaluate_references
+from equipot.train.inherit import PREFIX, Inherited
 from equipot.train.prepare import reopen_mix
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
 from equipot.train.world import World
-
-_PREFIX = "potential."  # the potential's name inside the trained module
 
 
 def export_run(run_path: Path, out: Path, *, checkpoint: str = "best", name: str, raw: bool = False) -> None:
@@ -55,7 +54,7 @@ def export_run(run_path: Path, out: Path, *, checkpoint: str = "best", name: str
     chosen = choose_checkpoint(run, checkpoint)
     kind = "weights" if raw else "ema"
     potential = Potential(card.config, card.references)
-    potential.load_state_dict(dict(named_tensors(chosen, kind)))
+    potential.load_state_dict(dict(named_tensors(run, card, chosen, kind)))
     metrics: dict[str, Any] = {}
     try:
         metrics = _test(run, card, potential, console)
@@ -68,7 +67,7 @@ def export_run(run_path: Path, out: Path, *, checkpoint: str = "best", name: str
         name=name,
         config=card.config,
         references=card.references,
-        tensors=named_tensors(chosen, kind),
+        tensors=named_tensors(run, card, chosen, kind),
         provenance=_provenance(card, chosen, kind),
         metrics=metrics,
     )
@@ -96,10 +95,20 @@ def choose_checkpoint(run: RunDirectory, wanted: str) -> Checkpoint:
     return read_checkpoint(run.checkpoints / step_name(last.state.best_step))
 
 
-def named_tensors(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """The potential's fp32 tensors by name, one at a time; `kind` is ``ema`` or ``weights``."""
+def named_tensors(
+    run: RunDirectory, card: RunCard, checkpoint: Checkpoint, kind: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The potential's fp32 tensors by name, one at a time; `kind` is ``ema`` or ``weights``.
+
+    What was not trained is in no checkpoint, but in the bundle that the run began from.
+    """
+    trained = set()
     for name, tensor in read_weights(checkpoint.path, kind):
-        yield name.removeprefix(_PREFIX), tensor
+        trained.add(name.removeprefix(PREFIX))
+        yield name.removeprefix(PREFIX), tensor
+    if card.parent is not None:
+        inherited = Inherited(run.parent, card.config, card.references)
+        yield from ((name, inherited.tensor(name)) for name in inherited.names if name not in trained)
 
 
 def _test(run: RunDirectory, card: RunCard, potential: Potential, console: Console) -> dict[str, Any]:
@@ -165,6 +174,7 @@ def _provenance(card: RunCard, checkpoint: Checkpoint, kind: str) -> dict[str, A
             for store in card.stores
         ],
         "mix": {key: value for key, value in card.mix.to_json().items() if key != "path"},
+        "parent": None if card.parent is None else card.parent.to_json(),
         "seeds": {"run": card.recipe.seed},
         "checkpoint": checkpoint.name,
         "steps": checkpoint.state.step,

@@ -6,9 +6,21 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from equipot.model.config import ModelConfig
+from equipot.model.bundle import check_shards
+from equipot.model.card import BundleCard, read_card
+from equipot.model.elements import symbol
+from equipot.model.errors import ModelError
 from equipot.train.dataset import Sizes
 from equipot.train.errors import DataError
+from equipot.train.finetune import (
+    ParentRecord,
+    child_config,
+    copy_bundle,
+    make_config,
+    new_elements,
+    read_parent,
+)
+from equipot.train.inherit import suited_references
 from equipot.train.long_work import told_bar
 from equipot.train.mix import Mix
 from equipot.train.mix_build import build_mix
@@ -43,7 +55,11 @@ def prepare(recipe: Recipe, run: RunDirectory, *, resume: bool) -> list[str]:
     else:
         mix = open_mix(recipe, run)
         mix.verify()
-    make_card(recipe, mix).write(run.card)
+    card = make_card(recipe, mix)
+    if recipe.finetune is not None:
+        card, told = _inherit(card, recipe.finetune.bundle, run, mix)
+        notes += told
+    card.write(run.card)
     return notes + _left_out(mix)
 
 
@@ -85,20 +101,41 @@ def make_card(recipe: Recipe, mix: Mix) -> RunCard:
     known = mix.card.chemistry
     _check_labels(recipe, mix.stores)
     sizes = Sizes.of(mix.stores, recipe.model.cutoff, progress=True)
+    parent = None if recipe.finetune is None else read_parent(recipe.finetune.bundle)
+    if parent is None:
+        config = make_config(recipe, known, mix.card.levels, sizes.mean_neighbors(mix.part("train")))
+    else:
+        config = child_config(recipe, parent.config, known, mix.card.levels)
     return RunCard(
         recipe=recipe,
-        config=ModelConfig(
-            **recipe.model.model_dump(),
-            elements=known.elements,
-            levels_of_theory=mix.card.levels,
-            charges=known.charges,
-            spin_multiplicities=known.spin_multiplicities,
-            mean_neighbors=sizes.mean_neighbors(mix.part("train")),
-        ),
+        config=config,
+        parent=None if parent is None else ParentRecord.of(recipe, parent),
         references=mix.card.references,
         stores=tuple(StoreRecord.of(store) for store in mix.stores),
         mix=MixRecord.of(mix, recipe.data.subset, own=recipe.data.mix is None),
     )
+
+
+def _inherit(card: RunCard, bundle: Path, run: RunDirectory, mix: Mix) -> tuple[RunCard, list[str]]:
+    """Keep the bundle with the run, and fit the references to what its network leaves to them."""
+    copy_bundle(bundle, run.parent)
+    parent = _check_parent(run, card)
+    references = suited_references(run.parent, card.config, card.references, mix)
+    new = new_elements(parent.config, card.config)
+    likes = ", ".join(f"{symbol(z)} as {symbol(kin)}" for z, kin in new.items())
+    notes = [f"elements that {parent.name} does not know begin as their likes: {likes}"] if new else []
+    return replace(card, references=references), notes
+
+
+def _check_parent(run: RunDirectory, card: RunCard) -> BundleCard:
+    try:
+        parent = read_card(run.parent)
+        check_shards(run.parent, parent)
+    except ModelError as error:
+        raise RunError(f"the copy of the bundle that the run began from: {error}") from None
+    if card.parent is None or parent.digest != card.parent.digest:
+        raise RunError(f"{run.parent} is not the bundle that the run began from; put it back, or begin anew")
+    return parent
 
 
 def _mix_of_stores(data: DataSection, out: Path) -> Mix:
@@ -114,6 +151,8 @@ def _continue(recipe: Recipe, run: RunDirectory) -> list[str]:
     card, mix = RunCard.read(run.card), open_mix(recipe, run)
     changes = changes_on_resume(card.recipe, recipe)
     _check_same(card, mix)
+    if card.parent is not None:
+        _check_parent(run, card)
     own = recipe.data.mix is None
     now = replace(
         card,

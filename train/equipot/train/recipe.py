@@ -285,6 +285,17 @@ class CheckpointSection(Section):
     )
 
 
+class FinetuneSection(Section):
+    """[finetune]: begin from a bundle's weights; architecture and cutoff are then the bundle's."""
+
+    bundle: Path = Field(description="a bundle written by `equipot export`")
+    weights: Literal["all", "heads"] = Field(
+        default="all",
+        description="what is trained: all weights, or the heads of energies and direct forces alone, which "
+        "leaves the rest as it is to the last bit",
+    )
+
+
 class Recipe(Section):
     """One training run. Top-level keys stand before the first [section] of the file."""
 
@@ -301,6 +312,7 @@ class Recipe(Section):
     )
     data: DataSection
     model: ModelSection = ModelSection()
+    finetune: FinetuneSection | None = Field(default=None, description="begin from a bundle's weights")
     batch: BatchSection = BatchSection()
     optimizer: OptimizerSection
     loss: LossSection = LossSection()

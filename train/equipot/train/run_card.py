@@ -11,6 +11,7 @@ from typing import Any
 
 from equipot.model.config import ModelConfig
 from equipot.model.references import References
+from equipot.train.finetune import ParentRecord
 from equipot.train.mix import Mix
 from equipot.train.recipe import Recipe, parse_recipe
 from equipot.train.run_directory import RunError
@@ -103,6 +104,8 @@ class RunCard:
     references: References
     stores: tuple[StoreRecord, ...]
     mix: MixRecord
+    parent: ParentRecord | None = None
+    """Of a run that fine-tunes: the bundle it began from."""
 
     def write(self, path: Path) -> None:
         """Write it aside, then name it."""
@@ -115,6 +118,7 @@ class RunCard:
             "references": self.references.to_json(),
             "stores": [store.to_json() for store in self.stores],
             "mix": self.mix.to_json(),
+            "parent": None if self.parent is None else self.parent.to_json(),
         }
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps(body, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -144,6 +148,7 @@ class RunCard:
             references=References.from_json(body["references"]),
             stores=tuple(StoreRecord(**store) for store in body["stores"]),
             mix=MixRecord.from_json(body["mix"]),
+            parent=None if body["parent"] is None else ParentRecord(**body["parent"]),
         )
 
 
@@ -156,6 +161,7 @@ _IDENTITY: Sequence[tuple[str, ...]] = (
     ("data", "seed"),
     ("data", "subset"),
     ("model",),
+    ("finetune",),
     ("batch", "structures"),
 )
 

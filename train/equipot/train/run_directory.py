@@ -29,6 +29,11 @@ class RunDirectory:
         return self.path / "mix"
 
     @property
+    def parent(self) -> Path:
+        """A copy of the bundle that a fine-tuned run began from."""
+        return self.path / "parent"
+
+    @property
     def metrics(self) -> Path:
         """One row per step, validation columns where there was one."""
         return self.path / "metrics.csv"

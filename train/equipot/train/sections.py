@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -84,8 +85,13 @@ def _section_model(location: Sequence[str], model: type[BaseModel]) -> type[Base
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return None
         field = inner.model_fields.get(name)
-        inner = field.annotation if field else None
+        inner = _without_none(field.annotation) if field else None
     return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+
+
+def _without_none(annotation: Any) -> Any:  # noqa: ANN401 - a type, or what typing makes of several
+    others = [part for part in get_args(annotation) if part is not type(None)]
+    return others[0] if isinstance(annotation, UnionType) and len(others) == 1 else annotation
 
 
 def _describe(location: Sequence[str], model: type[BaseModel]) -> str | None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from equipot.train.finetune import with_architecture
 from equipot.train.long_work import progress_bar
 from equipot.train.recipe import Recipe, RecipeError, check_combination, load_recipe
 from equipot.train.sections import parse_bytes
@@ -116,7 +117,7 @@ def profile(
 
 
 def _load(path: Path, ranks: int, changes: list[str] | None) -> Recipe:
-    recipe = load_recipe(path, changes or [])
+    recipe = with_architecture(load_recipe(path, changes or []))
     check_combination(recipe, ranks)
     if recipe.zero.offload_optimizer == "nvme" or recipe.zero.offload_parameters != "none":
         raise RecipeError(
