@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from equipot.serve.batcher import Batch, Batcher, Budget
+from equipot.serve.batcher import FULL, Batch, Batcher, BatchLimit, Budget
 from equipot.serve.errors import DeadlineUnreachable, QueueFull
+from equipot.serve.shares import Backlog, Priority, Share
 
 BUDGET = Budget(batch_edges=100, batch_atoms=40, queue_edges=10_000)
+ENDLESS = Budget(batch_edges=100, batch_atoms=40, queue_edges=10**9)
 
 
 def queue(batcher: Batcher, edges: list[int], *, key: str = "m", atoms: int = 1, now: float = 0.0) -> int:
@@ -22,8 +25,8 @@ def queue(batcher: Batcher, edges: list[int], *, key: str = "m", atoms: int = 1,
     return ticket
 
 
-def take(batcher: Batcher, seconds: float = 1.0) -> Batch:
-    batch = batcher.next_batch()
+def take(batcher: Batcher, seconds: float = 1.0, now: float = 0.0) -> Batch:
+    batch = batcher.next_batch(now)
     assert batch is not None
     batcher.finished(batch, seconds)
     return batch
@@ -36,10 +39,10 @@ def indices(batch: Batch, ticket: int) -> list[int]:
 class TestBatching:
     def test_a_lone_structure_goes_at_once(self) -> None:
         batcher = Batcher(BUDGET)
-        assert batcher.next_batch() is None
+        assert batcher.next_batch(0.0) is None
         ticket = queue(batcher, [7])
         assert indices(take(batcher), ticket) == [0]
-        assert batcher.next_batch() is None
+        assert batcher.next_batch(0.0) is None
 
     def test_what_came_while_the_engine_was_busy_goes_together(self) -> None:
         batcher = Batcher(BUDGET)
@@ -178,7 +181,7 @@ class TestDoor:
         batcher.add(ticket, [(0, 1, 10)], now=1.0, expected_edges=0)
         assert batcher.expire(4.9) == []
         assert batcher.expire(5.0) == [ticket]
-        assert batcher.next_batch() is None
+        assert batcher.next_batch(0.0) is None
         assert batcher.depth.edges == batcher.backlog == 0
 
     def test_a_cancelled_request_leaves_the_queue_and_may_not_come_back(self) -> None:
@@ -188,33 +191,54 @@ class TestDoor:
         batcher.remove(ticket)
         batcher.add(ticket, [(2, 1, 10)], now=0.0, expected_edges=0)
         assert [item.ticket for item in take(batcher).items] == [other]
-        assert batcher.next_batch() is None
+        assert batcher.next_batch(0.0) is None
 
 
 class BatcherMachine(RuleBasedStateMachine):
     """Any order of arrivals, cancellations, deadlines and batches, against a plain model of the queue."""
 
+    SHARES: ClassVar = {"": Share(), "x": Share(weight=3.0), "y": Share(highest=Priority.HIGH)}
+
     @initialize(edges=st.integers(1, 60), atoms=st.integers(1, 60))
     def start(self, edges: int, atoms: int) -> None:
-        self.budget = Budget(batch_edges=edges, batch_atoms=atoms, queue_edges=1_000)
-        self.batcher = Batcher(self.budget)
+        self.budget = Budget(batch_edges=edges, batch_atoms=atoms, queue_edges=1_000, ageing_seconds=4.0)
+        self.batcher = Batcher(self.budget, share_of=self.SHARES.__getitem__)
+        self.limits = {key: BatchLimit(edges=edges, atoms=atoms) for key in "ab"}
         self.now = 0.0
         self.waiting: dict[int, list[tuple[int, int, int]]] = {}
-        self.keys: dict[int, str] = {}
+        self.asked: dict[int, tuple[str, str, Priority, float]] = {}
         self.deadlines: dict[int, float] = {}
-        self.passed_over: dict[tuple[int, int], set[int]] = {}
+        self.computed: set[tuple[int, int]] = set()
+        self.slowest = 0.0
 
     @rule(
         key=st.sampled_from("ab"),
+        identity=st.sampled_from(["", "x", "y"]),
+        priority=st.sampled_from(Priority),
         sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 90)), min_size=1, max_size=8),
         patience=st.none() | st.floats(0.1, 20.0),
     )
-    def arrive(self, key: str, sizes: list[tuple[int, int]], patience: float | None) -> None:
+    def arrive(
+        self,
+        key: str,
+        identity: str,
+        priority: Priority,
+        sizes: list[tuple[int, int]],
+        patience: float | None,
+    ) -> None:
         edges = sum(e for _, e in sizes)
         deadline = None if patience is None else self.now + patience
         before = self.batcher.backlog
         try:
-            ticket = self.batcher.open(key, now=self.now, expected_edges=edges, deadline=deadline)
+            ticket = self.batcher.open(
+                key,
+                now=self.now,
+                expected_edges=edges,
+                deadline=deadline,
+                identity=identity,
+                priority=priority,
+                limit=self.limits[key],
+            )
         except QueueFull:
             assert before > 0
             assert before + edges > self.budget.queue_edges
@@ -225,7 +249,7 @@ class BatcherMachine(RuleBasedStateMachine):
         items = [(i, atoms, e) for i, (atoms, e) in enumerate(sizes)]
         self.batcher.add(ticket, items, now=self.now, expected_edges=0)
         self.waiting[ticket] = items
-        self.keys[ticket] = key
+        self.asked[ticket] = (key, identity, min(priority, self.SHARES[identity].highest), self.now)
         if deadline is not None:
             self.deadlines[ticket] = deadline
 
@@ -233,8 +257,12 @@ class BatcherMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         late = {t for t, deadline in self.deadlines.items() if deadline <= self.now and t in self.waiting}
-        assert set(self.batcher.expire(self.now)) == late
-        for ticket in late:
+        gone = set(self.batcher.expire(self.now))
+        assert late <= gone
+        for ticket in gone - late:
+            assert len(self.waiting) > 1
+            assert self.deadlines[ticket] <= self.now + self.slowest / FULL
+        for ticket in gone:
             del self.waiting[ticket]
 
     @precondition(lambda self: self.waiting)
@@ -244,39 +272,53 @@ class BatcherMachine(RuleBasedStateMachine):
         self.batcher.remove(ticket)
         del self.waiting[ticket]
 
+    @rule(key=st.sampled_from("ab"))
+    def memory_runs_out(self, key: str) -> None:
+        limit = self.limits[key]
+        limit.ran_out_of_memory(edges=limit.edges, atoms=limit.atoms)
+
     @rule(seconds=st.floats(0.01, 5.0))
     def compute(self, seconds: float) -> None:
-        batch = self.batcher.next_batch()
+        batch = self.batcher.next_batch(self.now)
         if batch is None:
-            assert not any(self.waiting.values())
+            assert not any(self.waiting.values()), "the engine was left idle while something waited"
             return
+        self.note_leader(batch)
         for item in batch.items:
             assert self.waiting[item.ticket].pop(0) == (item.index, item.n_atoms, item.n_edges)
-            assert self.keys[item.ticket] == batch.key
+            assert self.asked[item.ticket][0] == batch.key
             assert item.arrival <= self.now
-        atoms = sum(item.n_atoms for item in batch.items)
-        within = batch.n_edges <= self.budget.batch_edges and atoms <= self.budget.batch_atoms
+            assert (item.ticket, item.index) not in self.computed
+            self.computed.add((item.ticket, item.index))
+        limit = self.limits[str(batch.key)]
+        within = batch.n_edges <= limit.edges and batch.n_atoms <= limit.atoms
         assert within or len(batch.items) == 1
-        if batch.n_edges < self.budget.batch_edges and atoms < self.budget.batch_atoms:
+        if batch.n_edges < limit.edges and batch.n_atoms < limit.atoms:
             for ticket, items in self.waiting.items():
-                if items and self.keys[ticket] == batch.key:
+                if items and self.asked[ticket][0] == batch.key:
                     too_big = (
-                        batch.n_edges + items[0][2] > self.budget.batch_edges
-                        or atoms + items[0][1] > self.budget.batch_atoms
+                        batch.n_edges + items[0][2] > limit.edges or batch.n_atoms + items[0][1] > limit.atoms
                     )
                     assert too_big, "room was left for a structure that fits"
         self.batcher.finished(batch, seconds)
-        self.note_leader(batch)
+        self.slowest = max(self.slowest, seconds)
         for ticket in [t for t, items in self.waiting.items() if not items]:
             self.batcher.remove(ticket)
             del self.waiting[ticket]
 
     def note_leader(self, batch: Batch) -> None:
-        """A structure at the head of its request is never passed over by a leader that came after it."""
+        """Nothing less urgent leads, and nothing newer before the first structure of an equal's request."""
         leader = batch.items[0].ticket
+        _, identity, _, _ = self.asked[leader]
         for ticket, items in self.waiting.items():
-            if items and items[0][0] == 0:
-                assert leader < ticket, "a newer request led before an older one's first structure"
+            assert self.urgency(leader) >= self.urgency(ticket)
+            equal = self.asked[ticket][1] == identity and self.urgency(ticket) == self.urgency(leader)
+            if equal and items[0][0] == 0:
+                assert leader <= ticket, "a newer request led before an older one's first structure"
+
+    def urgency(self, ticket: int) -> int:
+        _, _, priority, since = self.asked[ticket]
+        return min(Priority.HIGH, priority + int((self.now - since) / self.budget.ageing_seconds))
 
     @invariant()
     def counts_are_exact(self) -> None:
@@ -317,3 +359,206 @@ def test_no_structure_waits_for_more_batches_than_requests_ahead_of_it(
         if indices(take(batcher), ticket):
             return
     assert indices(take(batcher), ticket)
+
+
+SIZES = st.lists(st.integers(0, 90), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    sizes=st.tuples(SIZES, SIZES),
+    n_requests=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    n_batches=st.integers(1, 10),
+)
+def test_identities_share_by_weight_within_one_batch(
+    weights: tuple[int, int],
+    sizes: tuple[list[int], list[int]],
+    n_requests: tuple[int, int],
+    n_batches: int,
+) -> None:
+    shares = {name: Share(weight=weight) for name, weight in zip("xy", weights, strict=True)}
+    batcher = Batcher(Budget(batch_edges=100, batch_atoms=50, queue_edges=10**9), share_of=shares.__getitem__)
+    owners = {}
+    for name, edges, count in zip("xy", sizes, n_requests, strict=True):
+        for _ in range(count):
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity=name)
+            batcher.add(
+                ticket, [(i, 1, e) for i, e in enumerate(edges * 600)][:600], now=0.0, expected_edges=0
+            )
+            owners[ticket] = name
+    served = Counter[str]()
+    for _ in range(n_batches):
+        largest = max(map(max, sizes))
+        for item in take(batcher).items:
+            served[owners[item.ticket]] += item.cost
+        one_batch = 150 + largest + 1
+        gap = served["x"] / weights[0] - served["y"] / weights[1]
+        assert abs(gap) <= 2 * one_batch / min(weights)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    edges=st.integers(1, 300),
+    priority=st.sampled_from(Priority),
+    flood=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    seconds=st.floats(0.1, 2.0),
+)
+def test_nothing_starves_whatever_urgent_work_keeps_coming(
+    edges: int, priority: Priority, flood: list[int], seconds: float
+) -> None:
+    shares = {"x": Share(), "y": Share(highest=Priority.HIGH)}
+    budget = Budget(batch_edges=100, batch_atoms=10**6, queue_edges=10**9, ageing_seconds=5.0)
+    batcher = Batcher(budget, share_of=shares.__getitem__)
+    ticket = batcher.open("m", now=0.0, expected_edges=0, identity="x", priority=priority)
+    batcher.add(ticket, [(0, 1, edges)], now=0.0, expected_edges=0)
+    now = 0.0
+    while True:
+        for size in flood:
+            urgent = batcher.open("m", now=now, expected_edges=0, identity="y", priority=Priority.HIGH)
+            batcher.add(urgent, [(0, 1, size)], now=now, expected_edges=0)
+        if indices(take(batcher, seconds, now), ticket):
+            break
+        now += seconds
+    # Two ages at most until it is as urgent as anything, then a turn.
+    assert now <= 2 * budget.ageing_seconds + 2 * seconds
+
+
+class TestShares:
+    def test_the_urgent_go_first_and_nobody_is_more_urgent_than_allowed(self) -> None:
+        shares = {"x": Share(), "y": Share(highest=Priority.HIGH)}
+        batcher = Batcher(ENDLESS, share_of=shares.__getitem__)
+        asked = [("x", Priority.LOW), ("x", Priority.NORMAL), ("x", Priority.HIGH), ("y", Priority.HIGH)]
+        tickets = []
+        for identity, priority in asked:
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity=identity, priority=priority)
+            batcher.add(ticket, [(0, 1, 100)], now=0.0, expected_edges=0)
+            tickets.append(ticket)
+        order = [take(batcher).items[0].ticket for _ in asked]
+        assert order == [tickets[3], tickets[1], tickets[2], tickets[0]]
+
+    def test_many_requests_of_one_identity_get_no_more_than_one_of_another(self) -> None:
+        batcher = Batcher(ENDLESS)
+        for _ in range(50):
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity="many")
+            batcher.add(ticket, [(i, 1, 50) for i in range(20)], now=0.0, expected_edges=0)
+        one = batcher.open("m", now=0.0, expected_edges=0, identity="one")
+        batcher.add(one, [(i, 1, 50) for i in range(20)], now=0.0, expected_edges=0)
+        for _ in range(22):
+            take(batcher)
+        assert batcher.waiting_edges(one) == 0
+
+    def test_turns_are_given_by_work_and_not_by_edges(self) -> None:
+        batcher = Batcher(ENDLESS)
+        for key, price in (("light", 1.0), ("heavy", 9.0)):
+            ticket = batcher.open(key, now=0.0, expected_edges=0, identity=key, price=price)
+            batcher.add(ticket, [(i, 1, 100) for i in range(200)], now=0.0, expected_edges=0)
+        keys = Counter(take(batcher).key for _ in range(100))
+        assert 88 <= keys["light"] <= 92
+
+    def test_one_that_comes_back_has_saved_up_nothing_and_owes_what_it_took(self) -> None:
+        batcher = Batcher(ENDLESS)
+        served = Counter[str]()
+        owners = {}
+
+        def ask(identity: str, count: int) -> None:
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity=identity)
+            batcher.add(ticket, [(i, 1, 50) for i in range(count)], now=0.0, expected_edges=0)
+            owners[ticket] = identity
+
+        ask("steady", 400)
+        for _ in range(40):
+            take(batcher)
+        ask("new", 400)
+        for _ in range(20):
+            served.update(owners[item.ticket] for item in take(batcher).items)
+        assert abs(served["steady"] - served["new"]) <= 4
+
+    def test_identities_that_left_are_forgotten(self) -> None:
+        batcher = Batcher(ENDLESS)
+        for number in range(1_000):
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity=str(number))
+            batcher.add(ticket, [(0, 1, 10)], now=0.0, expected_edges=0)
+            if number % 3:
+                batcher.remove(ticket)
+            else:
+                take(batcher)
+                batcher.remove(ticket)
+        assert len(batcher._flows) <= 2
+
+    @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+    def test_a_weight_must_be_a_positive_number(self, weight: float) -> None:
+        with pytest.raises(ValueError, match="weight"):
+            Share(weight=weight)
+
+
+class TestDeadlines:
+    def test_what_cannot_be_done_in_time_any_more_makes_room_for_what_can(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [100] * 2)
+        take(batcher, seconds=10.0)
+        late = batcher.open("m", now=0.0, expected_edges=1, deadline=15.0)
+        batcher.add(late, [(0, 1, 50)], now=0.0, expected_edges=0)
+        assert batcher.expire(4.0) == []
+        assert batcher.expire(6.0) == [late]
+
+    def test_alone_it_is_tried_however_slow_the_engine_was(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [100])
+        take(batcher, seconds=100.0)
+        ticket = batcher.open("m", now=0.0, expected_edges=100, deadline=1.0)
+        batcher.add(ticket, [(0, 1, 100)], now=0.0, expected_edges=0)
+        assert batcher.expire(0.5) == []
+        assert indices(take(batcher), ticket) == [0]
+
+    def test_one_slow_moment_does_not_refuse_for_ever(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [100])
+        take(batcher, seconds=100.0)
+        refused = 0
+        for _ in range(60):
+            queue(batcher, [10])
+            try:
+                batcher.remove(batcher.open("m", now=0.0, expected_edges=10, deadline=1.0))
+            except DeadlineUnreachable:
+                refused += 1
+            take(batcher, seconds=0.01)
+        assert 0 < refused < 60
+
+    def test_the_wait_is_foretold_by_what_is_ahead(self) -> None:
+        shares = {"x": Share(weight=1.0), "y": Share(weight=3.0), "": Share()}
+        batcher = Batcher(
+            Budget(batch_edges=100, batch_atoms=100, queue_edges=10**6), share_of=shares.__getitem__
+        )
+        queue(batcher, [99])
+        take(batcher, seconds=1.0)
+
+        def wait(identity: str, priority: Priority = Priority.NORMAL) -> float:
+            return batcher.expected_wait(
+                now=0.0, expected_edges=100, identity=identity, priority=priority, price=1.0
+            )
+
+        assert wait("x") == 0.0
+        first = batcher.open("m", now=0.0, expected_edges=1_000, identity="x")
+        batcher.add(first, [(i, 1, 99) for i in range(10)], now=0.0, expected_edges=0)
+        assert wait("x") == pytest.approx(1.0, rel=0.1)  # in turns with one other of its own
+        assert wait("y") == pytest.approx(1 / 3, rel=0.1)
+        assert wait("y", Priority.LOW) == pytest.approx(10.0, rel=0.1)
+        batch = batcher.next_batch(0.0)
+        assert batch is not None
+        assert wait("y") == pytest.approx(1.0 + 1 / 3, rel=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.floats(1e-6, 1e6), max_size=20), work=st.floats(1e-6, 1e6))
+def test_a_backlog_sums_what_is_ahead(sizes: list[float], work: float) -> None:
+    backlog = Backlog()
+    for size in sizes:
+        backlog.add(size)
+    exact = sum(min(size, work) for size in sizes)
+    assert exact * (1 - 1e-9) <= backlog.ahead_of(work) <= 2 * exact * (1 + 1e-9)
+    assert backlog.total == pytest.approx(sum(sizes))
+    for size in sizes:
+        backlog.remove(size)
+    assert backlog.total == 0
+    assert backlog.ahead_of(work) == 0

@@ -1,26 +1,28 @@
 """Decides which structures are computed together, and when. Pure bookkeeping: no torch, no gRPC, no clock.
 
-Requests share the engine by weighted fair queueing. Each waiting request has a virtual time, the work it
-has been served since it came; the one furthest behind leads the next batch, whatever the size of its
-structure, and others of the same key follow in that order as long as they fit. The queue's own virtual time
-moves on with every batch, and a new request starts there: so a small request overtakes the rest of a large
-one, a large cell cannot be passed over by those that come after it, and nobody starves.
+Requests share the engine by weighted fair queueing in two levels: client identities by their weights, and
+the requests of one identity evenly. Each has a virtual time, the work it has been served since it came; the
+one furthest behind leads the next batch, whatever the size of its structure, and others of the same key
+follow in that order as long as they fit. A level's own virtual time moves on with every batch, and whoever
+comes anew starts there: so a small request overtakes the rest of a large one, a large cell cannot be passed
+over by those that come after it, and nobody saves up turns while idle.
+
+Urgent requests go first. A structure that has waited for `ageing_seconds` counts as one priority higher, so
+that nothing starves.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Hashable, Iterable
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from equipot.serve.errors import DeadlineUnreachable, QueueFull
+from equipot.serve.shares import EQUAL_SHARE, Backlog, Priority, Share
 
 RATE_MEMORY = 0.2
 """Weight of the newest batch in the running mean of the engine's speed."""
-
-REFUSAL_MARGIN = 2.0
-"""A deadline is refused at the door if the expected wait is this many times longer: it comes from a mean."""
 
 FULL = 0.5
 """Part of the edge budget from which a batch tells the engine's speed: small ones are bound by overhead."""
@@ -40,11 +42,32 @@ class Budget:
         batch_edges: most edges in one batch; a structure with more is computed alone.
         batch_atoms: most atoms in one batch, for structures with few edges.
         queue_edges: most edges that may wait; a request beyond it is refused, unless nothing waits.
+        ageing_seconds: after which a structure that waits counts as one priority higher.
     """
 
     batch_edges: int
     batch_atoms: int
     queue_edges: int
+    ageing_seconds: float = 10.0
+
+
+class BatchLimit:
+    """What one model's batches may hold; smaller after one of them ran out of memory.
+
+    Attributes:
+        edges: most edges in one batch.
+        atoms: most atoms in one batch.
+    """
+
+    def __init__(self, *, edges: int, atoms: int) -> None:
+        self.edges = edges
+        self.atoms = atoms
+
+    def ran_out_of_memory(self, *, edges: int, atoms: int) -> None:
+        """A batch of this size did not fit: from now on half of it is the most."""
+        if edges:
+            self.edges = min(self.edges, max(1, edges // 2))
+        self.atoms = min(self.atoms, max(1, atoms // 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +88,19 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Structures to compute together; all have the same key."""
+    """Structures to compute together; all have the same key.
+
+    Attributes:
+        key: what they share.
+        items: the structures, the one that led first.
+        limit: what the batch might hold at most.
+        price: of its key's work.
+    """
 
     key: Hashable
     items: tuple[Item, ...]
+    limit: BatchLimit
+    price: float
 
     @property
     def n_edges(self) -> int:
@@ -76,9 +108,24 @@ class Batch:
         return sum(item.n_edges for item in self.items)
 
     @property
+    def n_atoms(self) -> int:
+        """Atoms of the whole batch."""
+        return sum(item.n_atoms for item in self.items)
+
+    @property
     def cost(self) -> int:
         """Work of the whole batch in edges, atoms included."""
         return sum(item.cost for item in self.items)
+
+    @property
+    def work(self) -> float:
+        """The same in the unit that all keys share."""
+        return self.cost * self.price
+
+    @property
+    def fill(self) -> float:
+        """The part of the budget that is used, of edges or of atoms; above 1 for a structure over it."""
+        return max(self.n_edges / self.limit.edges, self.n_atoms / self.limit.atoms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,31 +137,65 @@ class Depth:
     edges: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Request:
     ticket: int
     key: Hashable
     deadline: float | None
+    flow: _Flow
+    priority: Priority
+    price: float
+    limit: BatchLimit
     expected: int
     virtual: float
     items: deque[Item] = field(default_factory=deque)
     queued_edges: int = 0
 
     @property
-    def remaining(self) -> int:
-        return self.expected + self.queued_edges
+    def work(self) -> float:
+        return (self.expected + self.queued_edges) * self.price
+
+    def urgency(self, now: float, ageing_seconds: float) -> int:
+        """The priority, higher for each time it has waited so long."""
+        waited = (now - self.items[0].arrival) / ageing_seconds
+        return min(Priority.HIGH, self.priority + max(0, int(min(waited, Priority.HIGH))))
+
+
+@dataclass(slots=True)
+class _Flow:
+    """One identity: its place among the others, and the virtual time of its own requests."""
+
+    identity: str
+    share: Share
+    virtual: float
+    inner: float = 0.0
+    n_open: int = 0
+    waiting: dict[int, _Request] = field(default_factory=dict)
+    backlog: dict[Priority, Backlog] = field(default_factory=lambda: {p: Backlog() for p in Priority})
 
 
 class Batcher:
     """The queue between requests and one engine. Times are seconds of any monotonic clock, passed in."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(
+        self, budget: Budget, *, share_of: Callable[[str], Share] = lambda identity: EQUAL_SHARE
+    ) -> None:
+        """An empty queue.
+
+        Args:
+            budget: of batches and of the queue.
+            share_of: what an identity may have; asked when it comes and when it comes again.
+        """
         self._budget = budget
+        self._limit = BatchLimit(edges=budget.batch_edges, atoms=budget.batch_atoms)
+        self._share_of = share_of
         self._requests: dict[int, _Request] = {}
+        self._flows: dict[str, _Flow] = {}
         self._next_ticket = 0
         self._virtual = 0.0
-        self._rate: float | None = None
-        self._running = 0
+        self._pace: float | None = None
+        self._running = 0.0
+        self._started = 0.0
         self._waiting = 0
         self._atoms = 0
         self._edges = 0
@@ -135,7 +216,18 @@ class Batcher:
         request = self._requests.get(ticket)
         return request.queued_edges if request else 0
 
-    def open(self, key: Hashable, *, now: float, expected_edges: int, deadline: float | None = None) -> int:
+    def open(
+        self,
+        key: Hashable,
+        *,
+        now: float,
+        expected_edges: int,
+        deadline: float | None = None,
+        identity: str = "",
+        priority: Priority = Priority.NORMAL,
+        price: float = 1.0,
+        limit: BatchLimit | None = None,
+    ) -> int:
         """Lets a request in and returns its ticket.
 
         Args:
@@ -143,29 +235,53 @@ class Batcher:
             now: the time.
             expected_edges: an estimate of the work it brings; it counts against the queue until it is added.
             deadline: when its caller gives up.
+            identity: of its caller, who shares the engine with the others; "" for all that are unknown.
+            priority: lowered to what the identity may have.
+            price: work per edge, in any unit that all keys share: turns are given by work, not by edges.
+            limit: of batches of this key; None is the budget's.
 
         Raises:
             QueueFull: there is no room for it now.
-            DeadlineUnreachable: the work ahead takes much longer than the caller would wait.
+            DeadlineUnreachable: the work ahead takes longer than the caller would wait.
         """
         if self.backlog and self.backlog + expected_edges > self._budget.queue_edges:
             raise QueueFull(
                 f"{self.backlog} edges wait and this request brings about {expected_edges} more; "
                 f"the limit is {self._budget.queue_edges}",
-                retry_after=self._retry_after(expected_edges),
+                retry_after=self._retry_after(expected_edges * price),
                 facts={"queue_edges": str(self.backlog), "max_queue_edges": str(self._budget.queue_edges)},
             )
-        if deadline is not None and (ahead := self._work_ahead(expected_edges)):
-            wait = self._seconds(ahead + expected_edges)
-            if wait > REFUSAL_MARGIN * (deadline - now):
+        share = self._share_of(identity)
+        priority = min(priority, share.highest)
+        if deadline is not None:
+            work = expected_edges * price
+            ahead = self._work_ahead(now, work, identity, share, priority)
+            seconds = self._seconds(ahead + work)
+            if ahead and seconds > deadline - now:
                 raise DeadlineUnreachable(
-                    f"the work ahead takes about {wait:.2g} s, the deadline is in {deadline - now:.2g} s",
+                    f"the work ahead takes about {seconds:.2g} s, the deadline is in {deadline - now:.2g} s",
                     retry_after=self._retry_after(ahead),
-                    facts={"expected_seconds": f"{wait:.3f}"},
+                    facts={"expected_seconds": f"{seconds:.3f}"},
                 )
+        flow = self._flows.get(identity)
+        if flow is None:
+            flow = self._flows[identity] = _Flow(identity, share, self._virtual)
+        flow.share = share
+        flow.n_open += 1
         ticket = self._next_ticket
         self._next_ticket += 1
-        self._requests[ticket] = _Request(ticket, key, deadline, expected_edges, self._virtual)
+        request = self._requests[ticket] = _Request(
+            ticket=ticket,
+            key=key,
+            deadline=deadline,
+            flow=flow,
+            priority=priority,
+            price=price,
+            limit=limit or self._limit,
+            expected=expected_edges,
+            virtual=flow.inner,
+        )
+        flow.backlog[priority].add(request.work)
         self._expected += expected_edges
         return ticket
 
@@ -183,90 +299,195 @@ class Batcher:
         request = self._requests.get(ticket)
         if request is None:
             return
-        if not request.items:
-            request.virtual = max(request.virtual, self._virtual)
-        was_waiting = bool(request.items)
+        flow, before, was_waiting = request.flow, request.work, bool(request.items)
         for index, n_atoms, n_edges in items:
             request.items.append(Item(ticket, index, n_atoms, n_edges, now))
             request.queued_edges += n_edges
             self._edges += n_edges
             self._atoms += n_atoms
-        self._waiting += bool(request.items) - was_waiting
         self._expected += expected_edges - request.expected
         request.expected = expected_edges
+        self._reckon(request, before)
+        if request.items and not was_waiting:
+            # Whoever had nothing to compute has saved up no turns.
+            request.virtual = max(request.virtual, flow.inner)
+            if not flow.waiting:
+                flow.virtual = max(flow.virtual, self._virtual)
+            flow.waiting[ticket] = request
+            self._waiting += 1
 
     def remove(self, ticket: int) -> None:
         """Forgets a request that is answered, cancelled or failed; what it had in the queue leaves it."""
         request = self._requests.pop(ticket, None)
         if request is None:
             return
-        self._waiting -= bool(request.items)
+        flow = request.flow
+        if flow.waiting.pop(ticket, None) is not None:
+            self._waiting -= 1
         self._expected -= request.expected
         self._edges -= request.queued_edges
         self._atoms -= sum(item.n_atoms for item in request.items)
+        flow.backlog[request.priority].remove(request.work)
+        flow.n_open -= 1
+        self._forget(flow)
 
     def expire(self, now: float) -> list[int]:
-        """Removes the requests whose deadline has passed, and returns their tickets."""
+        """Removes the requests that cannot be answered in time any more, and returns their tickets.
+
+        Those are the ones whose deadline comes before the next batch would be done: computing them is what
+        makes an overloaded server answer nobody in time.
+        """
+        waiting = sum(b.total for flow in self._flows.values() for b in flow.backlog.values())
         expired = [
             ticket
             for ticket, request in self._requests.items()
-            if request.deadline is not None and request.deadline <= now
+            if request.deadline is not None and request.deadline <= now + self._at_least(request, waiting)
         ]
         for ticket in expired:
             self.remove(ticket)
         return expired
 
-    def next_batch(self) -> Batch | None:
+    def next_batch(self, now: float) -> Batch | None:
         """Takes the next batch out of the queue; None if nothing waits. The engine must be idle."""
-        order = [(request.virtual, ticket) for ticket, request in self._requests.items() if request.items]
-        if not order:
+        flows = [flow for flow in self._flows.values() if flow.waiting]
+        line = _Line(flows, now, self._budget.ageing_seconds)
+        leader = request = line.first()
+        if leader is None:
             return None
-        n_waiting = len(order)
-        heapq.heapify(order)
-        key = self._requests[order[0][1]].key
+        limit = leader.limit
+        sharing = {flow.identity: len(flow.waiting) for flow in flows}
         edges = atoms = 0
         taken: list[Item] = []
-        while order and edges < self._budget.batch_edges and atoms < self._budget.batch_atoms:
-            request = self._requests[heapq.heappop(order)[1]]
+        while request is not None:
             item = request.items[0]
-            fits = (
-                edges + item.n_edges <= self._budget.batch_edges
-                and atoms + item.n_atoms <= self._budget.batch_atoms
-            )
+            fits = edges + item.n_edges <= limit.edges and atoms + item.n_atoms <= limit.atoms
             # The leader goes whatever its size: a large cell would wait for ever for a batch with room.
-            if request.key != key or (taken and not fits):
-                continue
-            request.items.popleft()
-            request.queued_edges -= item.n_edges
-            request.virtual += item.cost
-            edges += item.n_edges
-            atoms += item.n_atoms
-            taken.append(item)
-            if request.items:
-                heapq.heappush(order, (request.virtual, request.ticket))
-            else:
-                self._waiting -= 1
+            goes = request.key == leader.key and (fits or not taken)
+            if goes:
+                self._take(request, sharing[request.flow.identity])
+                edges += item.n_edges
+                atoms += item.n_atoms
+                taken.append(item)
+                if edges >= limit.edges or atoms >= limit.atoms:
+                    break
+            request = line.next_after(request, again=goes and bool(request.items))
         self._edges -= edges
         self._atoms -= atoms
-        self._virtual += (edges + atoms) / n_waiting
-        self._running = edges + atoms
-        return Batch(key, tuple(taken))
+        batch = Batch(leader.key, tuple(taken), limit, leader.price)
+        self._running = batch.work
+        self._started = now
+        self._virtual += batch.work / sum(flow.share.weight for flow in flows)
+        for flow in list(self._flows.values()):
+            self._forget(flow)
+        return batch
 
     def finished(self, batch: Batch, seconds: float) -> None:
         """Notes that the engine is idle again, and how long the batch took it."""
-        self._running = 0
-        if seconds > 0 and batch.cost >= FULL * self._budget.batch_edges:
-            rate = batch.cost / seconds
-            self._rate = rate if self._rate is None else self._rate + RATE_MEMORY * (rate - self._rate)
+        self._running = 0.0
+        if seconds <= 0 or not batch.work:
+            return
+        pace, full = seconds / batch.work, batch.cost >= FULL * batch.limit.edges
+        if self._pace is None:
+            self._pace = pace if full else None
+        elif full or pace < self._pace:
+            # A small batch that is quicker than full ones proves them quicker now: else a pace from a bad
+            # moment would refuse the very requests that could mend it.
+            self._pace += RATE_MEMORY * (pace - self._pace)
 
-    def _work_ahead(self, expected_edges: int) -> int:
-        # In turns, each request ahead is served about as much as this one before this one is done.
-        return self._running + sum(
-            min(request.remaining, expected_edges) for request in self._requests.values()
-        )
+    def expected_wait(
+        self, *, now: float, expected_edges: int, identity: str, priority: Priority, price: float
+    ) -> float:
+        """Seconds until a request that came now would be computed; 0 while the engine's speed is unknown."""
+        share = self._share_of(identity)
+        priority = min(priority, share.highest)
+        return self._seconds(self._work_ahead(now, expected_edges * price, identity, share, priority))
 
-    def _retry_after(self, edges: int) -> float:
-        return max(SHORTEST_RETRY, self._seconds(edges)) if self._rate else FIRST_RETRY
+    def _work_ahead(self, now: float, work: float, identity: str, share: Share, priority: Priority) -> float:
+        """What is computed before a new request of so much work is done, if nothing comes after it."""
+        same = self._flows.get(identity)
+        ahead = same.backlog[priority].ahead_of(work) if same else 0.0
+        # In turns, others are served as much as this identity, by weight, before this request is done.
+        own = ahead + work
+        for flow in self._flows.values():
+            ahead += sum(flow.backlog[higher].total for higher in Priority if higher > priority)
+            if flow is not same:
+                ahead += min(flow.backlog[priority].total, own * flow.share.weight / share.weight)
+        elapsed = (now - self._started) / self._pace if self._pace else 0.0
+        return ahead + max(0.0, self._running - elapsed)
 
-    def _seconds(self, edges: int) -> float:
-        return edges / self._rate if self._rate else 0.0
+    def _at_least(self, request: _Request, waiting: float) -> float:
+        """Seconds that the next batch takes; 0 if this request is alone: then nothing is lost by trying."""
+        if not request.items or waiting <= request.work:
+            return 0.0
+        return self._seconds(min(waiting, request.limit.edges * request.price))
+
+    def _take(self, request: _Request, sharing: int) -> None:
+        """Charges a request's first item to it and to its identity, of whose requests so many take turns."""
+        before, flow = request.work, request.flow
+        item = request.items.popleft()
+        request.queued_edges -= item.n_edges
+        self._reckon(request, before)
+        work = item.cost * request.price
+        request.virtual += work
+        flow.virtual += work / flow.share.weight
+        flow.inner += work / sharing
+        if not request.items:
+            del flow.waiting[request.ticket]
+            self._waiting -= 1
+
+    def _reckon(self, request: _Request, before: float) -> None:
+        backlog = request.flow.backlog[request.priority]
+        backlog.remove(before)
+        backlog.add(request.work)
+
+    def _forget(self, flow: _Flow) -> None:
+        # One that was served ahead of the others is remembered until they have caught up.
+        if not flow.n_open and flow.virtual <= self._virtual:
+            self._flows.pop(flow.identity, None)
+
+    def _retry_after(self, work: float) -> float:
+        return max(SHORTEST_RETRY, self._seconds(work)) if self._pace else FIRST_RETRY
+
+    def _seconds(self, work: float) -> float:
+        return work * self._pace if self._pace else 0.0
+
+
+class _Line:
+    """The waiting requests in the order of their turns: by urgency, then identity, then request."""
+
+    def __init__(self, flows: Iterable[_Flow], now: float, ageing_seconds: float) -> None:
+        self._levels: defaultdict[int, dict[str, _Flow]] = defaultdict(dict)
+        self._requests: defaultdict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
+        for flow in flows:
+            for ticket, request in flow.waiting.items():
+                level = request.urgency(now, ageing_seconds)
+                self._levels[level][flow.identity] = flow
+                self._requests[level, flow.identity].append((request.virtual, ticket))
+        self._level = 0
+        self._turns: list[tuple[float, int, str]] = []
+
+    def first(self) -> _Request | None:
+        """Whose turn it is; None if nobody waits."""
+        while not self._turns:
+            if not self._levels:
+                return None
+            self._level = max(self._levels)
+            self._flows = self._levels.pop(self._level)
+            for identity, flow in self._flows.items():
+                heapq.heapify(self._requests[self._level, identity])
+                self._queue_up(flow)
+        _, ticket, identity = heapq.heappop(self._turns)
+        heapq.heappop(self._requests[self._level, identity])
+        return self._flows[identity].waiting[ticket]
+
+    def next_after(self, request: _Request, *, again: bool) -> _Request | None:
+        """Whose turn it is once this one has had its own; with `again` it queues up once more."""
+        flow = request.flow
+        if again:
+            heapq.heappush(self._requests[self._level, flow.identity], (request.virtual, request.ticket))
+        self._queue_up(flow)
+        return self.first()
+
+    def _queue_up(self, flow: _Flow) -> None:
+        if requests := self._requests[self._level, flow.identity]:
+            heapq.heappush(self._turns, (flow.virtual, requests[0][1], flow.identity))
