@@ -142,6 +142,21 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._model()])
 
+    def Explain(self, request: pb.PredictRequest, context: Any) -> pb.ExplainResponse:
+        n_atoms = request.structures.n_atoms
+        return pb.ExplainResponse(
+            n_edges=[2 * count for count in n_atoms],
+            total_atoms=sum(n_atoms),
+            total_edges=2 * sum(n_atoms),
+            n_batches=1,
+            memory_bytes=1000 * sum(n_atoms),
+            prepare_seconds=0.01,
+            queue_seconds=0.25,
+            compute_seconds=0.5,
+            total_seconds=0.76,
+            priority=request.priority,
+        )
+
     def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.Model:
         self.model_calls += 1
         self._find(request.model, context)

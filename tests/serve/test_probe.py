@@ -61,6 +61,9 @@ class Liar(potential_pb2_grpc.PotentialServiceServicer):
     def GetModel(self, request: pb.GetModelRequest, context: object) -> pb.Model:
         return self._stub.GetModel(request)
 
+    def Explain(self, request: pb.PredictRequest, context: object) -> pb.ExplainResponse:
+        return self._stub.Explain(request)
+
     def Predict(self, request: pb.PredictRequest, context: object) -> pb.PredictResponse:
         reply = self._stub.Predict(request)
         numbers = np.frombuffer(getattr(reply, self._spoil), dtype="<f8").copy()

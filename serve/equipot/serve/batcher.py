@@ -13,13 +13,12 @@ that nothing starves.
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from equipot.serve.errors import DeadlineUnreachable, QueueFull
-from equipot.serve.shares import EQUAL_SHARE, Backlog, Priority, Share
+from equipot.serve.shares import EQUAL_SHARE, Priority, Share
+from equipot.serve.turns import BatchLimit, Flow, Item, Line, Request
 
 RATE_MEMORY = 0.2
 """Weight of the newest batch in the running mean of the engine's speed."""
@@ -49,41 +48,6 @@ class Budget:
     batch_atoms: int
     queue_edges: int
     ageing_seconds: float = 10.0
-
-
-class BatchLimit:
-    """What one model's batches may hold; smaller after one of them ran out of memory.
-
-    Attributes:
-        edges: most edges in one batch.
-        atoms: most atoms in one batch.
-    """
-
-    def __init__(self, *, edges: int, atoms: int) -> None:
-        self.edges = edges
-        self.atoms = atoms
-
-    def ran_out_of_memory(self, *, edges: int, atoms: int) -> None:
-        """A batch of this size did not fit: from now on half of it is the most."""
-        if edges:
-            self.edges = min(self.edges, max(1, edges // 2))
-        self.atoms = min(self.atoms, max(1, atoms // 2))
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One structure that waits: its request, its index there, its size, and when it came (s)."""
-
-    ticket: int
-    index: int
-    n_atoms: int
-    n_edges: int
-    arrival: float
-
-    @property
-    def cost(self) -> int:
-        """Work in edges; atoms count too, so that isolated ones are not free."""
-        return self.n_edges + self.n_atoms
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,63 +101,31 @@ class Depth:
     edges: int
 
 
-@dataclass(slots=True, kw_only=True)
-class _Request:
-    ticket: int
-    key: Hashable
-    deadline: float | None
-    flow: _Flow
-    priority: Priority
-    price: float
-    limit: BatchLimit
-    expected: int
-    virtual: float
-    items: deque[Item] = field(default_factory=deque)
-    queued_edges: int = 0
-
-    @property
-    def work(self) -> float:
-        return (self.expected + self.queued_edges) * self.price
-
-    def urgency(self, now: float, ageing_seconds: float) -> int:
-        """The priority, higher for each time it has waited so long."""
-        waited = (now - self.items[0].arrival) / ageing_seconds
-        return min(Priority.HIGH, self.priority + max(0, int(min(waited, Priority.HIGH))))
-
-
-@dataclass(slots=True)
-class _Flow:
-    """One identity: its place among the others, and the virtual time of its own requests."""
-
-    identity: str
-    share: Share
-    virtual: float
-    inner: float = 0.0
-    n_open: int = 0
-    waiting: dict[int, _Request] = field(default_factory=dict)
-    backlog: dict[Priority, Backlog] = field(default_factory=lambda: {p: Backlog() for p in Priority})
-
-
 class Batcher:
     """The queue between requests and one engine. Times are seconds of any monotonic clock, passed in."""
 
     def __init__(
-        self, budget: Budget, *, share_of: Callable[[str], Share] = lambda identity: EQUAL_SHARE
+        self,
+        budget: Budget,
+        *,
+        share_of: Callable[[str], Share] = lambda identity: EQUAL_SHARE,
+        pace: float | None = None,
     ) -> None:
         """An empty queue.
 
         Args:
             budget: of batches and of the queue.
-            share_of: what an identity may have; asked when it comes and when it comes again.
+            share_of: what an identity may have; asked whenever one of its requests comes.
+            pace: seconds for a unit of work (an edge times its price) until batches tell; None is unknown.
         """
         self._budget = budget
         self._limit = BatchLimit(edges=budget.batch_edges, atoms=budget.batch_atoms)
         self._share_of = share_of
-        self._requests: dict[int, _Request] = {}
-        self._flows: dict[str, _Flow] = {}
+        self._requests: dict[int, Request] = {}
+        self._flows: dict[str, Flow] = {}
         self._next_ticket = 0
         self._virtual = 0.0
-        self._pace: float | None = None
+        self._pace = pace
         self._running = 0.0
         self._started = 0.0
         self._waiting = 0
@@ -244,33 +176,23 @@ class Batcher:
             QueueFull: there is no room for it now.
             DeadlineUnreachable: the work ahead takes longer than the caller would wait.
         """
-        if self.backlog and self.backlog + expected_edges > self._budget.queue_edges:
-            raise QueueFull(
-                f"{self.backlog} edges wait and this request brings about {expected_edges} more; "
-                f"the limit is {self._budget.queue_edges}",
-                retry_after=self._retry_after(expected_edges * price),
-                facts={"queue_edges": str(self.backlog), "max_queue_edges": str(self._budget.queue_edges)},
-            )
-        share = self._share_of(identity)
-        priority = min(priority, share.highest)
-        if deadline is not None:
-            work = expected_edges * price
-            ahead = self._work_ahead(now, work, identity, share, priority)
-            seconds = self._seconds(ahead + work)
-            if ahead and seconds > deadline - now:
-                raise DeadlineUnreachable(
-                    f"the work ahead takes about {seconds:.2g} s, the deadline is in {deadline - now:.2g} s",
-                    retry_after=self._retry_after(ahead),
-                    facts={"expected_seconds": f"{seconds:.3f}"},
-                )
+        share, priority = self._share(identity, priority)
+        self.check(
+            now=now,
+            expected_edges=expected_edges,
+            deadline=deadline,
+            identity=identity,
+            priority=priority,
+            price=price,
+        )
         flow = self._flows.get(identity)
         if flow is None:
-            flow = self._flows[identity] = _Flow(identity, share, self._virtual)
+            flow = self._flows[identity] = Flow(identity, share, self._virtual)
         flow.share = share
         flow.n_open += 1
         ticket = self._next_ticket
         self._next_ticket += 1
-        request = self._requests[ticket] = _Request(
+        request = self._requests[ticket] = Request(
             ticket=ticket,
             key=key,
             deadline=deadline,
@@ -284,6 +206,43 @@ class Batcher:
         flow.backlog[priority].add(request.work)
         self._expected += expected_edges
         return ticket
+
+    def check(
+        self,
+        *,
+        now: float,
+        expected_edges: int,
+        deadline: float | None,
+        identity: str,
+        priority: Priority,
+        price: float,
+    ) -> float:
+        """Seconds until such a request would be computed, as far as the work ahead tells; it is not let in.
+
+        Args:
+            now, expected_edges, deadline, identity, priority, price: as for `open`.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: as `open` would.
+        """
+        share, priority = self._share(identity, priority)
+        if self.backlog and self.backlog + expected_edges > self._budget.queue_edges:
+            raise QueueFull(
+                f"{self.backlog} edges wait and this request brings about {expected_edges} more; "
+                f"the limit is {self._budget.queue_edges}",
+                retry_after=self._retry_after(expected_edges * price),
+                facts={"queue_edges": str(self.backlog), "max_queue_edges": str(self._budget.queue_edges)},
+            )
+        work = expected_edges * price
+        ahead = self._work_ahead(now, work, identity, share, priority)
+        seconds = self._seconds(ahead + work)
+        if ahead and deadline is not None and seconds > deadline - now:
+            raise DeadlineUnreachable(
+                f"the work ahead takes about {seconds:.2g} s, the deadline is in {deadline - now:.2g} s",
+                retry_after=self._retry_after(ahead),
+                facts={"expected_seconds": f"{seconds:.3f}"},
+            )
+        return self._seconds(ahead)
 
     def add(
         self, ticket: int, items: Iterable[tuple[int, int, int]], *, now: float, expected_edges: int
@@ -350,7 +309,7 @@ class Batcher:
     def next_batch(self, now: float) -> Batch | None:
         """Takes the next batch out of the queue; None if nothing waits. The engine must be idle."""
         flows = [flow for flow in self._flows.values() if flow.waiting]
-        line = _Line(flows, now, self._budget.ageing_seconds)
+        line = Line(flows, now, self._budget.ageing_seconds)
         leader = request = line.first()
         if leader is None:
             return None
@@ -394,13 +353,13 @@ class Batcher:
             # moment would refuse the very requests that could mend it.
             self._pace += RATE_MEMORY * (pace - self._pace)
 
-    def expected_wait(
-        self, *, now: float, expected_edges: int, identity: str, priority: Priority, price: float
-    ) -> float:
-        """Seconds until a request that came now would be computed; 0 while the engine's speed is unknown."""
+    def highest(self, identity: str) -> Priority:
+        """The most urgent that a request of this identity can be."""
+        return self._share_of(identity).highest
+
+    def _share(self, identity: str, priority: Priority) -> tuple[Share, Priority]:
         share = self._share_of(identity)
-        priority = min(priority, share.highest)
-        return self._seconds(self._work_ahead(now, expected_edges * price, identity, share, priority))
+        return share, min(priority, share.highest)
 
     def _work_ahead(self, now: float, work: float, identity: str, share: Share, priority: Priority) -> float:
         """What is computed before a new request of so much work is done, if nothing comes after it."""
@@ -415,13 +374,13 @@ class Batcher:
         elapsed = (now - self._started) / self._pace if self._pace else 0.0
         return ahead + max(0.0, self._running - elapsed)
 
-    def _at_least(self, request: _Request, waiting: float) -> float:
+    def _at_least(self, request: Request, waiting: float) -> float:
         """Seconds that the next batch takes; 0 if this request is alone: then nothing is lost by trying."""
         if not request.items or waiting <= request.work:
             return 0.0
         return self._seconds(min(waiting, request.limit.edges * request.price))
 
-    def _take(self, request: _Request, sharing: int) -> None:
+    def _take(self, request: Request, sharing: int) -> None:
         """Charges a request's first item to it and to its identity, of whose requests so many take turns."""
         before, flow = request.work, request.flow
         item = request.items.popleft()
@@ -435,12 +394,12 @@ class Batcher:
             del flow.waiting[request.ticket]
             self._waiting -= 1
 
-    def _reckon(self, request: _Request, before: float) -> None:
+    def _reckon(self, request: Request, before: float) -> None:
         backlog = request.flow.backlog[request.priority]
         backlog.remove(before)
         backlog.add(request.work)
 
-    def _forget(self, flow: _Flow) -> None:
+    def _forget(self, flow: Flow) -> None:
         # One that was served ahead of the others is remembered until they have caught up.
         if not flow.n_open and flow.virtual <= self._virtual:
             self._flows.pop(flow.identity, None)
@@ -450,44 +409,3 @@ class Batcher:
 
     def _seconds(self, work: float) -> float:
         return work * self._pace if self._pace else 0.0
-
-
-class _Line:
-    """The waiting requests in the order of their turns: by urgency, then identity, then request."""
-
-    def __init__(self, flows: Iterable[_Flow], now: float, ageing_seconds: float) -> None:
-        self._levels: defaultdict[int, dict[str, _Flow]] = defaultdict(dict)
-        self._requests: defaultdict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
-        for flow in flows:
-            for ticket, request in flow.waiting.items():
-                level = request.urgency(now, ageing_seconds)
-                self._levels[level][flow.identity] = flow
-                self._requests[level, flow.identity].append((request.virtual, ticket))
-        self._level = 0
-        self._turns: list[tuple[float, int, str]] = []
-
-    def first(self) -> _Request | None:
-        """Whose turn it is; None if nobody waits."""
-        while not self._turns:
-            if not self._levels:
-                return None
-            self._level = max(self._levels)
-            self._flows = self._levels.pop(self._level)
-            for identity, flow in self._flows.items():
-                heapq.heapify(self._requests[self._level, identity])
-                self._queue_up(flow)
-        _, ticket, identity = heapq.heappop(self._turns)
-        heapq.heappop(self._requests[self._level, identity])
-        return self._flows[identity].waiting[ticket]
-
-    def next_after(self, request: _Request, *, again: bool) -> _Request | None:
-        """Whose turn it is once this one has had its own; with `again` it queues up once more."""
-        flow = request.flow
-        if again:
-            heapq.heappush(self._requests[self._level, flow.identity], (request.virtual, request.ticket))
-        self._queue_up(flow)
-        return self.first()
-
-    def _queue_up(self, flow: _Flow) -> None:
-        if requests := self._requests[self._level, flow.identity]:
-            heapq.heappush(self._turns, (flow.virtual, requests[0][1], flow.identity))

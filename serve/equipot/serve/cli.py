@@ -39,6 +39,15 @@ class LogStyle(StrEnum):
     JSON = "json"
 
 
+def _edges_or_auto(word: str) -> int | None:
+    if word == "auto":
+        return None
+    try:
+        return int(word)
+    except ValueError:
+        raise typer.BadParameter(f"{word!r} is neither a number nor auto") from None
+
+
 @app.command()
 def serve(
     bundles: Annotated[
@@ -75,7 +84,12 @@ def serve(
         int, typer.Option(help="Most atoms in one request.")
     ] = DEFAULT_LIMITS.request_atoms,
     max_batch_edges: Annotated[
-        int | None, typer.Option(help="Most edges computed together; by default what suits the device.")
+        int | None,
+        typer.Option(
+            parser=_edges_or_auto,
+            metavar="INTEGER|auto",
+            help="Most edges computed together; auto measures at start what suits model, machine and memory.",
+        ),
     ] = None,
     max_queue_edges: Annotated[
         int, typer.Option(help="Edges that may wait before requests are refused.")
@@ -158,6 +172,7 @@ def serve(
             batch_atoms=BATCH_ATOMS,
             queue_edges=max_queue_edges,
         ),
+        calibrate=max_batch_edges is None,
         limits=RequestLimits(
             structure_atoms=max_atoms,
             structure_edges=max_edges,

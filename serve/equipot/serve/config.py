@@ -77,6 +77,8 @@ class ServeConfig:
         linger_seconds: how long before that new calls are still taken, while health already says NOT_SERVING:
             so long callers and load balancers may take to look elsewhere.
         budget: of the batcher.
+        calibrate: whether each model's batches are settled by measuring it when it is loaded; the budget's
+            numbers then hold only where that cannot be done.
         limits: of requests.
         tls_cert: PEM file of the server's certificate and those that lead to its CA; None serves plaintext.
         tls_key: PEM file of its private key.
@@ -110,6 +112,7 @@ class ServeConfig:
     drain_seconds: float = 30.0
     linger_seconds: float = 0.0
     budget: Budget = CPU_BUDGET
+    calibrate: bool = False
     limits: RequestLimits = DEFAULT_LIMITS
     tls_cert: Path | None = None
     tls_key: Path | None = None

@@ -11,11 +11,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from equipot.model.batch import Graph
-from equipot.serve.batcher import RATE_MEMORY, Batch, Batcher, Budget
+from equipot.serve.batcher import Batch, Batcher, Budget
 from equipot.serve.engine import Result
-from equipot.serve.errors import CallError, DeadlinePassed, Fault
+from equipot.serve.errors import CallError, DeadlinePassed, DeadlineUnreachable, Fault, QueueFull
+from equipot.serve.explain import Estimate, Prepared, estimate, look_at
 from equipot.serve.job import Answer, Job, Key, Work
 from equipot.serve.metrics import OK, Metrics
+from equipot.serve.pace import Size
+from equipot.serve.shares import EQUAL_SHARE, Share
+from equipot.wire.v1.codec import Failure
 
 INLINE_ATOMS = 128
 """A request with no more atoms is prepared in the event loop: the hop to a thread would cost as much."""
@@ -45,10 +49,24 @@ logger = logging.getLogger(__name__)
 class Dispatcher:
     """Answers requests with one engine thread. Its methods are called in the event loop that made it."""
 
-    def __init__(self, budget: Budget, metrics: Metrics, *, in_compute_thread: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        metrics: Metrics,
+        *,
+        in_compute_thread: Callable[[], None],
+        share_of: Callable[[str], Share] = lambda identity: EQUAL_SHARE,
+    ) -> None:
+        """An idle one.
+
+        Args:
+            budget: of batches and of the queue; a model's own capacity goes before it.
+            metrics: that are told what happens.
+            in_compute_thread: called once in the thread that computes.
+            share_of: what a client identity may have of the engine.
+        """
         self._loop = asyncio.get_running_loop()
-        self._budget = budget
-        self._batcher = Batcher(budget)
+        self._batcher = Batcher(budget, share_of=share_of, pace=1.0)  # prices are in seconds
         self._metrics = metrics
         metrics.watch_queue(lambda: self._batcher.depth)
         self._jobs: dict[int, Job] = {}
@@ -56,7 +74,6 @@ class Dispatcher:
         self._together = -ALONE_SECONDS
         self._calls = 0
         self._last_left = -math.inf
-        self._pace: dict[str, float] = {}
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._compute = ThreadPoolExecutor(1, "equipot-compute", initializer=in_compute_thread)
@@ -77,8 +94,16 @@ class Dispatcher:
             NotReady: the server stopped before it was answered.
         """
         now = time.monotonic()
+        capacity = work.key.model.capacity
         ticket = self._batcher.open(
-            work.key, now=now, expected_edges=_expected_edges(work), deadline=work.deadline
+            work.key,
+            now=now,
+            expected_edges=_expected_edges(work),
+            deadline=work.deadline,
+            identity=work.call.identity,
+            priority=work.priority,
+            price=capacity.price,
+            limit=capacity.limit,
         )
         job = self._jobs[ticket] = Job(work)
         self._quiet.clear()
@@ -94,6 +119,47 @@ class Dispatcher:
             if not self._jobs:
                 self._quiet.set()
         return job.result()
+
+    async def explain(self, work: Work) -> Estimate:
+        """What a request would cost; its structures are prepared and nothing is computed."""
+        seen: list[Size | Failure] = []
+        spent: list[float] = []
+        if work.effort <= INLINE_ATOMS:
+            prepared, seconds = _timed_prepare(work, 0, len(work.structures))
+            seen += look_at(0, prepared)
+            spent.append(seconds)
+        else:
+            for start, stop in work.chunks(CHUNK_ATOMS):
+                prepared, seconds = await self._loop.run_in_executor(
+                    self._prepare, _timed_prepare, work, start, stop
+                )
+                seen += look_at(start, prepared)
+                spent.append(seconds)
+        sizes = [one if isinstance(one, Size) else None for one in seen]
+        refusal, wait = "", 0.0
+        try:
+            wait = self._batcher.check(
+                now=time.monotonic(),
+                expected_edges=sum(size.edges for size in sizes if size),
+                deadline=work.deadline,
+                identity=work.call.identity,
+                priority=work.priority,
+                price=work.key.model.capacity.price,
+            )
+        except (QueueFull, DeadlineUnreachable) as error:
+            refusal, wait = error.reason, error.retry_after or 0.0
+        return estimate(
+            work,
+            Prepared(
+                sizes=sizes,
+                failures=[one for one in seen if isinstance(one, Failure)],
+                first_seconds=spent[0] if spent else 0.0,
+                seconds=sum(spent),
+            ),
+            queue_seconds=wait,
+            priority=min(work.priority, self._batcher.highest(work.call.identity)),
+            refusal=refusal,
+        )
 
     def entered(self) -> None:
         """Notes a call as its handler begins.
@@ -126,11 +192,9 @@ class Dispatcher:
         self._compute.shutdown(wait=False, cancel_futures=True)
 
     async def _feed(self, ticket: int, job: Job) -> None:
+        limit = job.work.key.model.capacity.limit
         for start, stop in job.work.chunks(CHUNK_ATOMS):
-            while (
-                self._batcher.waiting_edges(ticket) > PREFETCH * self._budget.batch_edges
-                and not job.done.done()
-            ):
+            while self._batcher.waiting_edges(ticket) > PREFETCH * limit.edges and not job.done.done():
                 job.room.clear()
                 await job.room.wait()
             if job.done.done():
@@ -149,6 +213,7 @@ class Dispatcher:
         call.spent("prepare", now - seconds, now, structures=len(prepared))
         call.prepared(sum(graph.n_edges for graph in prepared if not isinstance(graph, Fault)))
         items = []
+        job.prepared(seconds)
         for index, graph in enumerate(prepared, start):
             if isinstance(graph, Fault):
                 self._metrics.structures.labels(model, graph.reason).inc()
@@ -167,8 +232,10 @@ class Dispatcher:
             return
         now = time.monotonic()
         for ticket in self._batcher.expire(now):
-            self._jobs[ticket].fail(DeadlinePassed("the deadline passed while the request waited"))
-        batch = self._batcher.next_batch()
+            self._jobs[ticket].fail(
+                DeadlinePassed("the request waited until it could not be answered in time")
+            )
+        batch = self._batcher.next_batch(now)
         if batch is None:
             return
         graphs = []
@@ -188,7 +255,7 @@ class Dispatcher:
         key = batch.key
         assert isinstance(key, Key)
         only_work = len(self._jobs) == 1 and self._batcher.backlog == 0
-        seconds = self._pace.get(key.model.name, math.inf) * batch.cost
+        seconds = key.model.capacity.seconds(_size(batch), forces=key.forces, stress=key.stress)
         quick = key.model.engine.at_once and seconds <= AT_ONCE_SECONDS
         return only_work and quick and now - self._together >= ALONE_SECONDS
 
@@ -225,10 +292,8 @@ class Dispatcher:
     ) -> None:
         self._computing = False
         self._batcher.finished(batch, seconds)
-        if not isinstance(results, CallError):
-            pace = seconds / max(batch.cost, 1)
-            before = self._pace.get(key.model.name, pace)
-            self._pace[key.model.name] = before + RATE_MEMORY * (pace - before)
+        if exhausted := key.model.engine.exhausted:
+            key.model.capacity.limit.ran_out_of_memory(atoms=exhausted[0], edges=exhausted[1])
         # First the next batch: the engine works while the answers are handed out.
         self._pump()
         if isinstance(results, CallError):
@@ -245,15 +310,19 @@ class Dispatcher:
             if job := self._jobs.get(item.ticket):
                 job.answer(item.index, result)
         # Once the answers have left: counting is not what callers wait for.
-        self._loop.call_soon(self._count, batch, key.model.name, results, started, seconds)
+        self._loop.call_soon(self._count, batch, key, results, started, seconds)
 
     def _count(
-        self, batch: Batch, model: str, results: list[Result | Fault], started: float, seconds: float
+        self, batch: Batch, key: Key, results: list[Result | Fault], started: float, seconds: float
     ) -> None:
+        if not any(isinstance(result, Fault) for result in results):
+            # What failed was computed again in parts, which says nothing of the next one.
+            capacity = key.model.capacity
+            capacity.learn(_size(batch), seconds, forces=key.forces, stress=key.stress)
         both = zip(batch.items, results, strict=True)
         answered = [item for item, result in both if isinstance(result, Result)]
         self._metrics.batch_done(
-            model,
+            key.model.name,
             outcomes=Counter(result.reason if isinstance(result, Fault) else OK for result in results),
             atoms=sum(item.n_atoms for item in answered),
             edges=sum(item.n_edges for item in answered),
@@ -268,6 +337,10 @@ def _note_phases(job: Job, batch: Batch, ticket: int, started: float, seconds: f
     job.work.call.spent("queue", arrival, started)
     n_structures = len(batch.items)
     job.work.call.spent("compute", started, started + seconds, edges=batch.n_edges, structures=n_structures)
+
+
+def _size(batch: Batch) -> Size:
+    return Size(len(batch.items), batch.n_atoms, batch.n_edges)
 
 
 def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Fault], float]:

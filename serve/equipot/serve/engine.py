@@ -63,7 +63,7 @@ class Engine(Protocol):
 
     @property
     def way(self) -> str:
-        """How it computes, for the operator."""
+        """How it computes, for people: "compiled on cpu", "tensor-parallel over 2 ranks on cuda"."""
 
     @property
     def at_once(self) -> bool:
@@ -76,6 +76,10 @@ class Engine(Protocol):
     @property
     def batch_invariant(self) -> bool:
         """Whether a structure gets the same bits whatever shares its batch."""
+
+    @property
+    def exhausted(self) -> tuple[int, int] | None:
+        """Atoms and edges of the smallest batch that ran out of memory, if one of several structures did."""
 
     def prepare(
         self, systems: Sequence[System], *, neighbors: SkinnedNeighbors | None = None
@@ -116,8 +120,10 @@ class LocalEngine:
         threads: int | None = None,
         deterministic: bool = False,
         text: str = "",
+        place: str | None = None,
     ) -> None:
         self.card = ModelCard.of_bundle(card, text)
+        self._place = place or device
         self.dtype = dtype
         self.at_once = True
         self._config = card.config
@@ -135,6 +141,7 @@ class LocalEngine:
         )
         self._threads = threads
         self._most_threads = threads or torch.get_num_threads()
+        self.exhausted: tuple[int, int] | None = None
 
     @classmethod
     def load(
@@ -187,14 +194,16 @@ class LocalEngine:
             threads=threads,
             deterministic=deterministic,
             text=(path / CARD_FILE).read_text(encoding="utf-8"),
+            place=device,
         )
         engine.warm_up()
         return engine
 
     @property
     def way(self) -> str:
-        """How it computes; see `FrozenPotential` and `Ranks`."""
-        return self._potential.way
+        """How it computes, see `FrozenPotential` and `Ranks`, and on what."""
+        ranks = f" over {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
+        return f"{self._potential.way}{ranks} on {self._place}"
 
     @property
     def tensor_parallel(self) -> int:
@@ -255,6 +264,9 @@ class LocalEngine:
             logger.warning("a batch of %d structures failed: %s", len(graphs), _first_line(error))
             if len(graphs) == 1:
                 return [_internal(graphs[0], error)]
+            if _is_out_of_memory(error):
+                size = sum(graph.n_atoms for graph in graphs), sum(graph.n_edges for graph in graphs)
+                self.exhausted = min(self.exhausted or size, size, key=sum)
         # Out of the except block: the traceback would keep the failed batch's memory alive.
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -285,6 +297,11 @@ class LocalEngine:
             results.append(not_finite(result, graph) or result)
             start = stop
         return results
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU torch raises a plain RuntimeError from its allocator.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def use_threads(count: int | None) -> None:

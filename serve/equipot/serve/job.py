@@ -13,6 +13,8 @@ from equipot.serve.call import Call
 from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, Fault
 from equipot.serve.models import ServedModel
+from equipot.serve.pace import Size
+from equipot.serve.shares import Priority
 from equipot.wire.v1.codec import Failure, FailureReason, PredictionArrays, StructureArrays
 
 LEAST_EFFORT = 32
@@ -38,6 +40,7 @@ class Work:
         level: index of the level of theory.
         deadline: by `time.monotonic`; None if the caller waits for ever.
         call: that it came with: who asks, and what it may ask for.
+        priority: as asked for; the batcher lowers it to what the identity may have.
         offsets: S+1 places where each structure's atoms begin, and where the last one's end.
     """
 
@@ -46,10 +49,16 @@ class Work:
     level: int
     deadline: float | None
     call: Call = field(default_factory=Call)
+    priority: Priority = Priority.NORMAL
     offsets: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", self.structures.offsets.tolist())
+
+    @property
+    def size(self) -> Size:
+        """Structures and atoms; its edges are not known."""
+        return Size(len(self.structures), self.offsets[-1], 0)
 
     @property
     def effort(self) -> int:
@@ -88,9 +97,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """Predictions for one request, and the seconds that it waited (the longest) and was computed."""
+    """Predictions for one request; seconds that it was prepared, waited (the longest) and was computed."""
 
     predictions: PredictionArrays
+    prepare_seconds: float
     queue_seconds: float
     compute_seconds: float
 
@@ -115,6 +125,7 @@ class Job:
         self._forces = np.full(work.structures.positions.shape, np.nan) if work.key.forces else None
         self._stress = np.full((self._open, 3, 3), np.nan) if work.key.stress else None
         self._failures: list[Failure] = []
+        self._prepare_seconds = 0.0
         self._queue_seconds = 0.0
         self._compute_seconds = 0.0
         if not self._open:
@@ -137,6 +148,10 @@ class Job:
         if not self._open and not self.done.done():
             self.done.set_result(None)
 
+    def prepared(self, seconds: float) -> None:
+        """Notes how long some of its structures took to prepare."""
+        self._prepare_seconds += seconds
+
     def waited(self, seconds: float) -> None:
         """Notes how long one of its structures waited."""
         self._queue_seconds = max(self._queue_seconds, seconds)
@@ -157,7 +172,7 @@ class Job:
         """The whole answer, once `done`."""
         failures = tuple(sorted(self._failures, key=lambda failure: failure.index))
         predictions = PredictionArrays(self._energy, self._forces, self._stress, failures)
-        return Answer(predictions, self._queue_seconds, self._compute_seconds)
+        return Answer(predictions, self._prepare_seconds, self._queue_seconds, self._compute_seconds)
 
 
 def _effort(n_atoms: int) -> int:

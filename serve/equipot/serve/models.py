@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from equipot.serve.capacity import Capacity, measure
 from equipot.serve.card import ModelCard, listed
 from equipot.serve.config import RequestLimits, ServeConfig
 from equipot.serve.engine import Engine, LocalEngine
@@ -25,6 +26,7 @@ class ServedModel:
     Attributes:
         engine: computes.
         name: what callers ask for.
+        capacity: what its batches may hold, cost and take.
         version: in the repository it came from; empty if from none.
         users: requests that are under way with it.
         when_idle: called once after it is retired and its last request is done.
@@ -32,6 +34,7 @@ class ServedModel:
 
     engine: Engine
     name: str
+    capacity: Capacity
     version: str = ""
     users: int = field(default=0, init=False)
     when_idle: Callable[[], None] | None = field(default=None, init=False)
@@ -158,7 +161,8 @@ def load_bundle(path: Path, config: ServeConfig, *, name: str = "", version: str
         deterministic=config.deterministic,
         tensor_parallel=config.tensor_parallel,
     )
-    model = ServedModel(engine, name or engine.card.name, version)
+    capacity = measure(engine, config.budget, calibrate=config.calibrate, device=config.device)
+    model = ServedModel(engine, name or engine.card.name, capacity, version)
     tell_loaded(model, str(path), time.perf_counter() - started)
     return model
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from equipot.serve.errors import OverLimit, OverQuota
+from equipot.serve.shares import Priority, Share
 
 RETRY_BUSY = 0.25
 """Seconds after which one of an identity's own running requests may be done; nobody knows better."""
@@ -201,6 +202,11 @@ class Quotas:
     def allowance(self, identity: str) -> Allowance:
         """What an identity may ask for."""
         return self._allowances.of(identity)
+
+    def share_of(self, identity: str) -> Share:
+        """What an identity may have of the engine."""
+        allowance = self._allowances.of(identity)
+        return Share(weight=allowance.weight, highest=Priority[allowance.priority.upper()])
 
     def account(self, identity: str, *, now: float) -> Account:
         """An identity's account."""

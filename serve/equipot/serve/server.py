@@ -106,11 +106,14 @@ class GrpcServer:
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
         self._config = config
         self._gate = Gate()
-        self._dispatcher = Dispatcher(
-            config.budget, metrics, in_compute_thread=lambda: use_threads(config.threads)
-        )
         self._health = health.Health([SERVICE])
         self._trust = Trust(config, metrics, on_done=None)
+        self._dispatcher = Dispatcher(
+            config.budget,
+            metrics,
+            in_compute_thread=lambda: use_threads(config.threads),
+            share_of=self._trust.quotas.share_of,
+        )
         self._server = grpc.aio.server(interceptors=[self._trust.door], options=server_options(config))
         servicer = PotentialServicer(
             self._gate, self._dispatcher, metrics, config.limits, log_structures=config.log_structures

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import cast
 
 import grpc
 
 from equipot.serve.call import current_call
 from equipot.serve.config import RequestLimits
-from equipot.serve.dispatcher import Dispatcher
+from equipot.serve.dispatcher import CHUNK_ATOMS, Dispatcher
 from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit
 from equipot.serve.excerpt import excerpt
+from equipot.serve.explain import Estimate
 from equipot.serve.job import Answer, Key, Work
 from equipot.serve.metrics import NO_MODEL, OK, Metrics
 from equipot.serve.models import ServedModel
 from equipot.serve.registry import Registry
+from equipot.serve.shares import Priority
 from equipot.serve.status import Context, guarded
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1 import potential_pb2_grpc
-from equipot.wire.v1.codec import CodecError, StructureArrays, decode_structures, encode_predictions
+from equipot.wire.v1.codec import (
+    CodecError,
+    StructureArrays,
+    decode_structures,
+    encode_failures,
+    encode_predictions,
+)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PotentialService"].full_name
 
@@ -79,8 +88,7 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Energies, forces and stress of a batch."""
         started = time.perf_counter()
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
+        deadline = _deadline(context)
         label, outcome = NO_MODEL, "internal"
         call = current_call()
         self._metrics.in_flight.inc()
@@ -95,7 +103,9 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
                 answer = await self._dispatcher.predict(work)
             response = _response(work, answer)
             outcome = OK
-            self._metrics.request_seconds.labels(label).observe(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._metrics.request_seconds.labels(label).observe(seconds)
+            _note_rest(work, answer, seconds)
             return response
         except CallError as error:
             outcome = error.reason.lower()
@@ -109,6 +119,16 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
             call.outcome = outcome
             self._metrics.in_flight.dec()
             self._metrics.requests.labels(label, outcome).inc()
+
+    async def Explain(self, request: pb.PredictRequest, context: Context) -> pb.ExplainResponse:
+        """What Predict with this request would cost."""
+        started = time.perf_counter()
+        model = self._gate.registry().find(request.model, session=_session(request, context))
+        current_call().model = model.name
+        with model.in_use():
+            work = self._understand(request, model, _deadline(context))
+            estimate = await self._dispatcher.explain(work)
+        return _explained(work, estimate, time.perf_counter() - started)
 
     def _left(self, ctx: Context) -> None:
         self._dispatcher.left()
@@ -127,6 +147,7 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         """Registers the methods."""
         handlers = {
             "Predict": guarded(self.Predict, pb.PredictRequest),
+            "Explain": guarded(self.Explain, pb.PredictRequest),
             "ListModels": guarded(self.ListModels, pb.ListModelsRequest),
             "GetModel": guarded(self.GetModel, pb.GetModelRequest),
         }
@@ -153,7 +174,12 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         if self._log_structures:
             call.contents = excerpt(structures)
         return Work(
-            key=Key(model, forces, stress), structures=structures, level=level, deadline=deadline, call=call
+            key=Key(model, forces, stress),
+            structures=structures,
+            level=level,
+            deadline=deadline,
+            call=call,
+            priority=_priority(request),
         )
 
     def _structures(self, request: pb.PredictRequest) -> StructureArrays:
@@ -173,6 +199,19 @@ def _session(request: pb.PredictRequest | pb.GetModelRequest, context: Context) 
     return request.session or str(context.peer())
 
 
+def _deadline(context: Context) -> float | None:
+    """By `time.monotonic`."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def _note_rest(work: Work, answer: Answer, seconds: float) -> None:
+    """What a request took beside what is measured in parts; not of those whose parts overlap."""
+    rest = seconds - answer.prepare_seconds - answer.queue_seconds - answer.compute_seconds
+    if work.offsets[-1] <= CHUNK_ATOMS and rest > 0:
+        work.key.model.capacity.learn_around(work.size, rest)
+
+
 def _wanted(request: pb.PredictRequest) -> tuple[bool, bool]:
     """Whether forces and stress are asked for."""
     if not request.properties:
@@ -181,6 +220,14 @@ def _wanted(request: pb.PredictRequest) -> tuple[bool, bool]:
         if value == pb.PROPERTY_UNSPECIFIED or value not in pb.Property.values():
             raise InvalidRequest(f"{value} is no property this server knows", field="properties")
     return pb.PROPERTY_FORCES in request.properties, pb.PROPERTY_STRESS in request.properties
+
+
+def _priority(request: pb.PredictRequest) -> Priority:
+    if request.priority == pb.PRIORITY_UNSPECIFIED:
+        return Priority.NORMAL
+    if request.priority not in pb.Priority.values():
+        raise InvalidRequest(f"{request.priority} is no priority this server knows", field="priority")
+    return Priority(request.priority)
 
 
 def _within(count: int, limit: int, what: str) -> None:
@@ -199,3 +246,25 @@ def _response(work: Work, answer: Answer) -> pb.PredictResponse:
     )
     encode_predictions(answer.predictions, response)
     return response
+
+
+def _explained(work: Work, estimate: Estimate, seconds: float) -> pb.ExplainResponse:
+    prepared, model = estimate.prepared, work.key.model
+    sizes = [size for size in prepared.sizes if size]
+    return pb.ExplainResponse(
+        model=model.reference(work.level),
+        replica=model.engine.way,
+        n_edges=[size.edges if size else 0 for size in prepared.sizes],
+        total_atoms=sum(size.atoms for size in sizes),
+        total_edges=sum(size.edges for size in sizes),
+        n_batches=estimate.n_batches,
+        memory_bytes=estimate.memory_bytes,
+        prepare_seconds=prepared.seconds,
+        queue_seconds=estimate.queue_seconds,
+        compute_seconds=estimate.compute_seconds,
+        total_seconds=estimate.total_seconds,
+        priority=cast("pb.Priority.ValueType", int(estimate.priority)),
+        refusal=estimate.refusal,
+        failures=encode_failures(prepared.failures),
+        explain_seconds=seconds,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -239,7 +239,12 @@ def encode_predictions(arrays: PredictionArrays, response: pb.PredictResponse) -
     response.forces = b"" if arrays.forces is None else _to_bytes(arrays.forces, np.float64)
     response.stress = b"" if arrays.stress is None else _to_bytes(arrays.stress, np.float64)
     del response.failures[:]
-    response.failures.extend(
+    response.failures.extend(encode_failures(arrays.failures))
+
+
+def encode_failures(failures: Iterable[Failure]) -> list[pb.Failure]:
+    """The wire form of failures."""
+    return [
         pb.Failure(
             index=failure.index,
             reason=_REASON_TO_WIRE[failure.reason],
@@ -247,7 +252,21 @@ def encode_predictions(arrays: PredictionArrays, response: pb.PredictResponse) -
             message=failure.message,
             remedy=failure.remedy,
         )
-        for failure in arrays.failures
+        for failure in failures
+    ]
+
+
+def decode_failures(failures: Iterable[pb.Failure]) -> tuple[Failure, ...]:
+    """Failures as they came."""
+    return tuple(
+        Failure(
+            index=failure.index,
+            reason=_REASON_FROM_WIRE.get(failure.reason, FailureReason.UNSPECIFIED),
+            field=failure.field,
+            message=failure.message,
+            remedy=failure.remedy,
+        )
+        for failure in failures
     )
 
 
@@ -265,16 +284,7 @@ def decode_predictions(response: pb.PredictResponse, n_atoms: Sequence[int] | In
         stress=_from_bytes("stress", response.stress, np.float64, (n_structures, 3, 3))
         if response.stress
         else None,
-        failures=tuple(
-            Failure(
-                index=failure.index,
-                reason=_REASON_FROM_WIRE.get(failure.reason, FailureReason.UNSPECIFIED),
-                field=failure.field,
-                message=failure.message,
-                remedy=failure.remedy,
-            )
-            for failure in response.failures
-        ),
+        failures=decode_failures(response.failures),
     )
 
 

@@ -42,6 +42,32 @@ PROPERTY_FORCES: Property.ValueType  # 2
 PROPERTY_STRESS: Property.ValueType  # 3
 global___Property = Property
 
+class _Priority:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PriorityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """As NORMAL."""
+    PRIORITY_LOW: _Priority.ValueType  # 1
+    """For work that nobody waits for: it lets all others go first."""
+    PRIORITY_NORMAL: _Priority.ValueType  # 2
+    PRIORITY_HIGH: _Priority.ValueType  # 3
+    """For those whom the operator lets go first."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """How urgent a request is. What has waited for long counts as more urgent, so that nothing starves."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""As NORMAL."""
+PRIORITY_LOW: Priority.ValueType  # 1
+"""For work that nobody waits for: it lets all others go first."""
+PRIORITY_NORMAL: Priority.ValueType  # 2
+PRIORITY_HIGH: Priority.ValueType  # 3
+"""For those whom the operator lets go first."""
+global___Priority = Priority
+
 class _FailureReason:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -155,6 +181,7 @@ class PredictRequest(google.protobuf.message.Message):
     PROPERTIES_FIELD_NUMBER: builtins.int
     LEVEL_OF_THEORY_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """"name", "name@version", "name@label" or "name@sha256:<digest>", of which eight digits suffice; empty: the
     server's default model. A plain name means its label "stable" (and, for some sessions, "canary") where
@@ -167,6 +194,8 @@ class PredictRequest(google.protobuf.message.Message):
     version of a model, whatever share of sessions goes to its canary. Empty: the caller's identity, or where
     there is none its connection, takes its place.
     """
+    priority: global___Priority.ValueType
+    """The server lowers it to what the caller may have."""
     @property
     def structures(self) -> global___Structures: ...
     @property
@@ -181,9 +210,10 @@ class PredictRequest(google.protobuf.message.Message):
         properties: collections.abc.Iterable[global___Property.ValueType] | None = ...,
         level_of_theory: builtins.str = ...,
         session: builtins.str = ...,
+        priority: global___Priority.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["structures", b"structures"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["level_of_theory", b"level_of_theory", "model", b"model", "properties", b"properties", "session", b"session", "structures", b"structures"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["level_of_theory", b"level_of_theory", "model", b"model", "priority", b"priority", "properties", b"properties", "session", b"session", "structures", b"structures"]) -> None: ...
 
 global___PredictRequest = PredictRequest
 
@@ -318,6 +348,87 @@ class Timing(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["compute_seconds", b"compute_seconds", "queue_seconds", b"queue_seconds"]) -> None: ...
 
 global___Timing = Timing
+
+@typing.final
+class ExplainResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
+    N_EDGES_FIELD_NUMBER: builtins.int
+    TOTAL_ATOMS_FIELD_NUMBER: builtins.int
+    TOTAL_EDGES_FIELD_NUMBER: builtins.int
+    N_BATCHES_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    PREPARE_SECONDS_FIELD_NUMBER: builtins.int
+    QUEUE_SECONDS_FIELD_NUMBER: builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: builtins.int
+    TOTAL_SECONDS_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    REFUSAL_FIELD_NUMBER: builtins.int
+    FAILURES_FIELD_NUMBER: builtins.int
+    EXPLAIN_SECONDS_FIELD_NUMBER: builtins.int
+    replica: builtins.str
+    total_atoms: builtins.int
+    """Of the structures that would be computed."""
+    total_edges: builtins.int
+    n_batches: builtins.int
+    """Into how many batches it would be cut."""
+    memory_bytes: builtins.int
+    """Working memory of the largest of them at its peak; 0: not known."""
+    prepare_seconds: builtins.float
+    """Checks and neighbour lists."""
+    queue_seconds: builtins.float
+    """Until its first structure is computed, as far as the present queue tells."""
+    compute_seconds: builtins.float
+    """In the engine."""
+    total_seconds: builtins.float
+    """In the server, from the request's arrival to its answer."""
+    priority: global___Priority.ValueType
+    """What it would be treated as."""
+    refusal: builtins.str
+    """Why the whole request would be refused now, as ErrorInfo's reason: "QUEUE_FULL", "DEADLINE_UNREACHABLE";
+    empty: it would be let in.
+    """
+    explain_seconds: builtins.float
+    """What this very call took in the server. What its caller measures beyond it is the way there and back, which
+    Predict has, too.
+    """
+    @property
+    def model(self) -> global___ModelReference:
+        """What would compute it, and on what: "compiled on cpu", "2 ranks on cuda", …"""
+
+    @property
+    def n_edges(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Directed pairs within the cutoff of each structure; S entries, 0 for one that would fail."""
+
+    @property
+    def failures(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Failure]:
+        """The structures that would fail; some more may fail when they are computed."""
+
+    def __init__(
+        self,
+        *,
+        model: global___ModelReference | None = ...,
+        replica: builtins.str = ...,
+        n_edges: collections.abc.Iterable[builtins.int] | None = ...,
+        total_atoms: builtins.int = ...,
+        total_edges: builtins.int = ...,
+        n_batches: builtins.int = ...,
+        memory_bytes: builtins.int = ...,
+        prepare_seconds: builtins.float = ...,
+        queue_seconds: builtins.float = ...,
+        compute_seconds: builtins.float = ...,
+        total_seconds: builtins.float = ...,
+        priority: global___Priority.ValueType = ...,
+        refusal: builtins.str = ...,
+        failures: collections.abc.Iterable[global___Failure] | None = ...,
+        explain_seconds: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["compute_seconds", b"compute_seconds", "explain_seconds", b"explain_seconds", "failures", b"failures", "memory_bytes", b"memory_bytes", "model", b"model", "n_batches", b"n_batches", "n_edges", b"n_edges", "prepare_seconds", b"prepare_seconds", "priority", b"priority", "queue_seconds", b"queue_seconds", "refusal", b"refusal", "replica", b"replica", "total_atoms", b"total_atoms", "total_edges", b"total_edges", "total_seconds", b"total_seconds"]) -> None: ...
+
+global___ExplainResponse = ExplainResponse
 
 @typing.final
 class ListModelsRequest(google.protobuf.message.Message):

@@ -39,6 +39,11 @@ class PotentialServiceStub(object):
                 request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.PredictRequest.SerializeToString,
                 response_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.PredictResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/equipot.wire.v1.PotentialService/Explain',
+                request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.PredictRequest.SerializeToString,
+                response_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/equipot.wire.v1.PotentialService/ListModels',
                 request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.ListModelsRequest.SerializeToString,
@@ -67,6 +72,14 @@ class PotentialServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What Predict with the same request would cost now, without computing it: sizes, structures that would fail,
+        predicted seconds. Fails as Predict does, but never for want of room or time: `refusal` says that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """The models that this server serves, one entry for each version.
         """
@@ -88,6 +101,11 @@ def add_PotentialServiceServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.PredictRequest.FromString,
                     response_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.PredictResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.PredictRequest.FromString,
+                    response_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.ExplainResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -127,6 +145,33 @@ class PotentialService(object):
             '/equipot.wire.v1.PotentialService/Predict',
             equipot_dot_wire_dot_v1_dot_potential__pb2.PredictRequest.SerializeToString,
             equipot_dot_wire_dot_v1_dot_potential__pb2.PredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/equipot.wire.v1.PotentialService/Explain',
+            equipot_dot_wire_dot_v1_dot_potential__pb2.PredictRequest.SerializeToString,
+            equipot_dot_wire_dot_v1_dot_potential__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,6 +36,14 @@ class PotentialServiceStub:
       UNAVAILABLE         the server drains or starts (see RetryInfo); safe to retry
     """
 
+    Explain: grpc.UnaryUnaryMultiCallable[
+        equipot.wire.v1.potential_pb2.PredictRequest,
+        equipot.wire.v1.potential_pb2.ExplainResponse,
+    ]
+    """What Predict with the same request would cost now, without computing it: sizes, structures that would fail,
+    predicted seconds. Fails as Predict does, but never for want of room or time: `refusal` says that.
+    """
+
     ListModels: grpc.UnaryUnaryMultiCallable[
         equipot.wire.v1.potential_pb2.ListModelsRequest,
         equipot.wire.v1.potential_pb2.ListModelsResponse,
@@ -60,6 +68,14 @@ class PotentialServiceAsyncStub:
       RESOURCE_EXHAUSTED  the request is over a limit, or the queue is full (see RetryInfo)
       DEADLINE_EXCEEDED   the deadline passed before the answer was ready
       UNAVAILABLE         the server drains or starts (see RetryInfo); safe to retry
+    """
+
+    Explain: grpc.aio.UnaryUnaryMultiCallable[
+        equipot.wire.v1.potential_pb2.PredictRequest,
+        equipot.wire.v1.potential_pb2.ExplainResponse,
+    ]
+    """What Predict with the same request would cost now, without computing it: sizes, structures that would fail,
+    predicted seconds. Fails as Predict does, but never for want of room or time: `refusal` says that.
     """
 
     ListModels: grpc.aio.UnaryUnaryMultiCallable[
@@ -88,6 +104,16 @@ class PotentialServiceServicer(metaclass=abc.ABCMeta):
           RESOURCE_EXHAUSTED  the request is over a limit, or the queue is full (see RetryInfo)
           DEADLINE_EXCEEDED   the deadline passed before the answer was ready
           UNAVAILABLE         the server drains or starts (see RetryInfo); safe to retry
+        """
+
+    @abc.abstractmethod
+    def Explain(
+        self,
+        request: equipot.wire.v1.potential_pb2.PredictRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[equipot.wire.v1.potential_pb2.ExplainResponse, collections.abc.Awaitable[equipot.wire.v1.potential_pb2.ExplainResponse]]:
+        """What Predict with the same request would cost now, without computing it: sizes, structures that would fail,
+        predicted seconds. Fails as Predict does, but never for want of room or time: `refusal` says that.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,217 @@
+"""Who goes first and how long the others wait: identities, weights, priorities, age and deadlines."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.serve.test_batcher import BUDGET, indices, queue, take
+
+from equipot.serve.batcher import Batcher, Budget
+from equipot.serve.errors import DeadlineUnreachable
+from equipot.serve.shares import Backlog, Priority, Share
+
+ENDLESS = Budget(batch_edges=100, batch_atoms=40, queue_edges=10**9)
+SIZES = st.lists(st.integers(0, 90), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    sizes=st.tuples(SIZES, SIZES),
+    n_requests=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    n_batches=st.integers(1, 10),
+)
+def test_identities_share_by_weight_within_one_batch(
+    weights: tuple[int, int],
+    sizes: tuple[list[int], list[int]],
+    n_requests: tuple[int, int],
+    n_batches: int,
+) -> None:
+    shares = {name: Share(weight=weight) for name, weight in zip("xy", weights, strict=True)}
+    batcher = Batcher(Budget(batch_edges=100, batch_atoms=50, queue_edges=10**9), share_of=shares.__getitem__)
+    owners = {}
+    for name, edges, count in zip("xy", sizes, n_requests, strict=True):
+        for _ in range(count):
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity=name)
+            batcher.add(
+                ticket, [(i, 1, e) for i, e in enumerate(edges * 600)][:600], now=0.0, expected_edges=0
+            )
+            owners[ticket] = name
+    served = Counter[str]()
+    for _ in range(n_batches):
+        largest = max(map(max, sizes))
+        for item in take(batcher).items:
+            served[owners[item.ticket]] += item.cost
+        one_batch = 150 + largest + 1
+        gap = served["x"] / weights[0] - served["y"] / weights[1]
+        assert abs(gap) <= 2 * one_batch / min(weights)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    edges=st.integers(1, 300),
+    priority=st.sampled_from(Priority),
+    flood=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    seconds=st.floats(0.1, 2.0),
+)
+def test_nothing_starves_whatever_urgent_work_keeps_coming(
+    edges: int, priority: Priority, flood: list[int], seconds: float
+) -> None:
+    shares = {"x": Share(), "y": Share(highest=Priority.HIGH)}
+    budget = Budget(batch_edges=100, batch_atoms=10**6, queue_edges=10**9, ageing_seconds=5.0)
+    batcher = Batcher(budget, share_of=shares.__getitem__)
+    ticket = batcher.open("m", now=0.0, expected_edges=0, identity="x", priority=priority)
+    batcher.add(ticket, [(0, 1, edges)], now=0.0, expected_edges=0)
+    now = 0.0
+    while True:
+        for size in flood:
+            urgent = batcher.open("m", now=now, expected_edges=0, identity="y", priority=Priority.HIGH)
+            batcher.add(urgent, [(0, 1, size)], now=now, expected_edges=0)
+        if indices(take(batcher, seconds, now), ticket):
+            break
+        now += seconds
+    # Two ages at most until it is as urgent as anything, then a turn.
+    assert now <= 2 * budget.ageing_seconds + 2 * seconds
+
+
+class TestShares:
+    def test_the_urgent_go_first_and_nobody_is_more_urgent_than_allowed(self) -> None:
+        shares = {"x": Share(), "y": Share(highest=Priority.HIGH)}
+        batcher = Batcher(ENDLESS, share_of=shares.__getitem__)
+        asked = [("x", Priority.LOW), ("x", Priority.NORMAL), ("x", Priority.HIGH), ("y", Priority.HIGH)]
+        tickets = []
+        for identity, priority in asked:
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity=identity, priority=priority)
+            batcher.add(ticket, [(0, 1, 100)], now=0.0, expected_edges=0)
+            tickets.append(ticket)
+        order = [take(batcher).items[0].ticket for _ in asked]
+        assert order == [tickets[3], tickets[1], tickets[2], tickets[0]]
+
+    def test_many_requests_of_one_identity_get_no_more_than_one_of_another(self) -> None:
+        batcher = Batcher(ENDLESS)
+        for _ in range(50):
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity="many")
+            batcher.add(ticket, [(i, 1, 50) for i in range(20)], now=0.0, expected_edges=0)
+        one = batcher.open("m", now=0.0, expected_edges=0, identity="one")
+        batcher.add(one, [(i, 1, 50) for i in range(20)], now=0.0, expected_edges=0)
+        for _ in range(22):
+            take(batcher)
+        assert batcher.waiting_edges(one) == 0
+
+    def test_turns_are_given_by_work_and_not_by_edges(self) -> None:
+        batcher = Batcher(ENDLESS)
+        for key, price in (("light", 1.0), ("heavy", 9.0)):
+            ticket = batcher.open(key, now=0.0, expected_edges=0, identity=key, price=price)
+            batcher.add(ticket, [(i, 1, 100) for i in range(200)], now=0.0, expected_edges=0)
+        keys = Counter(take(batcher).key for _ in range(100))
+        assert 88 <= keys["light"] <= 92
+
+    def test_one_that_comes_back_has_saved_up_nothing_and_owes_what_it_took(self) -> None:
+        batcher = Batcher(ENDLESS)
+        served = Counter[str]()
+        owners = {}
+
+        def ask(identity: str, count: int) -> None:
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity=identity)
+            batcher.add(ticket, [(i, 1, 50) for i in range(count)], now=0.0, expected_edges=0)
+            owners[ticket] = identity
+
+        ask("steady", 400)
+        for _ in range(40):
+            take(batcher)
+        ask("new", 400)
+        for _ in range(20):
+            served.update(owners[item.ticket] for item in take(batcher).items)
+        assert abs(served["steady"] - served["new"]) <= 4
+
+    def test_identities_that_left_are_forgotten(self) -> None:
+        batcher = Batcher(ENDLESS)
+        for number in range(1_000):
+            ticket = batcher.open("m", now=0.0, expected_edges=0, identity=str(number))
+            batcher.add(ticket, [(0, 1, 10)], now=0.0, expected_edges=0)
+            if number % 3:
+                batcher.remove(ticket)
+            else:
+                take(batcher)
+                batcher.remove(ticket)
+        assert len(batcher._flows) <= 2
+
+    @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+    def test_a_weight_must_be_a_positive_number(self, weight: float) -> None:
+        with pytest.raises(ValueError, match="weight"):
+            Share(weight=weight)
+
+
+class TestDeadlines:
+    def test_what_cannot_be_done_in_time_any_more_makes_room_for_what_can(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [100] * 2)
+        take(batcher, seconds=10.0)
+        late = batcher.open("m", now=0.0, expected_edges=1, deadline=15.0)
+        batcher.add(late, [(0, 1, 50)], now=0.0, expected_edges=0)
+        assert batcher.expire(4.0) == []
+        assert batcher.expire(6.0) == [late]
+
+    def test_alone_it_is_tried_however_slow_the_engine_was(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [100])
+        take(batcher, seconds=100.0)
+        ticket = batcher.open("m", now=0.0, expected_edges=100, deadline=1.0)
+        batcher.add(ticket, [(0, 1, 100)], now=0.0, expected_edges=0)
+        assert batcher.expire(0.5) == []
+        assert indices(take(batcher), ticket) == [0]
+
+    def test_one_slow_moment_does_not_refuse_for_ever(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [100])
+        take(batcher, seconds=100.0)
+        refused = 0
+        for _ in range(60):
+            queue(batcher, [10])
+            try:
+                batcher.remove(batcher.open("m", now=0.0, expected_edges=10, deadline=1.0))
+            except DeadlineUnreachable:
+                refused += 1
+            take(batcher, seconds=0.01)
+        assert 0 < refused < 60
+
+    def test_the_wait_is_foretold_by_what_is_ahead(self) -> None:
+        shares = {"x": Share(weight=1.0), "y": Share(weight=3.0), "": Share()}
+        batcher = Batcher(
+            Budget(batch_edges=100, batch_atoms=100, queue_edges=10**6), share_of=shares.__getitem__
+        )
+        queue(batcher, [99])
+        take(batcher, seconds=1.0)
+
+        def wait(identity: str, priority: Priority = Priority.NORMAL) -> float:
+            return batcher.check(
+                now=0.0, expected_edges=100, deadline=None, identity=identity, priority=priority, price=1.0
+            )
+
+        assert wait("x") == 0.0
+        first = batcher.open("m", now=0.0, expected_edges=1_000, identity="x")
+        batcher.add(first, [(i, 1, 99) for i in range(10)], now=0.0, expected_edges=0)
+        assert wait("x") == pytest.approx(1.0, rel=0.1)  # in turns with one other of its own
+        assert wait("y") == pytest.approx(1 / 3, rel=0.1)
+        assert wait("y", Priority.LOW) == pytest.approx(10.0, rel=0.1)
+        batch = batcher.next_batch(0.0)
+        assert batch is not None
+        assert wait("y") == pytest.approx(1.0 + 1 / 3, rel=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.floats(1e-6, 1e6), max_size=20), work=st.floats(1e-6, 1e6))
+def test_a_backlog_sums_what_is_ahead(sizes: list[float], work: float) -> None:
+    backlog = Backlog()
+    for size in sizes:
+        backlog.add(size)
+    exact = sum(min(size, work) for size in sizes)
+    assert exact * (1 - 1e-9) <= backlog.ahead_of(work) <= 2 * exact * (1 + 1e-9)
+    assert backlog.total == pytest.approx(sum(sizes))
+    for size in sizes:
+        backlog.remove(size)
+    assert backlog.total == 0
+    assert backlog.ahead_of(work) == 0
