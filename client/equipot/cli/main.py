@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ VERBS: dict[str, Verb] = {
     "models": Verb("list the models of a server", "equipot.client.cli", "models_app", ""),
     "probe": Verb("ask for a server's health, or check its answer", "equipot.client.cli_probe", "app", ""),
     "fetch": Verb("fetch a bundle from a URL, by checksum", "equipot.model.cli_fetch", "app", "model"),
+    "token": Verb("make a bearer token for a server's callers", "equipot.cli.token", "app", ""),
     "doctor": Verb("say what this machine and installation have", "equipot.cli.doctor", "app", ""),
     "predict": Verb("predict every frame of a file", "equipot.client.cli", "predict_app", "ase"),
 }
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0].startswith("--local_rank="):
         # The deepspeed launcher puts it before a program's own arguments; LOCAL_RANK says the same.
         del arguments[0]
+    # What gRPC's core has to say reaches users in our errors, and in the server's log.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     errors = Console(stderr=True)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         Console().print(_overview())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from equipot.client.aio import AsyncClient
 from equipot.client.channel import Health
+from equipot.client.credentials import Tls
 from equipot.client.errors import (
     ClientError,
     DeadlineExceeded,
@@ -14,9 +15,11 @@ from equipot.client.errors import (
     LimitExceeded,
     ModelChanged,
     ModelNotFound,
+    NotTrusted,
     ServerError,
     ServerUnavailable,
     StructureFailure,
+    Unauthenticated,
 )
 from equipot.client.results import Limits, ModelInfo, ModelReference, Prediction, Predictions
 from equipot.client.retry import RetryPolicy
@@ -44,6 +47,7 @@ __all__ = [
     "ModelInfo",
     "ModelNotFound",
     "ModelReference",
+    "NotTrusted",
     "Prediction",
     "Predictions",
     "RetryPolicy",
@@ -52,6 +56,8 @@ __all__ = [
     "Structure",
     "StructureArrays",
     "StructureFailure",
+    "Tls",
+    "Unauthenticated",
 ]
 
 

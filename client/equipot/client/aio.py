@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from types import TracebackType
@@ -13,6 +14,7 @@ import grpc.aio
 
 from equipot.client.batches import Part, Wish, cut
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
+from equipot.client.credentials import Credentials, Tls, TokenSource
 from equipot.client.errors import ClientError, LimitExceeded, from_rpc_error
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
@@ -49,6 +51,10 @@ class AsyncClient:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         atoms_per_request: int = DEFAULT_ATOMS_PER_REQUEST,
         in_flight: int = DEFAULT_IN_FLIGHT,
+        tls: Tls | None = None,
+        token: str = "",
+        token_file: str | os.PathLike[str] | None = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
         self._settings = Settings(
             address=address,
@@ -58,7 +64,14 @@ class AsyncClient:
             max_message_bytes=max_message_bytes,
             atoms_per_request=atoms_per_request,
             in_flight=in_flight,
+            credentials=Credentials(
+                tls=tls,
+                token=token,
+                token_file=token_file,
+                allow_plaintext_token=allow_plaintext_token,
+            ),
         )
+        self._token = TokenSource(self._settings.credentials)
         self._channel: grpc.aio.Channel | None = None
         self._stub: PotentialServiceAsyncStub | None = None
         self._closed = False
@@ -130,7 +143,9 @@ class AsyncClient:
         """As `Client.models`."""
         stub = self._connected()
         reply = await self._persist(
-            lambda seconds: stub.ListModels(pb.ListModelsRequest(), timeout=seconds),
+            lambda seconds: stub.ListModels(
+                pb.ListModelsRequest(), timeout=seconds, metadata=self._token.headers()
+            ),
             self._settings.seconds(timeout),
         )
         return tuple(ModelInfo.from_wire(model) for model in reply.models)
@@ -141,7 +156,8 @@ class AsyncClient:
         wanted = self._settings.model if name is None else name
         request = pb.GetModelRequest(model=wanted)
         reply = await self._persist(
-            lambda seconds: stub.GetModel(request, timeout=seconds), self._settings.seconds(timeout)
+            lambda seconds: stub.GetModel(request, timeout=seconds, metadata=self._token.headers()),
+            self._settings.seconds(timeout),
         )
         info = ModelInfo.from_wire(reply)
         self._limits[wanted] = info.limits
@@ -155,7 +171,8 @@ class AsyncClient:
         try:
             return decode_health(await check(b"", timeout=self._settings.seconds(timeout)))
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+            problem = from_rpc_error(error, self.address)
+            raise await asyncio.to_thread(self._settings.explained, problem) from error
 
     async def _parts(
         self, structures: StructuresLike, wish: Wish, timeout: float
@@ -186,7 +203,10 @@ class AsyncClient:
         stub = self._connected()
         request = wish.request(part.structures)
         try:
-            response = await self._persist(lambda seconds: stub.Predict(request, timeout=seconds), timeout)
+            response = await self._persist(
+                lambda seconds: stub.Predict(request, timeout=seconds, metadata=self._token.headers()),
+                timeout,
+            )
         except LimitExceeded:
             # Another server with other limits may stand at the address by now.
             self._limits.pop(wish.model, None)
@@ -199,7 +219,9 @@ class AsyncClient:
             try:
                 return await call(deadline.require())
             except grpc.RpcError as error:
-                problem = from_rpc_error(error, self.address)
+                problem = await asyncio.to_thread(
+                    self._settings.explained, from_rpc_error(error, self.address)
+                )
                 delay = self._settings.retry.delay(problem, attempt, deadline.remaining)
                 if delay is None:
                     raise problem from error
@@ -210,8 +232,7 @@ class AsyncClient:
         if self._closed:
             raise ClientError(f"the client of {self.address} is closed: make another one")
         if self._stub is None:
-            self._channel = grpc.aio.insecure_channel(
-                self.address, options=channel_options(self.address, self._settings.max_message_bytes)
-            )
+            options = channel_options(self.address, self._settings.max_message_bytes)
+            self._channel = self._settings.credentials.open_aio(self.address, options)
             self._stub = cast("PotentialServiceAsyncStub", PotentialServiceStub(self._channel))
         return self._stub

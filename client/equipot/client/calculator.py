@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from equipot.client.credentials import Tls
 from equipot.client.errors import ClientError, ModelChanged, ModelNotFound
 from equipot.client.results import ModelReference
 from equipot.client.structures import charge_and_spin
@@ -39,6 +41,9 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         model: name, or "name@sha256:…"; empty: the client's, else the server's default.
         level_of_theory: one of the model's; empty: its only one.
         timeout: seconds for each calculation, another than the client's.
+        tls: how to encrypt, and whom to trust, if `server` is an address; None: not encrypted.
+        token: to show with each call, if `server` is an address.
+        token_file: whose text is shown instead, read again when the file changes.
 
     Raises:
         ClientError: at construction for a bad address; in a calculation for everything else, see
@@ -55,8 +60,15 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         model: str = "",
         level_of_theory: str = "",
         timeout: float | None = None,
+        tls: Tls | None = None,
+        token: str = "",
+        token_file: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._client = Client(server) if isinstance(server, str) else server
+        if not isinstance(server, str) and (tls is not None or token or token_file is not None):
+            raise ValueError("tls, token and token_file are the client's own: give them to the Client")
+        self._client = (
+            Client(server, tls=tls, token=token, token_file=token_file) if isinstance(server, str) else server
+        )
         self._owns_client = isinstance(server, str)
         self._timeout = timeout
         self.results: dict[str, Any]

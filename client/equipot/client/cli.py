@@ -19,6 +19,17 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from equipot.client.errors import ClientError, InvalidRequest
+from equipot.client.options import (
+    AllowPlaintextToken,
+    Shown,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TlsName,
+    TokenFile,
+    UseTls,
+    shown,
+)
 from equipot.client.results import ModelInfo, ModelReference, Prediction
 from equipot.client.retry import RetryPolicy
 from equipot.client.settings import DEFAULT_TIMEOUT
@@ -51,6 +62,13 @@ def predict(
         bool | None, typer.Option(help="default: if the model has it and the first frame is periodic")
     ] = None,
     timeout: Timeout = DEFAULT_TIMEOUT,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = "",
+    token_file: TokenFile = None,
+    allow_plaintext_token: AllowPlaintextToken = False,
 ) -> None:
     """Predict energy and forces of every frame of a file and write them, in order, into an extxyz file.
 
@@ -59,11 +77,20 @@ def predict(
     """
     from equipot.client.frames import Comparison, FrameReader, FrameWriter
 
+    trust = shown(
+        tls=tls,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_name=tls_name,
+        token_file=token_file,
+        allow_plaintext_token=allow_plaintext_token,
+    )
     target = out or Path(f"{file.stem}-predicted.extxyz")
     if target.exists() and file.exists() and target.samefile(file):
         raise ClientError(f"{target} is the input itself: give another --out")
-    with Client(address, model=model, timeout=timeout) as client:
-        info = _first_contact(client, timeout)
+    with trust.client(address, model=model, timeout=timeout) as client:
+        info = _first_contact(client, trust, timeout)
         reader = FrameReader(file)
         if stress and not info.has_stress:
             raise InvalidRequest(f"the model {info.name} has no stress: leave --stress out", field="stress")
@@ -87,9 +114,28 @@ def predict(
 
 
 @models_app.command()
-def models(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 10.0) -> None:
+def models(
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Timeout = 10.0,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = "",
+    token_file: TokenFile = None,
+    allow_plaintext_token: AllowPlaintextToken = False,
+) -> None:
     """List the models that a server serves."""
-    with Client(address, timeout=timeout, retry=RetryPolicy(attempts=2)) as client:
+    trust = shown(
+        tls=tls,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_name=tls_name,
+        token_file=token_file,
+        allow_plaintext_token=allow_plaintext_token,
+    )
+    with trust.client(address, timeout=timeout, retry=RetryPolicy(attempts=2)) as client:
         served = client.models()
     table = Table(title=f"served by {address}", title_justify="left")
     for column in ("model", "level of theory", "elements", "forces", "parameters", "digest"):
@@ -194,10 +240,11 @@ class Interruption:
         _say(self._errors, "stopping when the next answer is here; Ctrl-C again stops at once")
 
 
-def _first_contact(client: Client, timeout: float) -> ModelInfo:
+def _first_contact(client: Client, trust: Shown, timeout: float) -> ModelInfo:
     """The model, at once or not at all: whoever mistyped an address should not wait for the retries."""
     hurry = RetryPolicy(attempts=3)
-    with Client(client.address, model=client.model_name, timeout=min(timeout, 10.0), retry=hurry) as probe:
+    address, model = client.address, client.model_name
+    with trust.client(address, model=model, timeout=min(timeout, 10.0), retry=hurry) as probe:
         return probe.model()
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import grpc
 import typer
 
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, check_address, decode_health
+from equipot.client.credentials import TokenSource
+from equipot.client.diagnosis import explained
 from equipot.client.errors import ClientError, from_rpc_error
+from equipot.client.options import (
+    AllowPlaintextToken,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TlsName,
+    TokenFile,
+    UseTls,
+    shown,
+)
 
 if TYPE_CHECKING:
-    from equipot.client.check import Checked, Metadata
+    from equipot.client.check import Checked
 
 MESSAGE_BYTES = 4 * 2**20
 """Enough for any model's card and for the few atoms of the check."""
@@ -30,26 +41,31 @@ def probe(
         bool, typer.Option("--structure", help="have each model compute a structure, and check the answer")
     ] = False,
     timeout: Annotated[float, typer.Option(min=0.001, help="seconds for each call")] = 5.0,
-    tls_ca: Annotated[Path | None, typer.Option(help="certificates to trust; this turns TLS on")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="our certificate, if the server wants one")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="the key of our certificate")] = None,
-    tls_name: Annotated[str, typer.Option(help="name in the server's certificate, if not the address")] = "",
-    token_file: Annotated[Path | None, typer.Option(help="file with our bearer token")] = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = "",
+    token_file: TokenFile = None,
+    allow_plaintext_token: AllowPlaintextToken = False,
 ) -> None:
     """Exit with 0 if the server says SERVING (and answers rightly), else with 1 and the reason.
 
     With --structure a small cluster of each model's own elements is sent, in two orientations: energies
     must be finite and equal, forces must turn with the cluster.
     """
-    credentials = _credentials(tls_ca, tls_cert, tls_key)
+    credentials = shown(
+        tls=tls,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_name=tls_name,
+        token_file=token_file,
+        allow_plaintext_token=allow_plaintext_token,
+    ).credentials()
+    credentials.check_address(address)
     options = channel_options(check_address(address), MESSAGE_BYTES)
-    if tls_name:
-        options.append(("grpc.ssl_target_name_override", tls_name))
-    channel = (
-        grpc.secure_channel(address, credentials, options=options)
-        if credentials
-        else grpc.insecure_channel(address, options=options)
-    )
+    channel = credentials.open(address, options)
     with channel:
         try:
             health = decode_health(
@@ -61,10 +77,13 @@ def probe(
             if structure:
                 from equipot.client.check import check
 
-                for checked in check(channel, timeout=timeout, metadata=_metadata(token_file)):
+                for checked in check(
+                    channel, timeout=timeout, metadata=TokenSource(credentials).headers() or ()
+                ):
                     _report(checked)
         except grpc.RpcError as error:
-            raise _Unhealthy(str(from_rpc_error(error, address))) from error
+            problem = explained(from_rpc_error(error, address), address, credentials.tls)
+            raise _Unhealthy(str(problem)) from error
 
 
 class _Unhealthy(ClientError):
@@ -91,30 +110,3 @@ def _health_request(service: str) -> bytes:
     if len(name) > 127:
         raise ClientError(f"the service's name has {len(name)} bytes, 127 are allowed")
     return b"\x0a" + bytes([len(name)]) + name if name else b""
-
-
-def _credentials(
-    ca: Path | None, certificate: Path | None, key: Path | None
-) -> grpc.ChannelCredentials | None:
-    if (certificate is None) != (key is None):
-        raise ClientError("--tls-cert and --tls-key go together: give both or neither")
-    if certificate is not None and ca is None:
-        raise ClientError("--tls-cert needs --tls-ca: our certificate is shown to servers that we know")
-    if ca is None:
-        return None
-    return grpc.ssl_channel_credentials(
-        _read(ca), _read(key) if key else None, _read(certificate) if certificate else None
-    )
-
-
-def _metadata(token_file: Path | None) -> Metadata:
-    if token_file is None:
-        return ()
-    return (("authorization", f"Bearer {_read(token_file).decode().strip()}"),)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ClientError(f"cannot read {path}: {error.strerror}") from error

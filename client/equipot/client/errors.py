@@ -16,21 +16,36 @@ _Detail = TypeVar("_Detail", bound=Message)
 
 
 class ClientError(RuntimeError):
-    """Base of every error that the client raises on purpose."""
+    """Base of every error that the client raises on purpose.
+
+    Attributes:
+        request_id: by which the server's log names the call; empty if no server answered.
+    """
 
     exit_code = 2
+    request_id = ""
 
 
 class ServerUnavailable(ClientError):
-    """The server cannot be reached, starts or drains; the only error that is retried.
+    """The server cannot be reached, starts or drains.
 
     Attributes:
         retry_after: seconds the server asked to wait, None if it did not say.
+        reached: whether a server said so itself.
     """
 
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, reached: bool = True) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reached = reached
+
+
+class NotTrusted(ClientError):
+    """Client and server cannot agree on TLS: certificates, authorities, names, or to use it at all."""
+
+
+class Unauthenticated(ClientError):
+    """The server wants to know who calls, and does not know the token it was shown, if any."""
 
 
 class DeadlineExceeded(ClientError):
@@ -160,14 +175,23 @@ def describe(failure: Failure) -> str:
 def from_rpc_error(error: BaseException, address: str) -> ClientError:
     """The typed error for a failed call to `address`; `error` is grpc's own, of either kind."""
     call = cast(_FailedCall, error)
-    code, message = call.code(), _one_line(call.details())
     status = _rich_status(call)
+    problem = _typed(call, status, address)
+    for detail in _details(status, error_details_pb2.RequestInfo):
+        problem.request_id = detail.request_id
+    return problem
+
+
+def _typed(call: _FailedCall, status: status_pb2.Status | None, address: str) -> ClientError:
+    code, message = call.code(), _one_line(call.details())
     retry_after = _retry_after(status)
     match code:
         case grpc.StatusCode.UNAVAILABLE if status is not None:
             return ServerUnavailable(f"{address} is not available: {message}", retry_after=retry_after)
         case grpc.StatusCode.UNAVAILABLE:
-            return ServerUnavailable(f"cannot reach {address}: is 'equipot serve' running? ({message})")
+            return ServerUnavailable(
+                f"cannot reach {address}: is 'equipot serve' running? ({message})", reached=False
+            )
         case grpc.StatusCode.CANCELLED:
             # Nobody here cancels a call and then asks for its answer: a server that stops ends calls so.
             return ServerUnavailable(f"{address} stopped before it answered ({message})")
@@ -180,6 +204,8 @@ def from_rpc_error(error: BaseException, address: str) -> ClientError:
             return LimitExceeded(f"{message}{when}", retry_after=retry_after)
         case grpc.StatusCode.INVALID_ARGUMENT:
             return InvalidRequest(message, field=_field_at_fault(status))
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return Unauthenticated(f"{address} refuses the call: {message}")
         case grpc.StatusCode.NOT_FOUND:
             return ModelNotFound(message)
         case _:

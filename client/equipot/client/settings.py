@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from equipot.client.batches import Wish
 from equipot.client.channel import check_address
+from equipot.client.credentials import Credentials
+from equipot.client.diagnosis import explained
+from equipot.client.errors import ClientError
 from equipot.client.retry import RetryPolicy
 
 DEFAULT_TIMEOUT = 60.0
@@ -19,7 +22,7 @@ class Settings:
     """A client's arguments; see `equipot.client.Client`.
 
     Raises:
-        ClientError: an address without a port.
+        ClientError: an address without a port, or a token that would travel there unencrypted.
         ValueError: a number out of its range.
     """
 
@@ -30,9 +33,11 @@ class Settings:
     max_message_bytes: int
     atoms_per_request: int
     in_flight: int
+    credentials: Credentials
 
     def __post_init__(self) -> None:
         check_address(self.address)
+        self.credentials.check_address(self.address)
         for name, least in (("max_message_bytes", 2**16), ("atoms_per_request", 1), ("in_flight", 1)):
             value = getattr(self, name)
             if value < least:
@@ -43,6 +48,10 @@ class Settings:
     def seconds(self, timeout: float | None) -> float:
         """A call's own timeout if it has one, else the client's."""
         return self.timeout if timeout is None else timeout
+
+    def explained(self, problem: ClientError) -> ClientError:
+        """The same problem, or a lack of trust that is behind it; may take seconds to find out."""
+        return explained(problem, self.address, self.credentials.tls)
 
     def wish(self, model: str | None, level_of_theory: str, *, forces: bool, stress: bool) -> Wish:
         """What one call asks for; `model` None: the client's own."""

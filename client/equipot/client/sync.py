@@ -16,6 +16,7 @@ import grpc
 
 from equipot.client.batches import Part, Wish, cut
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
+from equipot.client.credentials import Credentials, Tls, TokenSource
 from equipot.client.errors import ClientError, LimitExceeded, from_rpc_error
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
@@ -64,6 +65,10 @@ class Client:
         max_message_bytes: no request is larger; the server's own limit holds too.
         atoms_per_request: a batch is cut into requests of about this many atoms.
         in_flight: how many requests are under way at once.
+        tls: how to encrypt, and whom to trust; None: not encrypted.
+        token: to show with each call.
+        token_file: whose text is shown instead, read again when the file changes.
+        allow_plaintext_token: whether a token may leave this machine unencrypted.
 
     Raises:
         ClientError: every method raises its subclasses, see `equipot.client.errors`.
@@ -79,6 +84,10 @@ class Client:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         atoms_per_request: int = DEFAULT_ATOMS_PER_REQUEST,
         in_flight: int = DEFAULT_IN_FLIGHT,
+        tls: Tls | None = None,
+        token: str = "",
+        token_file: str | os.PathLike[str] | None = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
         self.__setstate__(
             Settings(
@@ -89,6 +98,12 @@ class Client:
                 max_message_bytes=max_message_bytes,
                 atoms_per_request=atoms_per_request,
                 in_flight=in_flight,
+                credentials=Credentials(
+                    tls=tls,
+                    token=token,
+                    token_file=token_file,
+                    allow_plaintext_token=allow_plaintext_token,
+                ),
             )
         )
 
@@ -97,6 +112,7 @@ class Client:
 
     def __setstate__(self, settings: Settings) -> None:
         self._settings = settings
+        self._token = TokenSource(settings.credentials)
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
         self._stub: PotentialServiceStub | None = None
@@ -215,7 +231,7 @@ class Client:
         try:
             return decode_health(check(b"", timeout=self._settings.seconds(timeout)))
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+            raise self._settings.explained(from_rpc_error(error, self.address)) from error
 
     def _parts(self, structures: StructuresLike, wish: Wish, timeout: float) -> Iterator[Predictions]:
         limits = self._limits.get(wish.model) or self.model(wish.model, timeout=timeout).limits
@@ -249,7 +265,9 @@ class Client:
         request = wish.request(part.structures) if part.structures else None
         pending: _Pending | None = None
         if request is not None and at_once:
-            pending = self._connected().Predict.future(request, timeout=deadline.remaining)
+            pending = self._connected().Predict.future(
+                request, timeout=deadline.remaining, metadata=self._token.headers()
+            )
         return _UnderWay(part, request, pending, deadline)
 
     def _receive(self, wish: Wish, sent: _UnderWay) -> Predictions:
@@ -258,7 +276,8 @@ class Client:
             return sent.part.merge(wish, None)
 
         def attempt() -> pb.PredictResponse:
-            return self._connected().Predict(request, timeout=sent.deadline.require())
+            timeout = sent.deadline.require()
+            return self._connected().Predict(request, timeout=timeout, metadata=self._token.headers())
 
         first = attempt if sent.pending is None else sent.pending.result
         try:
@@ -273,7 +292,7 @@ class Client:
         deadline = Deadline(self._settings.seconds(timeout))
 
         def attempt() -> _Reply:
-            return method(request, timeout=deadline.require())
+            return method(request, timeout=deadline.require(), metadata=self._token.headers())
 
         return self._persist(attempt, attempt, deadline)
 
@@ -285,7 +304,7 @@ class Client:
             try:
                 return call()
             except grpc.RpcError as error:
-                problem = from_rpc_error(error, self.address)
+                problem = self._settings.explained(from_rpc_error(error, self.address))
                 delay = self._settings.retry.delay(problem, attempt, deadline.remaining)
                 if delay is None:
                     raise problem from error
@@ -298,7 +317,7 @@ class Client:
                 raise ClientError(f"the client of {self.address} is closed: make another one")
             if self._stub is None:
                 options = channel_options(self.address, self._settings.max_message_bytes)
-                self._channel = grpc.insecure_channel(self.address, options=options)
+                self._channel = self._settings.credentials.open(self.address, options)
                 self._stub = PotentialServiceStub(self._channel)
                 self._process = os.getpid()
             elif self._process != os.getpid():

@@ -1,0 +1,94 @@
+"""Words on the command line that several verbs share: whom to trust, and who asks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from equipot.client.credentials import Credentials, Tls
+from equipot.client.errors import ClientError
+from equipot.client.retry import RetryPolicy
+from equipot.client.sync import Client
+
+UseTls = Annotated[bool, typer.Option("--tls", help="encrypt, and trust servers of the public authorities")]
+TlsCa = Annotated[Path | None, typer.Option(help="authorities to trust, as PEM; this turns TLS on")]
+TlsCert = Annotated[Path | None, typer.Option(help="our certificate, if the server wants one")]
+TlsKey = Annotated[Path | None, typer.Option(help="the key of our certificate")]
+TlsName = Annotated[str, typer.Option(help="name in the server's certificate, if not the address")]
+TokenFile = Annotated[
+    Path | None, typer.Option(help="file with our bearer token; default: the token that EQUIPOT_TOKEN holds")
+]
+AllowPlaintextToken = Annotated[
+    bool, typer.Option("--allow-plaintext-token", help="show the token without TLS on other machines, too")
+]
+
+
+TOKEN_VARIABLE = "EQUIPOT_TOKEN"
+"""Of the environment: on the command line a token could be read by everybody on the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A client's arguments of trust, as the command line and the environment give them."""
+
+    tls: Tls | None
+    token: str
+    token_file: Path | None
+    allow_plaintext_token: bool
+
+    def credentials(self) -> Credentials:
+        """The same as a client keeps them."""
+        return Credentials(
+            tls=self.tls,
+            token=self.token,
+            token_file=self.token_file,
+            allow_plaintext_token=self.allow_plaintext_token,
+        )
+
+    def client(
+        self, address: str, *, timeout: float, model: str = "", retry: RetryPolicy | None = None
+    ) -> Client:
+        """A client that shows them."""
+        return Client(
+            address,
+            model=model,
+            timeout=timeout,
+            retry=retry,
+            tls=self.tls,
+            token=self.token,
+            token_file=self.token_file,
+            allow_plaintext_token=self.allow_plaintext_token,
+        )
+
+
+def shown(
+    *,
+    tls: bool,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_name: str,
+    token_file: Path | None,
+    allow_plaintext_token: bool,
+) -> Shown:
+    """Puts the words together.
+
+    Raises:
+        ClientError: they do not fit together, or a file cannot be used.
+    """
+    wanted = tls or tls_ca is not None
+    if not wanted and (tls_cert is not None or tls_key is not None or tls_name):
+        raise ClientError(
+            "--tls-cert, --tls-key and --tls-name need --tls-ca, or --tls for public authorities"
+        )
+    return Shown(
+        Tls(ca=tls_ca, cert=tls_cert, key=tls_key, name=tls_name) if wanted else None,
+        # A file was named now and here; the environment speaks for all commands.
+        "" if token_file is not None else os.environ.get(TOKEN_VARIABLE, "").strip(),
+        token_file,
+        allow_plaintext_token,
+    )
