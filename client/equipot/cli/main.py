@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from equipot.cli.telemetry import set_up
+
 
 @dataclass(frozen=True, slots=True)
 class Verb:
@@ -77,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         needed = f"`equipot {name}` needs {escape(', '.join(missing))}"
         errors.print(f"[red]error:[/] {needed}: pip install '{_wanted(verb)}'", soft_wrap=True)
         return 2
+    if verb.module.startswith(("equipot.client", "equipot.serve")):
+        problem = set_up(os.environ, f"equipot-{name}")
+        if problem is not None:
+            errors.print(f"[yellow]warning:[/] {escape(problem)}", soft_wrap=True)
     app = getattr(importlib.import_module(verb.module), verb.app)
     return _run(app, name, rest, errors)
 

@@ -7,7 +7,6 @@ import os
 import re
 import ssl
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import grpc
 import grpc.aio
 
 from equipot.client.errors import ClientError
+from equipot.client.tracing import aio_interceptors, traced
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 Options = list[tuple[str, int | str]]
@@ -113,15 +113,13 @@ class Credentials:
     def open(self, address: str, options: Options) -> grpc.Channel:
         """A channel to this address."""
         if self.tls is None:
-            return grpc.insecure_channel(address, options=options)
-        return grpc.secure_channel(
-            address, self.tls.channel_credentials(), options=[*options, *self._name_option()]
-        )
+            return traced(grpc.insecure_channel(address, options=options))
+        options = [*options, *self._name_option()]
+        return traced(grpc.secure_channel(address, self.tls.channel_credentials(), options=options))
 
-    def open_aio(
-        self, address: str, options: Options, interceptors: Sequence[grpc.aio.ClientInterceptor] = ()
-    ) -> grpc.aio.Channel:
+    def open_aio(self, address: str, options: Options) -> grpc.aio.Channel:
         """The same for asyncio."""
+        interceptors = aio_interceptors()
         if self.tls is None:
             return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
         return grpc.aio.secure_channel(

@@ -28,6 +28,7 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-")
 _OPEN = f"/{health.SERVICE}/"
 
 access = logging.getLogger("equipot.access")
@@ -194,6 +195,8 @@ def described(call: Call) -> dict[str, object]:
         "outcome": call.outcome,
         "ms": round(1000 * call.seconds, 3),
     }
+    if traced := _TRACE.match(call.traceparent):
+        fields["trace_id"] = traced[1]
     if call.peer:
         fields["peer"] = call.peer
     if call.contents is not None:

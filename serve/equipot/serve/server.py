@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from equipot.serve import health, inference_protocol
+from equipot.serve.call import Call
 from equipot.serve.config import ServeConfig
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.engine import use_threads
@@ -29,6 +30,7 @@ from equipot.serve.models import names_of
 from equipot.serve.registry import Registry
 from equipot.serve.reread import keep_current
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
+from equipot.serve.tracing import call_tracer
 from equipot.serve.trust import Trust, server_options
 
 LAST_ANSWERS_SECONDS = 2.0
@@ -56,7 +58,7 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
     _on_signals(stop)
     use_threads(config.threads)
     with contextlib.ExitStack() as stack:
-        server = GrpcServer(config, metrics)
+        server = GrpcServer(config, metrics, on_done=call_tracer())
         port = await server.start()
         try:
             if config.metrics_port is not None:
@@ -103,11 +105,13 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
 class GrpcServer:
     """The gRPC side: our service, health and reflection on one port."""
 
-    def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, config: ServeConfig, metrics: Metrics, *, on_done: Callable[[Call], None] | None = None
+    ) -> None:
         self._config = config
         self._gate = Gate()
         self._health = health.Health([SERVICE])
-        self._trust = Trust(config, metrics, on_done=None)
+        self._trust = Trust(config, metrics, on_done=on_done)
         self._dispatcher = Dispatcher(
             config.budget,
             metrics,

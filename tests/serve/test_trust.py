@@ -1,0 +1,385 @@
+"""Who calls, and what each may ask for: tokens, limits, ids and log lines, on a real port."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tests.serve.conftest import Bundles, Process, ask, molecule, running
+
+from equipot.cli.main import main
+from equipot.client import Client, ClientError, LimitExceeded, RetryPolicy, Structure, Unauthenticated
+from equipot.serve.config import ServeConfig
+from equipot.serve.errors import ServeError
+from equipot.serve.tokens import Tokens
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
+
+ONCE = RetryPolicy(attempts=1)
+ANN, BOB, ROOT = "ann-" + "a" * 20, "bob-" + "b" * 20, "root-" + "c" * 20
+LIMITS = """
+[default]
+requests_per_second = 0.001
+burst_seconds = 2000        # two at once, then one in a quarter of an hour
+
+[identities.root]
+
+[identities.bob]
+atoms_per_second = 0.5
+burst_seconds = 10
+request_atoms = 50
+request_edges = 40
+"""
+
+
+@pytest.fixture(scope="module")
+def tokens_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    path.write_text(f"# who may call\nann: {ANN}\nbob: {BOB}\nroot: {ROOT}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    bundles: Bundles, tokens_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Process]:
+    folder = tmp_path_factory.mktemp("guarded")
+    limits = folder / "limits.toml"
+    limits.write_text(LIMITS)
+    words = ["--tokens", tokens_file, "--identity-limits", limits, "--log-format", "json", "--threads", 1]
+    with running(bundles.tiny, *words, stderr=folder / "log") as process:
+        yield process
+
+
+@pytest.fixture
+def stub(guarded: Process) -> Iterator[PotentialServiceStub]:
+    with grpc.insecure_channel(guarded.address) as channel:
+        yield PotentialServiceStub(channel)
+
+
+def bearer(token: str, **more: str) -> tuple[tuple[str, str], ...]:
+    return (
+        ("authorization", f"Bearer {token}"),
+        *((name.replace("_", "-"), text) for name, text in more.items()),
+    )
+
+
+def details(error: Any, kind: Any) -> Any:
+    """The one detail of this kind in a status."""
+    (raw,) = [value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"]
+    (packed,) = [detail for detail in status_pb2.Status.FromString(raw).details if detail.Is(kind.DESCRIPTOR)]
+    found = kind()
+    packed.Unpack(found)
+    return found
+
+
+def refused(stub: PotentialServiceStub, metadata: Any, n_atoms: int = 6) -> Any:
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Predict(ask([molecule(1, n_atoms)]), timeout=20, metadata=metadata)
+    return error.value
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def entries(process: Process) -> list[dict[str, Any]]:
+    """The log, each line of which must be JSON."""
+    return [json.loads(line) for line in process.log().splitlines()]
+
+
+def entry(process: Process, request_id: str) -> dict[str, Any]:
+    until(lambda: any(line.get("request_id") == request_id for line in entries(process)))
+    (found,) = [line for line in entries(process) if line.get("request_id") == request_id]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ((), "answers callers with a bearer token alone, and the call has none"),
+        (bearer("wrong-" + "x" * 20), "not known here"),
+        (bearer(ANN[:-1]), "not known here"),
+        ((("authorization", f"Basic {ANN}"),), "not of the form `Bearer TOKEN`"),
+        ((("authorization", ""),), "the call has none"),
+    ],
+)
+def test_strangers_are_turned_away(stub: PotentialServiceStub, metadata: Any, says: str) -> None:
+    error = refused(stub, metadata)
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert says in error.details()
+    assert details(error, error_details_pb2.ErrorInfo).reason == "UNAUTHENTICATED"
+
+
+def test_a_stranger_is_not_listened_to(guarded: Process) -> None:
+    """It is told so before its message has come, which may be large or may never end."""
+    with grpc.insecure_channel(guarded.address) as channel:
+        call = channel.stream_unary("/equipot.wire.v1.PotentialService/Predict", bytes, bytes)
+
+        def for_ever() -> Iterator[bytes]:
+            while True:
+                time.sleep(0.1)
+                yield b""
+
+        with pytest.raises(grpc.RpcError) as error:
+            call(iter(for_ever()), timeout=20)
+    assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_health_is_open_and_the_rest_is_not(guarded: Process) -> None:
+    with grpc.insecure_channel(guarded.address) as channel:
+        state = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+        assert state.status == health_pb2.HealthCheckResponse.SERVING
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        with pytest.raises(grpc.RpcError) as error:
+            next(reflection.ServerReflectionInfo(iter([question]), timeout=20))
+        assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        answer = next(reflection.ServerReflectionInfo(iter([question]), timeout=20, metadata=bearer(ROOT)))
+        names = {service.name for service in answer.list_services_response.service}
+        assert "equipot.wire.v1.PotentialService" in names
+        with pytest.raises(grpc.RpcError) as error:
+            PotentialServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=20)
+        assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_clients_show_their_token(
+    guarded: Process, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(guarded.address, token=ROOT) as client:
+        assert client.model().name == "tiny"
+    with Client(guarded.address) as client, pytest.raises(Unauthenticated, match="--token-file") as error:
+        client.model()
+    assert re.fullmatch("[0-9a-f]{16}", error.value.request_id)
+    own = tmp_path / "token"
+    own.write_text("outdated-" + "x" * 20)
+    with Client(guarded.address, token_file=own) as client:
+        with pytest.raises(Unauthenticated, match="not known here"):
+            client.model()
+        # Changed on disk, as by whoever rotates secrets: the next call shows the new one.
+        own.write_text(f"{ROOT}\n")
+        assert client.model().name == "tiny"
+    words = ["models", "--address", guarded.address]
+    assert main([*words, "--token-file", str(own)]) == 0
+    monkeypatch.setenv("EQUIPOT_TOKEN", ROOT)
+    assert main(words) == 0
+    monkeypatch.setenv("EQUIPOT_TOKEN", "wrong-" + "x" * 20)
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "not known here" in capsys.readouterr().err
+
+
+def test_a_token_does_not_leave_the_machine_in_plaintext() -> None:
+    with pytest.raises(ClientError, match=r"would travel to potentials\.example:50051 unencrypted"):
+        Client("potentials.example:50051", token=ANN)
+    Client("potentials.example:50051", token=ANN, allow_plaintext_token=True).close()
+    assert ANN not in repr(Client("localhost:50051", token=ANN)._settings)
+    with pytest.raises(ServeError, match=r"tokens would travel to 0\.0\.0\.0 unencrypted"):
+        ServeConfig(bundles=(Path("x"),), host="0.0.0.0", tokens=Path("tokens"))
+    ServeConfig(bundles=(Path("x"),), host="0.0.0.0", tokens=Path("tokens"), allow_plaintext_tokens=True)
+
+
+def test_tokens_are_read_again(
+    guarded: Process, tokens_file: Path, stub: PotentialServiceStub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["token", "root", "--tokens", str(tokens_file)]) == 0
+    made = capsys.readouterr().out.strip()
+    assert made not in tokens_file.read_text()
+
+    def is_known(token: str) -> bool:
+        try:
+            stub.ListModels(pb.ListModelsRequest(), timeout=20, metadata=bearer(token))
+        except grpc.RpcError as error:
+            return error.code() is not grpc.StatusCode.UNAUTHENTICATED
+        return True
+
+    until(lambda: is_known(made))
+    assert is_known(ROOT)
+    good = tokens_file.read_text()
+    # A file that cannot be used lets in and keeps out whom the last good one did, and says why in the log.
+    tokens_file.write_text("root: short\n")
+    until(lambda: "the old one stays" in guarded.log())
+    assert "short" not in guarded.log()
+    assert is_known(made)
+    # Withdrawn.
+    tokens_file.write_text("\n".join(line for line in good.splitlines() if "sha256" not in line))
+    until(lambda: not is_known(made))
+    assert is_known(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "has no token: add one with `equipot token"),
+        ("ann\n", "line 1: no colon"),
+        (f"\n# x\nann bob: {ANN}", "line 3: what stands before the colon is no identity"),
+        ("ann: short", "the token of ann has 5 characters, and needs 16"),
+        ("ann: sha256:abc", "not 64 hexadecimal digits"),
+        (f"ann: {ANN} x", "has a space"),
+        (f"ann: {ANN}\nbob: {ANN}", "line 2: bob has the same token as ann"),
+    ],
+)
+def test_a_wrong_tokens_file_is_explained(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(text)
+    with pytest.raises(ServeError, match=says) as error:
+        Tokens.read(path)
+    assert ANN not in str(error.value)
+
+
+def test_requests_a_second_of_each_identity(
+    bundles: Bundles, tokens_file: Path, stub: PotentialServiceStub
+) -> None:
+    request = ask([molecule(1)])
+    for _ in range(2):
+        stub.Predict(request, timeout=20, metadata=bearer(ANN))
+    error = refused(stub, bearer(ANN))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "ann may have 0.001 requests per second, and that is used up" in error.details()
+    assert 900 < details(error, error_details_pb2.RetryInfo).retry_delay.seconds <= 1000
+    facts = details(error, error_details_pb2.ErrorInfo)
+    assert facts.reason == "OVER_QUOTA"
+    assert dict(facts.metadata) == {
+        "identity": "ann",
+        "limit": "requests_per_second",
+        "requests_per_second": "0.001",
+    }
+    for _ in range(5):
+        stub.Predict(request, timeout=20, metadata=bearer(ROOT))
+
+
+def test_atoms_and_edges_of_one_identity(guarded: Process, stub: PotentialServiceStub) -> None:
+    error = refused(stub, bearer(BOB), n_atoms=51)
+    assert "the request has 51 atoms, the limit of bob is 50" in error.details()
+    error = refused(stub, bearer(BOB), n_atoms=12)
+    assert re.search(r"the request has \d+ edges or more, the limit of bob is 40", error.details())
+    assert dict(details(error, error_details_pb2.ErrorInfo).metadata)["request_edges"] == "40"
+    # The twelve were paid for all the same, of five that were saved: now it has to wait.
+    with (
+        Client(guarded.address, token=BOB, retry=ONCE) as client,
+        pytest.raises(LimitExceeded, match="atoms per second, and that is used up") as late,
+    ):
+        client.predict(Structure(molecule(1).atomic_numbers, molecule(1).positions))
+    assert late.value.retry_after is not None
+    assert 1 < late.value.retry_after <= 14
+
+
+def test_ids_are_kept_or_made(guarded: Process, stub: PotentialServiceStub) -> None:
+    _, call = stub.Predict.with_call(
+        ask([molecule(1), molecule(2)]), timeout=20, metadata=bearer(ROOT, x_request_id="run-7/step:3")
+    )
+    assert ("x-request-id", "run-7/step:3") in call.trailing_metadata()
+    line = entry(guarded, "run-7/step:3")
+    assert line.pop("ms") > 0
+    assert re.fullmatch(r"2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    assert line == {
+        "level": "INFO",
+        "logger": "equipot.access",
+        "message": "Predict",
+        "request_id": "run-7/step:3",
+        "identity": "root",
+        "model": "tiny",
+        "structures": 2,
+        "atoms": 12,
+        "outcome": "ok",
+    }
+    for odd in ("", "a b", "x" * 129, 'quote"'):
+        error = refused(stub, (*bearer("nobody" * 5), ("x-request-id", odd)))
+        made = details(error, error_details_pb2.RequestInfo).request_id
+        assert re.fullmatch("[0-9a-f]{16}", made)
+        assert ("x-request-id", made) in error.trailing_metadata()
+        line = entry(guarded, made)
+        assert line["outcome"] == "unauthenticated"
+        assert line["peer"].startswith("ipv4:127.0.0.1:")
+
+
+def test_an_error_names_its_call(guarded: Process, stub: PotentialServiceStub) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Predict(
+            ask([molecule(1)], model="unheard-of"), timeout=20, metadata=bearer(ROOT, x_request_id="error-1")
+        )
+    assert details(error.value, error_details_pb2.RequestInfo).request_id == "error-1"
+    line = entry(guarded, "error-1")
+    assert (line["outcome"], line["model"], line["identity"]) == ("not_served", "", "root")
+
+
+def test_refusals_are_counted(guarded: Process, stub: PotentialServiceStub) -> None:
+    before = guarded.sample("equipot_requests_total", outcome="unauthenticated")
+    refused(stub, ())
+    assert guarded.sample("equipot_requests_total", outcome="unauthenticated") == before + 1
+
+
+def test_nothing_of_a_structure_is_logged(guarded: Process, stub: PotentialServiceStub) -> None:
+    system = molecule(5)
+    stub.Predict(ask([system]), timeout=20, metadata=bearer(ROOT, x_request_id="secret-1"))
+    entry(guarded, "secret-1")
+    assert str(float(system.positions[0, 0]))[:8] not in guarded.log()
+    assert ANN not in guarded.log()
+
+
+def test_what_is_closed_is_closed(bundles: Bundles, tmp_path: Path) -> None:
+    words = ["--no-reflection", "--log-structures", "--metrics-host", "localhost", "--threads", 1]
+    with running(bundles.tiny, *words, stderr=tmp_path / "log") as process:
+        assert "http://localhost:" in process.lines[0]
+        with grpc.insecure_channel(process.address) as channel:
+            question = reflection_pb2.ServerReflectionRequest(list_services="")
+            reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+            with pytest.raises(grpc.RpcError) as error:
+                next(reflection.ServerReflectionInfo(iter([question]), timeout=20))
+            assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            # A name that would be a line of its own, and a structure that the operator wants to see.
+            forged = "tiny\n2026-01-01 00:00:00,000 INFO equipot.access: Predict identity=root"
+            with pytest.raises(grpc.RpcError):
+                PotentialServiceStub(channel).Predict(ask([molecule(1)], model=forged), timeout=20)
+            PotentialServiceStub(channel).Predict(ask([molecule(9)]), timeout=20)
+        until(lambda: "contents=" in process.log())
+        (line,) = [line for line in process.log().splitlines() if "contents=" in line]
+        assert repr(molecule(9).positions.tolist()[0][0]) in line
+        assert "identity=root" not in process.log()
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+PING = bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"12345678"
+GOAWAY = 7
+
+
+def frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
+    """What the server sends, until it closes."""
+    buffer = b""
+    while piece := connection.recv(65_536):
+        buffer += piece
+        while len(buffer) >= 9 and len(buffer) >= 9 + int.from_bytes(buffer[:3], "big"):
+            length = int.from_bytes(buffer[:3], "big")
+            yield buffer[3], buffer[9 : 9 + length]
+            buffer = buffer[9 + length :]
+
+
+def test_a_caller_who_pings_too_often_is_sent_away(server: Process) -> None:
+    host, _, port = server.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(PREFACE + 8 * PING)
+        goodbyes = [payload for kind, payload in frames(connection) if kind == GOAWAY]
+    assert any(b"too_many_pings" in payload for payload in goodbyes)
+
+
+def test_headers_of_any_size_are_not_taken(server: Process) -> None:
+    with grpc.insecure_channel(server.address, options=[("grpc.max_metadata_size", 2**22)]) as channel:
+        stub = PotentialServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as error:
+            stub.Predict(ask([molecule(1)]), timeout=20, metadata=(("x-large", "x" * 200_000),))
+        assert error.value.code() in {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL}
+        stub.Predict(ask([molecule(1)]), timeout=20)
