@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -285,3 +286,20 @@ def test_models_are_listed(server: Any, run_equipot: Run, monkeypatch: pytest.Mo
     assert done.returncode == 0, done.stderr
     for word in ("lennard-jones (default)", "LJ", "H C Ar", "conservative, stress", server.digest[:19]):
         assert word in done.stdout
+
+
+def test_explain_says_what_it_would_cost_and_writes_nothing(
+    server: Any, trajectory: Path, tmp_path: Path, run_equipot: Run
+) -> None:
+    out = tmp_path / "results.extxyz"
+    done = run_equipot("predict", trajectory, "--address", server.address, "--out", out, "--explain")
+    assert done.returncode == 0, done.stderr
+    n_atoms = sum(len(frame) for frame in read(trajectory, ":"))
+    shown = dict(
+        re.split(r" {2,}|(?<=batches) ", line.strip(), maxsplit=1) for line in done.stdout.splitlines()
+    )
+    assert shown["structures"] == "50 of 50 would be computed"
+    assert shown["edges"] == f"{2 * n_atoms}"
+    assert shown["engine"] == "500.0 ms"
+    assert not out.exists()
+    assert not any(tmp_path.glob("*predicted*"))

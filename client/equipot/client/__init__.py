@@ -21,6 +21,7 @@ from equipot.client.errors import (
     StructureFailure,
     Unauthenticated,
 )
+from equipot.client.explanation import Explanation
 from equipot.client.results import Limits, ModelInfo, ModelReference, Prediction, Predictions
 from equipot.client.retry import RetryPolicy
 from equipot.client.structures import Structure
@@ -36,6 +37,7 @@ __all__ = [
     "ClientError",
     "DeadlineExceeded",
     "EquipotCalculator",
+    "Explanation",
     "Failure",
     "FailureReason",
     "Health",

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 import grpc
 import grpc.aio
 
-from equipot.client.batches import Part, Wish, cut
+from equipot.client.batches import Part, Priority, Wish, cut
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
 from equipot.client.credentials import Credentials, Tls, TokenSource
 from equipot.client.errors import ClientError, LimitExceeded, from_rpc_error
+from equipot.client.explanation import Explanation, explained, together
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
 from equipot.client.settings import (
@@ -55,6 +58,7 @@ class AsyncClient:
         token: str = "",
         token_file: str | os.PathLike[str] | None = None,
         allow_plaintext_token: bool = False,
+        priority: Priority = "normal",
     ) -> None:
         self._settings = Settings(
             address=address,
@@ -70,6 +74,7 @@ class AsyncClient:
                 token_file=token_file,
                 allow_plaintext_token=allow_plaintext_token,
             ),
+            priority=priority,
         )
         self._token = TokenSource(self._settings.credentials)
         self._channel: grpc.aio.Channel | None = None
@@ -139,6 +144,30 @@ class AsyncClient:
                 yield prediction
             start += len(part)
 
+    async def explain(
+        self,
+        structures: StructuresLike,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        level_of_theory: str = "",
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> Explanation:
+        """As `Client.explain`."""
+        stub = self._connected()
+        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        seconds = self._settings.seconds(timeout)
+        parts: list[Explanation] = []
+        for part in await self._cut(structures, wish, seconds):
+            if not part.structures:
+                parts.append(explained(part, None, 0.0))
+                continue
+            request, begun = wish.request(part.structures), time.perf_counter()
+            response = await self._persist(partial(_explain, stub, self._token, request), seconds)
+            parts.append(explained(part, response, time.perf_counter() - begun))
+        return together(parts)
+
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """As `Client.models`."""
         stub = self._connected()
@@ -177,13 +206,7 @@ class AsyncClient:
     async def _parts(
         self, structures: StructuresLike, wish: Wish, timeout: float
     ) -> AsyncIterator[Predictions]:
-        limits = self._limits.get(wish.model) or (await self.model(wish.model, timeout=timeout)).limits
-        parts = cut(
-            each_structure(structures),
-            limits,
-            atoms_per_request=self._settings.atoms_per_request,
-            max_message_bytes=self._settings.max_message_bytes,
-        )
+        parts = await self._cut(structures, wish, timeout)
         queue: deque[asyncio.Task[Predictions]] = deque()
         try:
             for part in parts:
@@ -196,6 +219,15 @@ class AsyncClient:
             for task in queue:
                 task.cancel()
             await asyncio.gather(*queue, return_exceptions=True)
+
+    async def _cut(self, structures: StructuresLike, wish: Wish, timeout: float) -> Iterator[Part]:
+        limits = self._limits.get(wish.model) or (await self.model(wish.model, timeout=timeout)).limits
+        return cut(
+            each_structure(structures),
+            limits,
+            atoms_per_request=self._settings.atoms_per_request,
+            max_message_bytes=self._settings.max_message_bytes,
+        )
 
     async def _answer(self, wish: Wish, part: Part, timeout: float) -> Predictions:
         if not part.structures:
@@ -236,3 +268,9 @@ class AsyncClient:
             self._channel = self._settings.credentials.open_aio(self.address, options)
             self._stub = cast("PotentialServiceAsyncStub", PotentialServiceStub(self._channel))
         return self._stub
+
+
+def _explain(
+    stub: PotentialServiceAsyncStub, token: TokenSource, request: pb.PredictRequest, seconds: float
+) -> Awaitable[pb.ExplainResponse]:
+    return stub.Explain(request, timeout=seconds, metadata=token.headers())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
@@ -24,6 +26,13 @@ from equipot.wire.v1.codec import (
     encode_structures,
 )
 
+Priority = Literal["low", "normal", "high"]
+"""How urgent a call is; what the server lets nobody have is lowered."""
+
+_PRIORITIES: Mapping[str, pb.Priority.ValueType] = MappingProxyType(
+    {"low": pb.PRIORITY_LOW, "normal": pb.PRIORITY_UNSPECIFIED, "high": pb.PRIORITY_HIGH}
+)
+
 # The model's name, level of theory and the fields' own headers.
 _BYTES_PER_REQUEST = 4_096
 
@@ -36,6 +45,7 @@ class Wish:
     level_of_theory: str
     forces: bool
     stress: bool
+    priority: Priority = "normal"
 
     def request(self, structures: list[Structure]) -> pb.PredictRequest:
         """The request for these structures."""
@@ -47,6 +57,7 @@ class Wish:
             structures=encode_structures(pack(structures)),
             properties=properties,
             level_of_theory=self.level_of_theory,
+            priority=_PRIORITIES[self.priority],
         )
 
 

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
 import typer
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from equipot.client.errors import ClientError, InvalidRequest
+from equipot.client.explanation_table import print_explanation
 from equipot.client.options import (
     AllowPlaintextToken,
     Shown,
@@ -69,6 +70,12 @@ def predict(
     tls_name: TlsName = "",
     token_file: TokenFile = None,
     allow_plaintext_token: AllowPlaintextToken = False,
+    priority: Annotated[
+        Literal["low", "normal", "high"], typer.Option(help="low: others go first; high: where it is granted")
+    ] = "normal",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only say what it would cost and which frames would fail.")
+    ] = False,
 ) -> None:
     """Predict energy and forces of every frame of a file and write them, in order, into an extxyz file.
 
@@ -89,13 +96,18 @@ def predict(
     target = out or Path(f"{file.stem}-predicted.extxyz")
     if target.exists() and file.exists() and target.samefile(file):
         raise ClientError(f"{target} is the input itself: give another --out")
-    with trust.client(address, model=model, timeout=timeout) as client:
+    with trust.client(address, model=model, timeout=timeout, priority=priority) as client:
         info = _first_contact(client, trust, timeout)
         reader = FrameReader(file)
         if stress and not info.has_stress:
             raise InvalidRequest(f"the model {info.name} has no stress: leave --stress out", field="stress")
         if stress is None:
             stress = info.has_stress and bool(reader.first.pbc.all())
+        if explain:
+            explanation = client.explain(reader, stress=stress, level_of_theory=level_of_theory)
+            reader.check()
+            print_explanation(Console(), explanation)
+            raise typer.Exit(int(bool(explanation.failures)))
         report = Report(Comparison())
         writer = FrameWriter(target)
         try:

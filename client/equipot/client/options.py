@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from equipot.client.batches import Priority
 from equipot.client.credentials import Credentials, Tls
 from equipot.client.errors import ClientError
 from equipot.client.retry import RetryPolicy
@@ -50,7 +51,13 @@ class Shown:
         )
 
     def client(
-        self, address: str, *, timeout: float, model: str = "", retry: RetryPolicy | None = None
+        self,
+        address: str,
+        *,
+        timeout: float,
+        model: str = "",
+        retry: RetryPolicy | None = None,
+        priority: Priority = "normal",
     ) -> Client:
         """A client that shows them."""
         return Client(
@@ -62,6 +69,7 @@ class Shown:
             token=self.token,
             token_file=self.token_file,
             allow_plaintext_token=self.allow_plaintext_token,
+            priority=priority,
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
-from equipot.client.batches import Wish
+from equipot.client.batches import Priority, Wish
 from equipot.client.channel import check_address
 from equipot.client.credentials import Credentials
 from equipot.client.diagnosis import explained
@@ -34,6 +35,7 @@ class Settings:
     atoms_per_request: int
     in_flight: int
     credentials: Credentials
+    priority: Priority = "normal"
 
     def __post_init__(self) -> None:
         check_address(self.address)
@@ -42,6 +44,8 @@ class Settings:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} is {value}; give at least {least}")
+        if self.priority not in get_args(Priority):
+            raise ValueError(f"priority is {self.priority!r}; give one of {', '.join(get_args(Priority))}")
         if not self.timeout > 0:
             raise ValueError(f"timeout is {self.timeout} s; give a positive number of seconds")
 
@@ -60,4 +64,5 @@ class Settings:
             level_of_theory=level_of_theory,
             forces=forces,
             stress=stress,
+            priority=self.priority,
         )

@@ -14,10 +14,11 @@ from typing import Protocol, Self, TypeVar
 
 import grpc
 
-from equipot.client.batches import Part, Wish, cut
+from equipot.client.batches import Part, Priority, Wish, cut
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
 from equipot.client.credentials import Credentials, Tls, TokenSource
 from equipot.client.errors import ClientError, LimitExceeded, from_rpc_error
+from equipot.client.explanation import Explanation, explained, together
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
 from equipot.client.settings import (
@@ -69,6 +70,7 @@ class Client:
         token: to show with each call.
         token_file: whose text is shown instead, read again when the file changes.
         allow_plaintext_token: whether a token may leave this machine unencrypted.
+        priority: "low" lets others go first; "high" goes first where the server grants it to this caller.
 
     Raises:
         ClientError: every method raises its subclasses, see `equipot.client.errors`.
@@ -88,6 +90,7 @@ class Client:
         token: str = "",
         token_file: str | os.PathLike[str] | None = None,
         allow_plaintext_token: bool = False,
+        priority: Priority = "normal",
     ) -> None:
         self.__setstate__(
             Settings(
@@ -104,6 +107,7 @@ class Client:
                     token_file=token_file,
                     allow_plaintext_token=allow_plaintext_token,
                 ),
+                priority=priority,
             )
         )
 
@@ -201,6 +205,34 @@ class Client:
             yield from numbered(part, start)
             start += len(part)
 
+    def explain(
+        self,
+        structures: StructuresLike,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        level_of_theory: str = "",
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> Explanation:
+        """What `predict` with the same arguments would cost now: sizes, failures, seconds; computes nothing.
+
+        Raises:
+            ModelChanged: the server changed its model between two parts of the batch.
+            ClientError: the call as a whole failed, see the subclasses.
+        """
+        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        seconds = self._settings.seconds(timeout)
+        parts: list[Explanation] = []
+        for part in self._cut(structures, wish, seconds):
+            if not part.structures:
+                parts.append(explained(part, None, 0.0))
+                continue
+            request, begun = wish.request(part.structures), time.perf_counter()
+            response = self._ask(self._connected().Explain, request, seconds)
+            parts.append(explained(part, response, time.perf_counter() - begun))
+        return together(parts)
+
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """The models that the server serves."""
         reply = self._ask(self._connected().ListModels, pb.ListModelsRequest(), timeout)
@@ -234,13 +266,7 @@ class Client:
             raise self._settings.explained(from_rpc_error(error, self.address)) from error
 
     def _parts(self, structures: StructuresLike, wish: Wish, timeout: float) -> Iterator[Predictions]:
-        limits = self._limits.get(wish.model) or self.model(wish.model, timeout=timeout).limits
-        parts = cut(
-            each_structure(structures),
-            limits,
-            atoms_per_request=self._settings.atoms_per_request,
-            max_message_bytes=self._settings.max_message_bytes,
-        )
+        parts = self._cut(structures, wish, timeout)
         queue: deque[_UnderWay] = deque()
         first, second = next(parts, None), next(parts, None)
         if first is not None and second is None:
@@ -259,6 +285,15 @@ class Client:
             for sent in queue:
                 if sent.pending is not None:
                     sent.pending.cancel()
+
+    def _cut(self, structures: StructuresLike, wish: Wish, timeout: float) -> Iterator[Part]:
+        limits = self._limits.get(wish.model) or self.model(wish.model, timeout=timeout).limits
+        return cut(
+            each_structure(structures),
+            limits,
+            atoms_per_request=self._settings.atoms_per_request,
+            max_message_bytes=self._settings.max_message_bytes,
+        )
 
     def _send(self, wish: Wish, part: Part, timeout: float, *, at_once: bool) -> _UnderWay:
         deadline = Deadline(timeout)
