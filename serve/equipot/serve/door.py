@@ -18,7 +18,7 @@ import grpc
 from equipot.serve import health
 from equipot.serve.call import ANONYMOUS, Call, current_call, enter
 from equipot.serve.errors import CallError, Unauthenticated
-from equipot.serve.logs import FIELDS
+from equipot.serve.logs import write
 from equipot.serve.quotas import Account, Quotas
 from equipot.serve.reread import Reread
 from equipot.serve.status import REQUEST_ID, Context, refuse
@@ -180,8 +180,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
     def _note(self, call: Call) -> None:
         if self._on_done is not None:
             self._on_done(call)
-        if access.isEnabledFor(logging.INFO):
-            access.info(call.method.rpartition("/")[2], extra={FIELDS: described(call)})
+        write(access, call.method.rpartition("/")[2], described(call))
 
 
 def described(call: Call) -> dict[str, object]:
