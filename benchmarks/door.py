@@ -70,6 +70,7 @@ def door(*, tokens: Path | None = None, limits: bool = False, traced: bool = Fal
     return Door(
         tokens=None if tokens is None else Reread("tokens", [tokens], lambda: Tokens.read(tokens)),
         quotas=Quotas(Allowances(default=allowance)),
+        open_to_all=(),
         certificates_name=False,
         on_refusal=lambda outcome: None,
         on_done=(lambda call: None) if traced else None,

@@ -143,6 +143,9 @@ def test_health_is_open_and_the_rest_is_not(guarded: Process) -> None:
     with grpc.insecure_channel(guarded.address) as channel:
         state = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
         assert state.status == health_pb2.HealthCheckResponse.SERVING
+        for probe in ("ServerLive", "ServerReady"):
+            call = channel.unary_unary(f"/inference.GRPCInferenceService/{probe}", bytes, bytes)
+            assert call(b"", timeout=20) == b"\x08\x01"
         question = reflection_pb2.ServerReflectionRequest(list_services="")
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         with pytest.raises(grpc.RpcError) as error:

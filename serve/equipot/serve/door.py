@@ -1,6 +1,6 @@
 """What every call passes before it is answered: who asks, under which id, and whether it may now.
 
-When it is done it gets its line in the log. The one service known here is health, which is open to all.
+When it is done it gets its line in the log. Knows no service: which are open to all is told.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import grpc
 
-from equipot.serve import health
 from equipot.serve.call import ANONYMOUS, Call, current_call, enter
 from equipot.serve.errors import CallError, Unauthenticated
 from equipot.serve.logs import write
@@ -29,7 +28,6 @@ Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-")
-_OPEN = f"/{health.SERVICE}/"
 
 access = logging.getLogger("equipot.access")
 
@@ -40,6 +38,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
     Args:
         tokens: whoever calls must show one of them; None asks for none.
         quotas: what each identity may ask for.
+        open_to_all: how the full names of methods begin that are answered without any of this, as to probes.
         certificates_name: whether callers show certificates, which then tell who they are if tokens do not.
         on_refusal: told the outcome of each call that is turned away here.
         on_done: told each call when its answer has left, with its phases; None if nobody wants to know.
@@ -50,12 +49,14 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         *,
         tokens: Reread[Tokens] | None,
         quotas: Quotas,
+        open_to_all: Sequence[str],
         certificates_name: bool,
         on_refusal: Callable[[str], None],
         on_done: Callable[[Call], None] | None,
     ) -> None:
         self._tokens = tokens
         self._quotas = quotas
+        self._open_to_all = tuple(open_to_all)
         self._certificates_name = certificates_name
         self._on_refusal = on_refusal
         self._on_done = on_done
@@ -69,7 +70,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         """The handler of a call, behind the door; it is asked before any of the request is read."""
         method = details.method
         handler = await continuation(details)
-        if handler is None or method.startswith(_OPEN):
+        if handler is None or method.startswith(self._open_to_all):
             return handler
         try:
             enter(self.recognise(method, details.invocation_metadata))

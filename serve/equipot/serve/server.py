@@ -39,6 +39,13 @@ LAST_ANSWERS_SECONDS = 2.0
 WATCH_SECONDS = 0.5
 """How often health asks the engines whether they can compute."""
 
+OPEN_TO_ALL = (
+    f"/{health.SERVICE}/",
+    f"/{inference_protocol.SERVICE}/ServerLive",
+    f"/{inference_protocol.SERVICE}/ServerReady",
+)
+"""What probes ask for, who have no token."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -111,7 +118,7 @@ class GrpcServer:
         self._config = config
         self._gate = Gate()
         self._health = health.Health([SERVICE])
-        self._trust = Trust(config, metrics, on_done=on_done)
+        self._trust = Trust(config, metrics, open_to_all=OPEN_TO_ALL, on_done=on_done)
         self._dispatcher = Dispatcher(
             config.budget,
             metrics,

@@ -48,7 +48,12 @@ class Trust:
     """
 
     def __init__(
-        self, config: ServeConfig, metrics: Metrics, *, on_done: Callable[[Call], None] | None
+        self,
+        config: ServeConfig,
+        metrics: Metrics,
+        *,
+        open_to_all: Sequence[str],
+        on_done: Callable[[Call], None] | None,
     ) -> None:
         self._certificates: Certificates | None = None
         if config.tls_cert is not None and config.tls_key is not None:
@@ -64,6 +69,7 @@ class Trust:
         self.door = Door(
             tokens=tokens,
             quotas=self.quotas,
+            open_to_all=open_to_all,
             certificates_name=config.tls_client_ca is not None,
             on_refusal=lambda outcome: metrics.requests.labels(NO_MODEL, outcome).inc(),
             on_done=on_done,
