@@ -80,6 +80,8 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
     faults: list[tuple[grpc.StatusCode, list[Any]]] = field(default_factory=list)
     tamper: Callable[[pb.PredictResponse], None] = lambda response: None
     seen: list[Seen] = field(default_factory=list)
+    skip_number: int = 0
+    opened: list[pb.SessionOpen] = field(default_factory=list)
     model_calls: int = 0
     most_at_once: int = 0
     _at_once: int = 0
@@ -138,6 +140,22 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
         finally:
             with self._lock:
                 self._at_once -= 1
+
+    def Session(self, requests: Iterator[pb.SessionRequest], context: Any) -> Iterator[pb.SessionReply]:
+        """As the real one, without keeping anything but the structures."""
+        opened = next(requests).open
+        self.opened.append(opened)
+        asked = pb.PredictRequest(
+            model=opened.model, structures=opened.structures, level_of_theory=opened.level_of_theory
+        )
+        for request in requests:
+            step = request.step
+            asked.structures.positions = step.positions
+            if step.cell:
+                asked.structures.cell = step.cell
+            del asked.properties[:]
+            asked.properties.extend(step.properties or opened.properties)
+            yield pb.SessionReply(number=step.number + self.skip_number, answer=self.Predict(asked, context))
 
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._model()])

@@ -64,6 +64,9 @@ class Liar(potential_pb2_grpc.PotentialServiceServicer):
     def Explain(self, request: pb.PredictRequest, context: object) -> pb.ExplainResponse:
         return self._stub.Explain(request)
 
+    def Session(self, requests: Iterator[pb.SessionRequest], context: object) -> Iterator[pb.SessionReply]:
+        return iter(())
+
     def Predict(self, request: pb.PredictRequest, context: object) -> pb.PredictResponse:
         reply = self._stub.Predict(request)
         numbers = np.frombuffer(getattr(reply, self._spoil), dtype="<f8").copy()

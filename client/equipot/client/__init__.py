@@ -24,6 +24,7 @@ from equipot.client.errors import (
 from equipot.client.explanation import Explanation
 from equipot.client.results import Limits, ModelInfo, ModelReference, Prediction, Predictions
 from equipot.client.retry import RetryPolicy
+from equipot.client.session import Session
 from equipot.client.structures import Structure
 from equipot.client.sync import Client
 from equipot.wire.v1.codec import Failure, FailureReason, StructureArrays
@@ -55,6 +56,7 @@ __all__ = [
     "RetryPolicy",
     "ServerError",
     "ServerUnavailable",
+    "Session",
     "Structure",
     "StructureArrays",
     "StructureFailure",

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from equipot.client.errors import InvalidStructure, ServerError
+from equipot.client.errors import InvalidStructure, ServerError, refused
 from equipot.client.results import Limits, ModelReference, Predictions
 from equipot.client.structures import Structure, as_structure, count_atoms, pack
 from equipot.wire.v1 import potential_pb2 as pb
@@ -29,7 +29,7 @@ from equipot.wire.v1.codec import (
 Priority = Literal["low", "normal", "high"]
 """How urgent a call is; what the server lets nobody have is lowered."""
 
-_PRIORITIES: Mapping[str, pb.Priority.ValueType] = MappingProxyType(
+PRIORITIES: Mapping[str, pb.Priority.ValueType] = MappingProxyType(
     {"low": pb.PRIORITY_LOW, "normal": pb.PRIORITY_UNSPECIFIED, "high": pb.PRIORITY_HIGH}
 )
 
@@ -47,17 +47,30 @@ class Wish:
     stress: bool
     priority: Priority = "normal"
 
-    def request(self, structures: list[Structure]) -> pb.PredictRequest:
-        """The request for these structures."""
+    @property
+    def properties(self) -> list[pb.Property.ValueType]:
+        """What is asked for, on the wire."""
         properties = [pb.PROPERTY_ENERGY]
         properties += [pb.PROPERTY_FORCES] if self.forces else []
         properties += [pb.PROPERTY_STRESS] if self.stress else []
+        return properties
+
+    def with_properties(self, *, forces: bool | None, stress: bool | None) -> Wish:
+        """The same for another step; None leaves as it is."""
+        return replace(
+            self,
+            forces=self.forces if forces is None else forces,
+            stress=self.stress if stress is None else stress,
+        )
+
+    def request(self, structures: list[Structure]) -> pb.PredictRequest:
+        """The request for these structures."""
         return pb.PredictRequest(
             model=self.model,
             structures=encode_structures(pack(structures)),
-            properties=properties,
+            properties=self.properties,
             level_of_theory=self.level_of_theory,
-            priority=_PRIORITIES[self.priority],
+            priority=PRIORITIES[self.priority],
         )
 
 
@@ -80,9 +93,7 @@ class Part:
 
     def refuse(self, reason: FailureReason, problem: InvalidStructure, n_atoms: int) -> None:
         """Takes a structure that is not sent."""
-        self.failures.append(
-            Failure(len(self.n_atoms), reason, problem.field, problem.problem, problem.remedy)
-        )
+        self.failures.append(refused(len(self.n_atoms), problem, reason))
         self.n_atoms.append(n_atoms)
 
     def merge(self, wish: Wish, response: pb.PredictResponse | None) -> Predictions:

@@ -7,10 +7,20 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from equipot.client.credentials import Tls
-from equipot.client.errors import ClientError, ModelChanged, ModelNotFound
+from equipot.client.errors import (
+    ClientError,
+    InvalidStructure,
+    ModelChanged,
+    ModelNotFound,
+    StructureFailure,
+    refused,
+)
 from equipot.client.results import ModelReference
-from equipot.client.structures import charge_and_spin
+from equipot.client.session import Session
+from equipot.client.structures import Structure, charge_and_spin, from_atoms
 from equipot.client.sync import Client
 
 try:
@@ -34,7 +44,8 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
     change of them asks anew. After the first answer the calculator asks for that very bundle, so that no
     trajectory changes its model on the way; `model_reference` says which it is. Stress is asked for only when
     it is read, and then for structures periodic in all three directions alone. After an error there are no
-    results: a stale force is never returned.
+    results: a stale force is never returned. From the second answer for the same atoms on, steps go through a
+    session: what does not change is not sent again, and the server keeps the neighbour list.
 
     Args:
         server: HOST:PORT, or a `Client` whose settings are wanted; a client stays its owner's to close.
@@ -77,6 +88,8 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         # What was read for the last geometry is read for the next one too, more likely than not.
         self._last_read = {"forces"}
         self._read: set[str] = set()
+        self._session: Session | None = None
+        self._session_of: Structure | None = None
         super().__init__(model=model or self._client.model_name, level_of_theory=level_of_theory)
 
     def __enter__(self) -> Self:
@@ -92,8 +105,13 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         """Closes the connection."""
         self.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the session: a copy opens one of its own."""
+        return {**self.__dict__, "_session": None, "_session_of": None}
+
     def close(self) -> None:
         """Closes the connection, if the calculator made it; the results stay."""
+        self._leave_session()
         if self._owns_client:
             self._client.close()
 
@@ -110,6 +128,7 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         changed: dict[str, Any] = super().set(**parameters)
         if changed:
             self.reset()
+            self._leave_session()
             self.model_reference = self._model_has_stress = None
         return changed
 
@@ -156,18 +175,30 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
     def _ask(self, *, forces: bool, stress: bool) -> dict[str, Any]:
         reference = self.model_reference
         try:
-            answer = self._client.predict(
-                self.atoms,
-                forces=forces,
-                stress=stress,
-                level_of_theory=self.parameters["level_of_theory"],
-                model=self.parameters["model"] if reference is None else reference.pinned,
-                timeout=self._timeout,
-            )
+            structure = from_atoms(self.atoms)
+        except InvalidStructure as error:
+            raise StructureFailure(refused(0, error)) from error
+        session = self._session_for(structure)
+        try:
+            if session is not None:
+                answer = session.predict(
+                    structure.positions, structure.cell[None], forces=forces, stress=stress
+                )
+            else:
+                answer = self._client.predict(
+                    structure,
+                    forces=forces,
+                    stress=stress,
+                    level_of_theory=self.parameters["level_of_theory"],
+                    model=self.parameters["model"] if reference is None else reference.pinned,
+                    timeout=self._timeout,
+                )
         except ModelNotFound as error:
             if reference is None:
                 raise
             raise ModelChanged(self._changed(f"it says: {error}")) from error
+        except ModelChanged as error:
+            raise ModelChanged(self._changed(str(error))) from error
         answer.raise_for_failures()
         assert answer.model is not None
         if reference is not None and answer.model.digest != reference.digest:
@@ -180,6 +211,26 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         if answer.stress is not None:
             results["stress"] = full_3x3_to_voigt_6_stress(answer.stress[0])
         return results
+
+    def _session_for(self, structure: Structure) -> Session | None:
+        """The session of these atoms; None at their first calculation, which may be their only one."""
+        before, self._session_of = self._session_of, structure
+        if before is None or not _same_atoms(before, structure) or self.model_reference is None:
+            self._leave_session()
+            self._session_of = structure
+        elif self._session is None:
+            self._session = self._client.session(
+                structure,
+                level_of_theory=self.parameters["level_of_theory"],
+                model=self.model_reference.pinned,
+                timeout=self._timeout,
+            )
+        return self._session
+
+    def _leave_session(self) -> None:
+        session, self._session, self._session_of = self._session, None, None
+        if session is not None:
+            session.close()
 
     def _check_stress(self, atoms: Atoms) -> None:
         if not atoms.pbc.all():
@@ -200,3 +251,12 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
             f"calculator began ({how}): serve that bundle again, or go on with a new calculator and treat "
             "what follows as another trajectory"
         )
+
+
+def _same_atoms(one: Structure, other: Structure) -> bool:
+    """Whether they differ in positions and cell alone."""
+    return (
+        np.array_equal(one.atomic_numbers, other.atomic_numbers)
+        and np.array_equal(one.pbc, other.pbc)
+        and (one.charge, one.spin_multiplicity) == (other.charge, other.spin_multiplicity)
+    )

@@ -165,6 +165,13 @@ class _FailedCall(Protocol):
     def trailing_metadata(self) -> object: ...
 
 
+def refused(
+    index: int, problem: InvalidStructure, reason: FailureReason = FailureReason.INVALID_STRUCTURE
+) -> Failure:
+    """The failure of a structure that is not sent."""
+    return Failure(index, reason, problem.field, problem.problem, problem.remedy)
+
+
 def describe(failure: Failure) -> str:
     """One line for one failed structure."""
     field = f"{failure.field}: " if failure.field else ""

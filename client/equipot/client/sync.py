@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -21,6 +22,7 @@ from equipot.client.errors import ClientError, LimitExceeded, from_rpc_error
 from equipot.client.explanation import Explanation, explained, together
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
+from equipot.client.session import Course, Session
 from equipot.client.settings import (
     DEFAULT_ATOMS_PER_REQUEST,
     DEFAULT_IN_FLIGHT,
@@ -28,7 +30,7 @@ from equipot.client.settings import (
     DEFAULT_TIMEOUT,
     Settings,
 )
-from equipot.client.structures import StructuresLike, each_structure
+from equipot.client.structures import StructuresLike, as_structure, each_structure
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
@@ -232,6 +234,41 @@ class Client:
             response = self._ask(self._connected().Explain, request, seconds)
             parts.append(explained(part, response, time.perf_counter() - begun))
         return together(parts)
+
+    def session(
+        self,
+        structures: StructuresLike,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        level_of_theory: str = "",
+        model: str | None = None,
+        skin: float = 0.0,
+        timeout: float | None = None,
+    ) -> Session:
+        """Opens a session for structures that are asked for again and again as their atoms move.
+
+        Args:
+            structures: as of `predict`; their positions count for nothing yet.
+            forces: whether forces are wanted at each step that does not say otherwise.
+            stress: likewise.
+            level_of_theory: one of the model's; empty: its only one.
+            model: another than the client's.
+            skin: Å around the cutoff within which the server keeps neighbours; 0: its own choice.
+            timeout: seconds for each step, another than the client's.
+
+        Raises:
+            InvalidStructure: one of the structures cannot be one; or there are none.
+        """
+        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        course = Course([as_structure(item) for item in each_structure(structures)], wish, skin)
+        return Session(
+            lambda: partial(self._connected().Session, metadata=self._token.headers()),
+            course,
+            address=self.address,
+            retry=self._settings.retry,
+            timeout=self._settings.seconds(timeout),
+        )
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """The models that the server serves."""

@@ -16,8 +16,10 @@ from equipot.serve.config import (
     DEFAULT_KEEPALIVE,
     DEFAULT_LIMITS,
     DEFAULT_QUEUE_EDGES,
+    DEFAULT_SESSIONS,
     RequestLimits,
     ServeConfig,
+    SessionLimits,
     default_budget,
 )
 from equipot.serve.logs import configure
@@ -133,6 +135,12 @@ def serve(
     log_structures: Annotated[
         bool, typer.Option("--log-structures", help="Log the structures of requests, too.")
     ] = False,
+    max_sessions: Annotated[
+        int, typer.Option(help="Most sessions open at once; 0 lets none be opened.")
+    ] = DEFAULT_SESSIONS.most,
+    session_idle: Annotated[
+        float, typer.Option(help="Seconds without a step after which a session is ended.")
+    ] = DEFAULT_SESSIONS.idle_seconds,
     drain_seconds: Annotated[
         float, typer.Option(help="How long accepted requests may take once the server is told to stop.")
     ] = 30.0,
@@ -153,6 +161,7 @@ def serve(
         threads=threads,
         deterministic=deterministic,
         tensor_parallel=tensor_parallel,
+        sessions=SessionLimits(most=max_sessions, idle_seconds=session_idle),
         drain_seconds=drain_seconds,
         linger_seconds=linger_seconds,
         tls_cert=tls_cert,

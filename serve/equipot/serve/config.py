@@ -60,6 +60,22 @@ CPU_BUDGET = default_budget("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SessionLimits:
+    """What sessions may hold.
+
+    Attributes:
+        most: sessions open at once.
+        idle_seconds: without a step, after which one is ended; its caller may open it again.
+    """
+
+    most: int = 1_000
+    idle_seconds: float = 600.0
+
+
+DEFAULT_SESSIONS = SessionLimits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """How one server runs.
 
@@ -80,6 +96,7 @@ class ServeConfig:
         calibrate: whether each model's batches are settled by measuring it when it is loaded; the budget's
             numbers then hold only where that cannot be done.
         limits: of requests.
+        sessions: what may be open at once, and for how long idle.
         tls_cert: PEM file of the server's certificate and those that lead to its CA; None serves plaintext.
         tls_key: PEM file of its private key.
         tls_client_ca: PEM file of CAs; callers must show a certificate of one of them (mTLS). None asks for
@@ -114,6 +131,7 @@ class ServeConfig:
     budget: Budget = CPU_BUDGET
     calibrate: bool = False
     limits: RequestLimits = DEFAULT_LIMITS
+    sessions: SessionLimits = DEFAULT_SESSIONS
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -149,6 +167,11 @@ class ServeConfig:
         _check("max-edges", self.limits.structure_edges, 1, None)
         _check("max-request-structures", self.limits.request_structures, 1, None)
         _check("max-request-atoms", self.limits.request_atoms, 1, None)
+        _check("max-sessions", self.sessions.most, 0, None)
+        if not 0 < self.sessions.idle_seconds <= 86_400:
+            raise ServeError(
+                f"session-idle is {self.sessions.idle_seconds:g}, allowed are seconds above 0 up to 86400"
+            )
         _check("max-message-mb", self.limits.message_bytes // 2**20, 1, LARGEST_MESSAGE_MB)
         if self.max_connection_age and not SHORTEST_AGE <= self.max_connection_age <= LONGEST_AGE:
             raise ServeError(

@@ -107,6 +107,12 @@ class DeadlinePassed(CallError):
     reason = "DEADLINE_PASSED"
 
 
+class SessionIdle(CallError):
+    """A session was not used for so long that it was ended; it may be opened again."""
+
+    reason = "SESSION_IDLE"
+
+
 class NotReady(CallError):
     """The server is starting or draining; another one, or this one later, will answer."""
 

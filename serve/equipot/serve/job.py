@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from equipot.model.batch import Graph, System
+from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.call import Call
 from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, Fault
@@ -30,6 +31,21 @@ class Key:
     stress: bool
 
 
+class KeptNeighbors:
+    """Neighbour lists of structures that come again as their atoms move, by where their range begins."""
+
+    def __init__(self, cutoff: float, skin: float) -> None:
+        """Lists for a cutoff and a skin around it, in Å."""
+        self._cutoff, self._skin = cutoff, skin
+        self._by_start: dict[int, SkinnedNeighbors] = {}
+
+    def of(self, start: int) -> SkinnedNeighbors:
+        """Those of the range of structures that begins there; ranges are the same at every request."""
+        if start not in self._by_start:
+            self._by_start[start] = SkinnedNeighbors(self._cutoff, skin=self._skin)
+        return self._by_start[start]
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Work:
     """One request, understood.
@@ -39,6 +55,7 @@ class Work:
         structures: to be answered, S of them.
         level: index of the level of theory.
         deadline: by `time.monotonic`; None if the caller waits for ever.
+        neighbors: lists kept between requests with the same structures; None if there are no others.
         call: that it came with: who asks, and what it may ask for.
         priority: as asked for; the batcher lowers it to what the identity may have.
         offsets: S+1 places where each structure's atoms begin, and where the last one's end.
@@ -48,6 +65,7 @@ class Work:
     structures: StructureArrays
     level: int
     deadline: float | None
+    neighbors: KeptNeighbors | None = None
     call: Call = field(default_factory=Call)
     priority: Priority = Priority.NORMAL
     offsets: list[int] = field(init=False)
@@ -78,7 +96,8 @@ class Work:
 
     def prepare(self, start: int, stop: int) -> list[Graph | Fault]:
         """Checks these structures and finds their edges; safe in any thread."""
-        return self.key.model.engine.prepare(list(self._systems(start, stop)))
+        neighbors = None if self.neighbors is None else self.neighbors.of(start)
+        return self.key.model.engine.prepare(list(self._systems(start, stop)), neighbors=neighbors)
 
     def _systems(self, start: int, stop: int) -> Iterator[System]:
         arrays = self.structures

@@ -45,6 +45,7 @@ class Metrics:
         self.edges = self._counter("edges", "Edges of answered structures", ["model"])
         self.batches = self._counter("batches", "Batches computed", ["model"])
         self.in_flight = self._gauge("in_flight_requests", "Calls of Predict not answered yet")
+        self.sessions = self._gauge("sessions", "Sessions that are open")
         self.wait_seconds = self._histogram("wait_seconds", "A structure's wait for the engine", SECONDS)
         self.prepare_seconds = self._histogram("prepare_seconds", "Checks and neighbour lists", SECONDS)
         self.compute_seconds = self._histogram("compute_seconds", "A batch in the engine", SECONDS)

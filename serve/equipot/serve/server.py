@@ -30,6 +30,7 @@ from equipot.serve.models import names_of
 from equipot.serve.registry import Registry
 from equipot.serve.reread import keep_current
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
+from equipot.serve.sessions import SessionServicer
 from equipot.serve.tracing import call_tracer
 from equipot.serve.trust import Trust, server_options
 
@@ -130,6 +131,8 @@ class GrpcServer:
             self._gate, self._dispatcher, metrics, config.limits, log_structures=config.log_structures
         )
         servicer.add_to(self._server)
+        self._sessions = SessionServicer(servicer, self._dispatcher, metrics, config.sessions)
+        self._sessions.add_to(self._server)
         InferenceServicer(servicer, ready=lambda: self._health.serving).add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
@@ -180,6 +183,7 @@ class GrpcServer:
             await asyncio.sleep(linger)
         logger.info("draining: new calls are refused, accepted ones have %g s", seconds)
         self._gate.close()
+        self._sessions.drain()
         try:
             await asyncio.wait_for(self._dispatcher.quiet(), seconds)
         except TimeoutError:

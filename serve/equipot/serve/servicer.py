@@ -21,7 +21,6 @@ from equipot.serve.registry import Registry
 from equipot.serve.shares import Priority
 from equipot.serve.status import Context, guarded
 from equipot.wire.v1 import potential_pb2 as pb
-from equipot.wire.v1 import potential_pb2_grpc
 from equipot.wire.v1.codec import (
     CodecError,
     StructureArrays,
@@ -67,7 +66,7 @@ class Gate:
         return self._registry
 
 
-class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
+class PotentialServicer:
     """The methods of `PotentialService`; they raise `CallError`, which `guarded` turns into statuses."""
 
     def __init__(
@@ -96,12 +95,12 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         # The stubs declare the callback's type as a class, which no function is.
         context.add_done_callback(self._left)  # type: ignore[arg-type]
         try:
-            model = self._gate.registry().find(request.model, session=_session(request, context))
+            model = self.find(request, context)
             label = call.model = model.name
             with model.in_use():
-                work = self._understand(request, model, deadline)
+                work = self.understand(request, model, deadline)
                 answer = await self._dispatcher.predict(work)
-            response = _response(work, answer)
+            response = respond(work, answer)
             outcome = OK
             seconds = time.perf_counter() - started
             self._metrics.request_seconds.labels(label).observe(seconds)
@@ -126,7 +125,7 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         model = self._gate.registry().find(request.model, session=_session(request, context))
         current_call().model = model.name
         with model.in_use():
-            work = self._understand(request, model, _deadline(context))
+            work = self.understand(request, model, _deadline(context))
             estimate = await self._dispatcher.explain(work)
         return _explained(work, estimate, time.perf_counter() - started)
 
@@ -153,7 +152,20 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
-    def _understand(self, request: pb.PredictRequest, model: ServedModel, deadline: float | None) -> Work:
+    def find(self, request: pb.PredictRequest | pb.SessionOpen, context: Context) -> ServedModel:
+        """The model that a request names.
+
+        Raises:
+            CallError: there is none, or it does not answer now.
+        """
+        return self._gate.registry().find(request.model, session=_session(request, context))
+
+    def understand(self, request: pb.PredictRequest, model: ServedModel, deadline: float | None) -> Work:
+        """What is asked, checked against what the model and this server can do.
+
+        Raises:
+            CallError: the request as a whole cannot be answered.
+        """
         model.engine.check_ready()
         forces, stress = _wanted(request)
         if stress and not model.card.has_stress:
@@ -194,7 +206,7 @@ class PotentialServicer(potential_pb2_grpc.PotentialServiceServicer):
         return structures
 
 
-def _session(request: pb.PredictRequest | pb.GetModelRequest, context: Context) -> str:
+def _session(request: pb.PredictRequest | pb.GetModelRequest | pb.SessionOpen, context: Context) -> str:
     """Whose calls belong together."""
     return request.session or str(context.peer())
 
@@ -239,7 +251,8 @@ def _within(count: int, limit: int, what: str) -> None:
         )
 
 
-def _response(work: Work, answer: Answer) -> pb.PredictResponse:
+def respond(work: Work, answer: Answer) -> pb.PredictResponse:
+    """The answer on the wire."""
     response = pb.PredictResponse(
         model=work.key.model.reference(work.level),
         timing=pb.Timing(queue_seconds=answer.queue_seconds, compute_seconds=answer.compute_seconds),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -24,6 +24,7 @@ from equipot.serve.errors import (
     OverLimit,
     OverQuota,
     QueueFull,
+    SessionIdle,
     Unauthenticated,
 )
 
@@ -46,6 +47,7 @@ CODES: Mapping[type[CallError], grpc.StatusCode] = MappingProxyType(
         DeadlineUnreachable: grpc.StatusCode.RESOURCE_EXHAUSTED,
         DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
         NotReady: grpc.StatusCode.UNAVAILABLE,
+        SessionIdle: grpc.StatusCode.UNAVAILABLE,
         Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
         CallError: grpc.StatusCode.INTERNAL,
     }
@@ -113,6 +115,34 @@ def guarded(
 
     return grpc.unary_unary_rpc_method_handler(
         answer, request_deserializer=None, response_serializer=lambda message: message.SerializeToString()
+    )
+
+
+def guarded_stream(
+    method: Callable[[AsyncIterator[RequestT], Context], AsyncIterator[Message]], request_type: type[RequestT]
+) -> grpc.RpcMethodHandler[bytes, Message]:
+    """As `guarded`, of a method with streams both ways."""
+
+    async def parsed(raws: AsyncIterator[bytes]) -> AsyncIterator[RequestT]:
+        async for raw in raws:
+            yield _parse(request_type, raw)
+
+    async def answer(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
+        try:
+            async for reply in method(parsed(raws), context):
+                yield reply
+            return
+        except CallError as error:
+            failure = error
+        except Exception:
+            logger.exception("%s failed", request_type.__name__)
+            failure = CallError("the server failed on this request; its log has the reason")
+        await refuse(context, failure)
+
+    # grpc's types are those of servers with threads; under asyncio a behaviour is an asynchronous generator.
+    behaviour: Any = answer
+    return grpc.stream_stream_rpc_method_handler(
+        behaviour, request_deserializer=None, response_serializer=lambda message: message.SerializeToString()
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -231,6 +231,17 @@ def decode_structures(message: pb.Structures) -> StructureArrays:
             "spin_multiplicity", message.spin_multiplicity, np.int32, (n_structures,), optional=True
         ),
     )
+
+
+def decode_step(step: pb.SessionStep, before: StructureArrays) -> StructureArrays:
+    """The structures of a session with a step's positions and, if it has one, its cell.
+
+    Raises:
+        CodecError: a length that does not fit the session's structures.
+    """
+    cell = _from_bytes("cell", step.cell, np.float64, before.cell.shape) if step.cell else before.cell
+    positions = _from_bytes("positions", step.positions, np.float64, before.positions.shape)
+    return replace(before, positions=positions, cell=cell)
 
 
 def encode_predictions(arrays: PredictionArrays, response: pb.PredictResponse) -> None:

@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65quipot/wire/v1/potential.proto\x12\x0f\x65quipot.wire.v1\"\x8e\x01\n\nStructures\x12\x0f\n\x07n_atoms\x18\x01 \x03(\r\x12\x16\n\x0e\x61tomic_numbers\x18\x02 \x01(\x0c\x12\x11\n\tpositions\x18\x03 \x01(\x0c\x12\x0c\n\x04\x63\x65ll\x18\x04 \x01(\x0c\x12\x0b\n\x03pbc\x18\x05 \x01(\x0c\x12\x0e\n\x06\x63harge\x18\x06 \x01(\x0c\x12\x19\n\x11spin_multiplicity\x18\x07 \x01(\x0c\"\xd6\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\nstructures\x18\x02 \x01(\x0b\x32\x1b.equipot.wire.v1.Structures\x12-\n\nproperties\x18\x03 \x03(\x0e\x32\x19.equipot.wire.v1.Property\x12\x17\n\x0flevel_of_theory\x18\x04 \x01(\t\x12\x0f\n\x07session\x18\x08 \x01(\t\x12+\n\x08priority\x18\x05 \x01(\x0e\x32\x19.equipot.wire.v1.Priority\"\xc6\x01\n\x0fPredictResponse\x12.\n\x05model\x18\x01 \x01(\x0b\x32\x1f.equipot.wire.v1.ModelReference\x12\x0e\n\x06\x65nergy\x18\x02 \x01(\x0c\x12\x0e\n\x06\x66orces\x18\x03 \x01(\x0c\x12\x0e\n\x06stress\x18\x04 \x01(\x0c\x12*\n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x18.equipot.wire.v1.Failure\x12\'\n\x06timing\x18\x06 \x01(\x0b\x32\x17.equipot.wire.v1.Timing\"x\n\x07\x46\x61ilure\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\x06reason\x18\x02 \x01(\x0e\x32\x1e.equipot.wire.v1.FailureReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t\"\x99\x01\n\x0eModelReference\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x17\n\x0flevel_of_theory\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x05 \x01(\r\x12\x17\n\x0f\x62\x61tch_invariant\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\t\"8\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x02 \x01(\x01\"\x99\x03\n\x0f\x45xplainResponse\x12.\n\x05model\x18\x01 \x01(\x0b\x32\x1f.equipot.wire.v1.ModelReference\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07n_edges\x18\x03 \x03(\x04\x12\x13\n\x0btotal_atoms\x18\x04 \x01(\x04\x12\x13\n\x0btotal_edges\x18\x05 \x01(\x04\x12\x11\n\tn_batches\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x17\n\x0fprepare_seconds\x18\x08 \x01(\x01\x12\x15\n\rqueue_seconds\x18\t \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\n \x01(\x01\x12\x15\n\rtotal_seconds\x18\x0b \x01(\x01\x12+\n\x08priority\x18\x0c \x01(\x0e\x32\x19.equipot.wire.v1.Priority\x12\x0f\n\x07refusal\x18\r \x01(\t\x12*\n\x08\x66\x61ilures\x18\x0e \x03(\x0b\x32\x18.equipot.wire.v1.Failure\x12\x17\n\x0f\x65xplain_seconds\x18\x0f \x01(\x01\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.equipot.wire.v1.Model\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\"\x9d\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x18\n\x10levels_of_theory\x18\x03 \x03(\t\x12\x10\n\x08\x65lements\x18\x04 \x03(\r\x12\x0f\n\x07\x63harges\x18\x05 \x03(\x11\x12\x1b\n\x13spin_multiplicities\x18\x06 \x03(\r\x12\x0e\n\x06\x63utoff\x18\x07 \x01(\x01\x12\x12\n\nforce_mode\x18\x08 \x01(\t\x12\x12\n\nhas_stress\x18\t \x01(\x08\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x14\n\x0cn_parameters\x18\x0b \x01(\x04\x12\x12\n\nis_default\x18\x0c \x01(\x08\x12\'\n\x06limits\x18\r \x01(\x0b\x32\x17.equipot.wire.v1.Limits\x12\x11\n\tcard_json\x18\x0e \x01(\t\x12\x0f\n\x07version\x18\x0f \x01(\t\x12\x0e\n\x06labels\x18\x10 \x03(\t\x12*\n\x05state\x18\x11 \x01(\x0e\x32\x1b.equipot.wire.v1.ModelState\x12\x0e\n\x06reason\x18\x12 \x01(\t\x12\x12\n\nis_current\x18\x13 \x01(\x08\"\x87\x01\n\x06Limits\x12\x1f\n\x17max_atoms_per_structure\x18\x01 \x01(\r\x12\"\n\x1amax_structures_per_request\x18\x02 \x01(\r\x12\x1d\n\x15max_atoms_per_request\x18\x03 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04*c\n\x08Property\x12\x18\n\x14PROPERTY_UNSPECIFIED\x10\x00\x12\x13\n\x0fPROPERTY_ENERGY\x10\x01\x12\x13\n\x0fPROPERTY_FORCES\x10\x02\x12\x13\n\x0fPROPERTY_STRESS\x10\x03*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03*\xcf\x01\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12$\n FAILURE_REASON_INVALID_STRUCTURE\x10\x01\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSUPPORTED\x10\x02\x12\x1c\n\x18\x46\x41ILURE_REASON_TOO_LARGE\x10\x03\x12\x1d\n\x19\x46\x41ILURE_REASON_NOT_FINITE\x10\x04\x12\x1b\n\x17\x46\x41ILURE_REASON_INTERNAL\x10\x05*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\xcb\x02\n\x10PotentialService\x12L\n\x07Predict\x12\x1f.equipot.wire.v1.PredictRequest\x1a .equipot.wire.v1.PredictResponse\x12L\n\x07\x45xplain\x12\x1f.equipot.wire.v1.PredictRequest\x1a .equipot.wire.v1.ExplainResponse\x12U\n\nListModels\x12\".equipot.wire.v1.ListModelsRequest\x1a#.equipot.wire.v1.ListModelsResponse\x12\x44\n\x08GetModel\x12 .equipot.wire.v1.GetModelRequest\x1a\x16.equipot.wire.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65quipot/wire/v1/potential.proto\x12\x0f\x65quipot.wire.v1\"\x8e\x01\n\nStructures\x12\x0f\n\x07n_atoms\x18\x01 \x03(\r\x12\x16\n\x0e\x61tomic_numbers\x18\x02 \x01(\x0c\x12\x11\n\tpositions\x18\x03 \x01(\x0c\x12\x0c\n\x04\x63\x65ll\x18\x04 \x01(\x0c\x12\x0b\n\x03pbc\x18\x05 \x01(\x0c\x12\x0e\n\x06\x63harge\x18\x06 \x01(\x0c\x12\x19\n\x11spin_multiplicity\x18\x07 \x01(\x0c\"\xd6\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\nstructures\x18\x02 \x01(\x0b\x32\x1b.equipot.wire.v1.Structures\x12-\n\nproperties\x18\x03 \x03(\x0e\x32\x19.equipot.wire.v1.Property\x12\x17\n\x0flevel_of_theory\x18\x04 \x01(\t\x12\x0f\n\x07session\x18\x08 \x01(\t\x12+\n\x08priority\x18\x05 \x01(\x0e\x32\x19.equipot.wire.v1.Priority\"\xc6\x01\n\x0fPredictResponse\x12.\n\x05model\x18\x01 \x01(\x0b\x32\x1f.equipot.wire.v1.ModelReference\x12\x0e\n\x06\x65nergy\x18\x02 \x01(\x0c\x12\x0e\n\x06\x66orces\x18\x03 \x01(\x0c\x12\x0e\n\x06stress\x18\x04 \x01(\x0c\x12*\n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x18.equipot.wire.v1.Failure\x12\'\n\x06timing\x18\x06 \x01(\x0b\x32\x17.equipot.wire.v1.Timing\"x\n\x07\x46\x61ilure\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\x06reason\x18\x02 \x01(\x0e\x32\x1e.equipot.wire.v1.FailureReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t\"t\n\x0eSessionRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.equipot.wire.v1.SessionOpenH\x00\x12,\n\x04step\x18\x02 \x01(\x0b\x32\x1c.equipot.wire.v1.SessionStepH\x00\x42\x06\n\x04kind\"\xe1\x01\n\x0bSessionOpen\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\nstructures\x18\x02 \x01(\x0b\x32\x1b.equipot.wire.v1.Structures\x12-\n\nproperties\x18\x03 \x03(\x0e\x32\x19.equipot.wire.v1.Property\x12\x17\n\x0flevel_of_theory\x18\x04 \x01(\t\x12\x0f\n\x07session\x18\x05 \x01(\t\x12\x0c\n\x04skin\x18\x06 \x01(\x01\x12+\n\x08priority\x18\x07 \x01(\x0e\x32\x19.equipot.wire.v1.Priority\"\x86\x01\n\x0bSessionStep\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tpositions\x18\x02 \x01(\x0c\x12\x0c\n\x04\x63\x65ll\x18\x03 \x01(\x0c\x12-\n\nproperties\x18\x04 \x03(\x0e\x32\x19.equipot.wire.v1.Property\x12\x17\n\x0ftimeout_seconds\x18\x05 \x01(\x01\"P\n\x0cSessionReply\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x30\n\x06\x61nswer\x18\x02 \x01(\x0b\x32 .equipot.wire.v1.PredictResponse\"\x99\x01\n\x0eModelReference\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x17\n\x0flevel_of_theory\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x05 \x01(\r\x12\x17\n\x0f\x62\x61tch_invariant\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\t\"8\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x02 \x01(\x01\"\x99\x03\n\x0f\x45xplainResponse\x12.\n\x05model\x18\x01 \x01(\x0b\x32\x1f.equipot.wire.v1.ModelReference\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07n_edges\x18\x03 \x03(\x04\x12\x13\n\x0btotal_atoms\x18\x04 \x01(\x04\x12\x13\n\x0btotal_edges\x18\x05 \x01(\x04\x12\x11\n\tn_batches\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x17\n\x0fprepare_seconds\x18\x08 \x01(\x01\x12\x15\n\rqueue_seconds\x18\t \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\n \x01(\x01\x12\x15\n\rtotal_seconds\x18\x0b \x01(\x01\x12+\n\x08priority\x18\x0c \x01(\x0e\x32\x19.equipot.wire.v1.Priority\x12\x0f\n\x07refusal\x18\r \x01(\t\x12*\n\x08\x66\x61ilures\x18\x0e \x03(\x0b\x32\x18.equipot.wire.v1.Failure\x12\x17\n\x0f\x65xplain_seconds\x18\x0f \x01(\x01\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.equipot.wire.v1.Model\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\"\x9d\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x18\n\x10levels_of_theory\x18\x03 \x03(\t\x12\x10\n\x08\x65lements\x18\x04 \x03(\r\x12\x0f\n\x07\x63harges\x18\x05 \x03(\x11\x12\x1b\n\x13spin_multiplicities\x18\x06 \x03(\r\x12\x0e\n\x06\x63utoff\x18\x07 \x01(\x01\x12\x12\n\nforce_mode\x18\x08 \x01(\t\x12\x12\n\nhas_stress\x18\t \x01(\x08\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x14\n\x0cn_parameters\x18\x0b \x01(\x04\x12\x12\n\nis_default\x18\x0c \x01(\x08\x12\'\n\x06limits\x18\r \x01(\x0b\x32\x17.equipot.wire.v1.Limits\x12\x11\n\tcard_json\x18\x0e \x01(\t\x12\x0f\n\x07version\x18\x0f \x01(\t\x12\x0e\n\x06labels\x18\x10 \x03(\t\x12*\n\x05state\x18\x11 \x01(\x0e\x32\x1b.equipot.wire.v1.ModelState\x12\x0e\n\x06reason\x18\x12 \x01(\t\x12\x12\n\nis_current\x18\x13 \x01(\x08\"\x87\x01\n\x06Limits\x12\x1f\n\x17max_atoms_per_structure\x18\x01 \x01(\r\x12\"\n\x1amax_structures_per_request\x18\x02 \x01(\r\x12\x1d\n\x15max_atoms_per_request\x18\x03 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04*c\n\x08Property\x12\x18\n\x14PROPERTY_UNSPECIFIED\x10\x00\x12\x13\n\x0fPROPERTY_ENERGY\x10\x01\x12\x13\n\x0fPROPERTY_FORCES\x10\x02\x12\x13\n\x0fPROPERTY_STRESS\x10\x03*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03*\xcf\x01\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12$\n FAILURE_REASON_INVALID_STRUCTURE\x10\x01\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSUPPORTED\x10\x02\x12\x1c\n\x18\x46\x41ILURE_REASON_TOO_LARGE\x10\x03\x12\x1d\n\x19\x46\x41ILURE_REASON_NOT_FINITE\x10\x04\x12\x1b\n\x17\x46\x41ILURE_REASON_INTERNAL\x10\x05*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\x9a\x03\n\x10PotentialService\x12L\n\x07Predict\x12\x1f.equipot.wire.v1.PredictRequest\x1a .equipot.wire.v1.PredictResponse\x12L\n\x07\x45xplain\x12\x1f.equipot.wire.v1.PredictRequest\x1a .equipot.wire.v1.ExplainResponse\x12M\n\x07Session\x12\x1f.equipot.wire.v1.SessionRequest\x1a\x1d.equipot.wire.v1.SessionReply(\x01\x30\x01\x12U\n\nListModels\x12\".equipot.wire.v1.ListModelsRequest\x1a#.equipot.wire.v1.ListModelsResponse\x12\x44\n\x08GetModel\x12 .equipot.wire.v1.GetModelRequest\x1a\x16.equipot.wire.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'equipot.wire.v1.potential_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROPERTY']._serialized_start=2051
-  _globals['_PROPERTY']._serialized_end=2150
-  _globals['_PRIORITY']._serialized_start=2152
-  _globals['_PRIORITY']._serialized_end=2246
-  _globals['_FAILUREREASON']._serialized_start=2249
-  _globals['_FAILUREREASON']._serialized_end=2456
-  _globals['_MODELSTATE']._serialized_start=2459
-  _globals['_MODELSTATE']._serialized_end=2599
+  _globals['_PROPERTY']._serialized_start=2616
+  _globals['_PROPERTY']._serialized_end=2715
+  _globals['_PRIORITY']._serialized_start=2717
+  _globals['_PRIORITY']._serialized_end=2811
+  _globals['_FAILUREREASON']._serialized_start=2814
+  _globals['_FAILUREREASON']._serialized_end=3021
+  _globals['_MODELSTATE']._serialized_start=3024
+  _globals['_MODELSTATE']._serialized_end=3164
   _globals['_STRUCTURES']._serialized_start=53
   _globals['_STRUCTURES']._serialized_end=195
   _globals['_PREDICTREQUEST']._serialized_start=198
@@ -47,22 +47,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREDICTRESPONSE']._serialized_end=613
   _globals['_FAILURE']._serialized_start=615
   _globals['_FAILURE']._serialized_end=735
-  _globals['_MODELREFERENCE']._serialized_start=738
-  _globals['_MODELREFERENCE']._serialized_end=891
-  _globals['_TIMING']._serialized_start=893
-  _globals['_TIMING']._serialized_end=949
-  _globals['_EXPLAINRESPONSE']._serialized_start=952
-  _globals['_EXPLAINRESPONSE']._serialized_end=1361
-  _globals['_LISTMODELSREQUEST']._serialized_start=1363
-  _globals['_LISTMODELSREQUEST']._serialized_end=1382
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1384
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1444
-  _globals['_GETMODELREQUEST']._serialized_start=1446
-  _globals['_GETMODELREQUEST']._serialized_end=1495
-  _globals['_MODEL']._serialized_start=1498
-  _globals['_MODEL']._serialized_end=1911
-  _globals['_LIMITS']._serialized_start=1914
-  _globals['_LIMITS']._serialized_end=2049
-  _globals['_POTENTIALSERVICE']._serialized_start=2602
-  _globals['_POTENTIALSERVICE']._serialized_end=2933
+  _globals['_SESSIONREQUEST']._serialized_start=737
+  _globals['_SESSIONREQUEST']._serialized_end=853
+  _globals['_SESSIONOPEN']._serialized_start=856
+  _globals['_SESSIONOPEN']._serialized_end=1081
+  _globals['_SESSIONSTEP']._serialized_start=1084
+  _globals['_SESSIONSTEP']._serialized_end=1218
+  _globals['_SESSIONREPLY']._serialized_start=1220
+  _globals['_SESSIONREPLY']._serialized_end=1300
+  _globals['_MODELREFERENCE']._serialized_start=1303
+  _globals['_MODELREFERENCE']._serialized_end=1456
+  _globals['_TIMING']._serialized_start=1458
+  _globals['_TIMING']._serialized_end=1514
+  _globals['_EXPLAINRESPONSE']._serialized_start=1517
+  _globals['_EXPLAINRESPONSE']._serialized_end=1926
+  _globals['_LISTMODELSREQUEST']._serialized_start=1928
+  _globals['_LISTMODELSREQUEST']._serialized_end=1947
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1949
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2009
+  _globals['_GETMODELREQUEST']._serialized_start=2011
+  _globals['_GETMODELREQUEST']._serialized_end=2060
+  _globals['_MODEL']._serialized_start=2063
+  _globals['_MODEL']._serialized_end=2476
+  _globals['_LIMITS']._serialized_start=2479
+  _globals['_LIMITS']._serialized_end=2614
+  _globals['_POTENTIALSERVICE']._serialized_start=3167
+  _globals['_POTENTIALSERVICE']._serialized_end=3577
 # @@protoc_insertion_point(module_scope)

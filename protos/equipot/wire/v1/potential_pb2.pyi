@@ -294,6 +294,124 @@ class Failure(google.protobuf.message.Message):
 global___Failure = Failure
 
 @typing.final
+class SessionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    @property
+    def open(self) -> global___SessionOpen: ...
+    @property
+    def step(self) -> global___SessionStep: ...
+    def __init__(
+        self,
+        *,
+        open: global___SessionOpen | None = ...,
+        step: global___SessionStep | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["kind", b"kind", "open", b"open", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "open", b"open", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["open", "step"] | None: ...
+
+global___SessionRequest = SessionRequest
+
+@typing.final
+class SessionOpen(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    STRUCTURES_FIELD_NUMBER: builtins.int
+    PROPERTIES_FIELD_NUMBER: builtins.int
+    LEVEL_OF_THEORY_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    SKIN_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """As in PredictRequest; a digest keeps a session that is opened again on its bundle."""
+    level_of_theory: builtins.str
+    session: builtins.str
+    """As in PredictRequest."""
+    skin: builtins.float
+    """Å that atoms may move before neighbour lists are built anew, each half of it; 0: the server's own choice."""
+    priority: global___Priority.ValueType
+    """As in PredictRequest, of every step."""
+    @property
+    def structures(self) -> global___Structures:
+        """All but the positions, which are left empty."""
+
+    @property
+    def properties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Property.ValueType]:
+        """As in PredictRequest, for steps that name none."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        structures: global___Structures | None = ...,
+        properties: collections.abc.Iterable[global___Property.ValueType] | None = ...,
+        level_of_theory: builtins.str = ...,
+        session: builtins.str = ...,
+        skin: builtins.float = ...,
+        priority: global___Priority.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["structures", b"structures"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["level_of_theory", b"level_of_theory", "model", b"model", "priority", b"priority", "properties", b"properties", "session", b"session", "skin", b"skin", "structures", b"structures"]) -> None: ...
+
+global___SessionOpen = SessionOpen
+
+@typing.final
+class SessionStep(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    POSITIONS_FIELD_NUMBER: builtins.int
+    CELL_FIELD_NUMBER: builtins.int
+    PROPERTIES_FIELD_NUMBER: builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """The caller's number for it; its reply bears the same."""
+    positions: builtins.bytes
+    """float64[N, 3] in Å."""
+    cell: builtins.bytes
+    """float64[S, 3, 3] in Å; empty: as it was."""
+    timeout_seconds: builtins.float
+    """Seconds after which the caller no longer wants the answer; 0: it waits."""
+    @property
+    def properties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Property.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        positions: builtins.bytes = ...,
+        cell: builtins.bytes = ...,
+        properties: collections.abc.Iterable[global___Property.ValueType] | None = ...,
+        timeout_seconds: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "number", b"number", "positions", b"positions", "properties", b"properties", "timeout_seconds", b"timeout_seconds"]) -> None: ...
+
+global___SessionStep = SessionStep
+
+@typing.final
+class SessionReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    ANSWER_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    @property
+    def answer(self) -> global___PredictResponse: ...
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        answer: global___PredictResponse | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "number", b"number"]) -> None: ...
+
+global___SessionReply = SessionReply
+
+@typing.final
 class ModelReference(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -44,6 +44,11 @@ class PotentialServiceStub(object):
                 request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.PredictRequest.SerializeToString,
                 response_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/equipot.wire.v1.PotentialService/Session',
+                request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SessionRequest.SerializeToString,
+                response_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SessionReply.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/equipot.wire.v1.PotentialService/ListModels',
                 request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.ListModelsRequest.SerializeToString,
@@ -80,6 +85,17 @@ class PotentialServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Session(self, request_iterator, context):
+        """The same structures again and again as their atoms move: what does not change is sent once, the server keeps
+        their neighbour lists and the bundle it began with, whatever is deployed meanwhile. The first message is
+        `open`; each `step` after it gets one reply, in order. The next step may be sent when the last one's reply is
+        there. A call error, as of Predict, ends the session; UNAVAILABLE (also for a session left idle) is safe to
+        open again at the same step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """The models that this server serves, one entry for each version.
         """
@@ -106,6 +122,11 @@ def add_PotentialServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.PredictRequest.FromString,
                     response_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SessionRequest.FromString,
+                    response_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SessionReply.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -172,6 +193,33 @@ class PotentialService(object):
             '/equipot.wire.v1.PotentialService/Explain',
             equipot_dot_wire_dot_v1_dot_potential__pb2.PredictRequest.SerializeToString,
             equipot_dot_wire_dot_v1_dot_potential__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/equipot.wire.v1.PotentialService/Session',
+            equipot_dot_wire_dot_v1_dot_potential__pb2.SessionRequest.SerializeToString,
+            equipot_dot_wire_dot_v1_dot_potential__pb2.SessionReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,17 @@ class PotentialServiceStub:
     predicted seconds. Fails as Predict does, but never for want of room or time: `refusal` says that.
     """
 
+    Session: grpc.StreamStreamMultiCallable[
+        equipot.wire.v1.potential_pb2.SessionRequest,
+        equipot.wire.v1.potential_pb2.SessionReply,
+    ]
+    """The same structures again and again as their atoms move: what does not change is sent once, the server keeps
+    their neighbour lists and the bundle it began with, whatever is deployed meanwhile. The first message is
+    `open`; each `step` after it gets one reply, in order. The next step may be sent when the last one's reply is
+    there. A call error, as of Predict, ends the session; UNAVAILABLE (also for a session left idle) is safe to
+    open again at the same step.
+    """
+
     ListModels: grpc.UnaryUnaryMultiCallable[
         equipot.wire.v1.potential_pb2.ListModelsRequest,
         equipot.wire.v1.potential_pb2.ListModelsResponse,
@@ -76,6 +87,17 @@ class PotentialServiceAsyncStub:
     ]
     """What Predict with the same request would cost now, without computing it: sizes, structures that would fail,
     predicted seconds. Fails as Predict does, but never for want of room or time: `refusal` says that.
+    """
+
+    Session: grpc.aio.StreamStreamMultiCallable[
+        equipot.wire.v1.potential_pb2.SessionRequest,
+        equipot.wire.v1.potential_pb2.SessionReply,
+    ]
+    """The same structures again and again as their atoms move: what does not change is sent once, the server keeps
+    their neighbour lists and the bundle it began with, whatever is deployed meanwhile. The first message is
+    `open`; each `step` after it gets one reply, in order. The next step may be sent when the last one's reply is
+    there. A call error, as of Predict, ends the session; UNAVAILABLE (also for a session left idle) is safe to
+    open again at the same step.
     """
 
     ListModels: grpc.aio.UnaryUnaryMultiCallable[
@@ -114,6 +136,19 @@ class PotentialServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[equipot.wire.v1.potential_pb2.ExplainResponse, collections.abc.Awaitable[equipot.wire.v1.potential_pb2.ExplainResponse]]:
         """What Predict with the same request would cost now, without computing it: sizes, structures that would fail,
         predicted seconds. Fails as Predict does, but never for want of room or time: `refusal` says that.
+        """
+
+    @abc.abstractmethod
+    def Session(
+        self,
+        request_iterator: _MaybeAsyncIterator[equipot.wire.v1.potential_pb2.SessionRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[equipot.wire.v1.potential_pb2.SessionReply], collections.abc.AsyncIterator[equipot.wire.v1.potential_pb2.SessionReply]]:
+        """The same structures again and again as their atoms move: what does not change is sent once, the server keeps
+        their neighbour lists and the bundle it began with, whatever is deployed meanwhile. The first message is
+        `open`; each `step` after it gets one reply, in order. The next step may be sent when the last one's reply is
+        there. A call error, as of Predict, ends the session; UNAVAILABLE (also for a session left idle) is safe to
+        open again at the same step.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,211 @@
+"""Sessions: the same structures again and again as their atoms move. Knows no queue and no torch.
+
+What does not change is understood once; a step is a request like any other with new positions, so it waits in
+the same queue by the same rules. A session holds its model and its neighbour lists until it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+import grpc
+import numpy as np
+
+from equipot.serve.call import current_call
+from equipot.serve.config import SessionLimits
+from equipot.serve.dispatcher import Dispatcher
+from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit, SessionIdle
+from equipot.serve.job import KeptNeighbors, Work
+from equipot.serve.metrics import OK, Metrics
+from equipot.serve.models import ServedModel
+from equipot.serve.servicer import RETRY_DRAINING, SERVICE, PotentialServicer, respond
+from equipot.serve.status import Context, guarded_stream
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.codec import CodecError, StructureArrays, decode_step
+
+SKIN = 0.5
+"""Å around the cutoff within which neighbours are kept, unless a session asks for another skin."""
+
+LARGEST_SKIN = 5.0
+"""Å; a wider list costs more to filter at every step than it saves."""
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """What one session keeps between steps."""
+
+    work: Work
+    neighbors: KeptNeighbors | None
+    asked: pb.PredictRequest
+    by_properties: dict[tuple[pb.Property.ValueType, ...], Work]
+
+
+class SessionServicer:
+    """The method `Session` of `PotentialService`."""
+
+    def __init__(
+        self,
+        potential: PotentialServicer,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        limits: SessionLimits,
+    ) -> None:
+        self._potential = potential
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._limits = limits
+        self._draining = False
+        self._idle: set[asyncio.Task[object]] = set()
+        self._count = 0
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the method, beside those of the same service that are registered elsewhere."""
+        handlers = {"Session": guarded_stream(self.session, pb.SessionRequest)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    def drain(self) -> None:
+        """Ends every session once it has no step under way: its caller goes on elsewhere."""
+        self._draining = True
+        for task in self._idle:
+            task.cancel()
+
+    async def session(
+        self, requests: AsyncIterator[pb.SessionRequest], context: Context
+    ) -> AsyncIterator[pb.SessionReply]:
+        """Answers step by step until the caller has no more."""
+        if self._count >= self._limits.most:
+            raise OverLimit(
+                f"{self._count} sessions are open, and no more are let in: close some or use Predict",
+                retry_after=self._limits.idle_seconds,
+            )
+        self._count += 1
+        self._metrics.sessions.inc()
+        try:
+            first = await self._next(requests)
+            if first is None:
+                return
+            if first.WhichOneof("kind") != "open":
+                raise InvalidRequest("a session begins with `open`", field="open")
+            model = self._potential.find(first.open, context)
+            with model.in_use():
+                opened = self._understand(first.open, model)
+                while (request := await self._next(requests)) is not None:
+                    if request.WhichOneof("kind") != "step":
+                        raise InvalidRequest("a session that is open takes steps alone", field="step")
+                    self._dispatcher.entered()
+                    try:
+                        yield await self._step(opened, request.step, context)
+                    finally:
+                        self._dispatcher.left()
+        finally:
+            self._count -= 1
+            self._metrics.sessions.dec()
+
+    async def _next(self, requests: AsyncIterator[pb.SessionRequest]) -> pb.SessionRequest | None:
+        """What the caller sends next; None if it has closed its side.
+
+        Raises:
+            NotReady: the server drains.
+            SessionIdle: nothing came for too long.
+        """
+        if self._draining:
+            raise _drained()
+        task = asyncio.current_task()
+        assert task is not None
+        self._idle.add(task)
+        try:
+            async with asyncio.timeout(self._limits.idle_seconds):
+                return await anext(requests, None)
+        except TimeoutError:
+            raise SessionIdle(
+                f"no step came for {self._limits.idle_seconds:g} s, so the session was ended: open it again",
+                retry_after=0.0,
+            ) from None
+        except asyncio.CancelledError:
+            if self._draining and task.uncancel() == 0:
+                raise _drained() from None
+            raise
+        finally:
+            self._idle.discard(task)
+
+    def _understand(self, request: pb.SessionOpen, model: ServedModel) -> _Open:
+        if not (math.isfinite(request.skin) and 0 <= request.skin <= LARGEST_SKIN):
+            raise InvalidRequest(
+                f"skin is {request.skin:g} Å, allowed are 0 to {LARGEST_SKIN:g}", field="skin"
+            )
+        if request.structures.positions:
+            raise InvalidRequest(
+                "a session is opened without positions: they come with each step",
+                field="structures.positions",
+            )
+        structures = pb.Structures()
+        structures.CopyFrom(request.structures)
+        # As many as there are numbers of atoms of 4 bytes: a hostile n_atoms must not say how much.
+        structures.positions = bytes(6 * len(request.structures.atomic_numbers))
+        asked = pb.PredictRequest(
+            model=request.model,
+            structures=structures,
+            properties=request.properties,
+            level_of_theory=request.level_of_theory,
+            priority=request.priority,
+        )
+        work = self._potential.understand(asked, model, None)
+        cutoff = model.card.cutoff
+        neighbors = KeptNeighbors(cutoff, request.skin or SKIN) if cutoff else None
+        return _Open(work, neighbors, asked, {tuple(request.properties): work})
+
+    async def _step(self, opened: _Open, step: pb.SessionStep, context: Context) -> pb.SessionReply:
+        started = time.perf_counter()
+        name, outcome = opened.work.key.model.name, "internal"
+        self._metrics.in_flight.inc()
+        try:
+            work = self._work(opened, step)
+            answer = await self._dispatcher.predict(work)
+            outcome = OK
+            self._metrics.request_seconds.labels(name).observe(time.perf_counter() - started)
+            return pb.SessionReply(number=step.number, answer=respond(work, answer))
+        except CallError as error:
+            outcome = error.reason.lower()
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self._metrics.in_flight.dec()
+            self._metrics.requests.labels(name, outcome).inc()
+
+    def _work(self, opened: _Open, step: pb.SessionStep) -> Work:
+        """The step as a request: what was opened, with these positions."""
+        opened.work.key.model.engine.check_ready()
+        like = opened.by_properties.get(tuple(step.properties)) if step.properties else opened.work
+        if like is None:
+            other = pb.PredictRequest()
+            other.CopyFrom(opened.asked)
+            other.ClearField("properties")
+            other.properties.extend(step.properties)
+            like = self._potential.understand(other, opened.work.key.model, None)
+            opened.by_properties[tuple(step.properties)] = like
+        before: StructureArrays = opened.work.structures
+        try:
+            structures = decode_step(step, before)
+        except CodecError as error:
+            raise InvalidRequest(str(error), field=f"step.{error.field}") from error
+        if step.cell:
+            opened.work = replace(opened.work, structures=replace(before, cell=np.array(structures.cell)))
+        call = replace(current_call(), structures=0, atoms=0, edges=0)
+        call.asked(len(structures), len(structures.positions))
+        seconds = step.timeout_seconds
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise InvalidRequest(
+                f"timeout_seconds is {seconds:g}: give seconds, 0 to wait", field="step.timeout_seconds"
+            )
+        deadline = time.monotonic() + seconds if seconds else None
+        return replace(like, structures=structures, deadline=deadline, call=call, neighbors=opened.neighbors)
+
+
+def _drained() -> NotReady:
+    return NotReady("the server is shutting down", retry_after=RETRY_DRAINING)
