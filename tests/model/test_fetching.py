@@ -172,7 +172,7 @@ def test_another_checksum_is_refused_and_nothing_stays(
 
 
 def made_url(where: str, site: Site, archive: bytes, bundle: Path, tmp_path: Path) -> str:
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     if where == "http":
         site.files["/small.tgz"] = archive

@@ -27,7 +27,7 @@ from equipot.model.potential import Potential
 from equipot.model.references import References
 from equipot.serve.config import ServeConfig
 from equipot.serve.metrics import Metrics
-from equipot.serve.registry import Registry
+from equipot.serve.opening import open_models
 from equipot.serve.server import GrpcServer
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import (
@@ -45,7 +45,16 @@ if TYPE_CHECKING:
 ELEMENTS = (1, 6, 8)
 
 
-def _write(path: Path, name: str, *, forces: str, levels: tuple[str, ...], poison: int | None = None) -> Path:
+def write_tiny(
+    path: Path,
+    name: str,
+    *,
+    forces: str = "conservative",
+    levels: tuple[str, ...] = ("PBE",),
+    poison: int | None = None,
+    seed: int = 7,
+) -> Path:
+    """A bundle of random weights, which the seed decides."""
     config = ModelConfig.from_json(
         {
             **ModelConfig(elements=ELEMENTS, levels_of_theory=levels).to_json(),
@@ -59,7 +68,7 @@ def _write(path: Path, name: str, *, forces: str, levels: tuple[str, ...], poiso
     )
     energies = np.arange(1.0, 1.0 + len(levels) * len(ELEMENTS)).reshape(len(levels), -1)
     references = References(energy=-10.0 * energies, scale=np.linspace(1.0, 2.0, len(levels)))
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     potential = Potential(config, references)
     if poison is not None:
         with torch.no_grad():
@@ -101,9 +110,11 @@ def _one_thread() -> None:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     folder = tmp_path_factory.mktemp("bundles")
     return Bundles(
-        tiny=_write(folder / "tiny", "tiny", forces="conservative", levels=("PBE",)),
-        direct=_write(folder / "direct", "direct", forces="direct", levels=("PBE", "B3LYP")),
-        poisoned=_write(folder / "poisoned", "poisoned", forces="conservative", levels=("PBE",), poison=8),
+        tiny=write_tiny(folder / "tiny", "tiny"),
+        direct=write_tiny(folder / "direct", "direct", forces="direct", levels=("PBE", "B3LYP")),
+        poisoned=write_tiny(
+            folder / "poisoned", "poisoned", forces="conservative", levels=("PBE",), poison=8
+        ),
     )
 
 
@@ -264,8 +275,10 @@ async def inside(config: ServeConfig) -> AsyncIterator[Inside]:
     metrics = Metrics()
     server = GrpcServer(config, metrics)
     port = await server.start()
-    server.open(Registry.load(config))
+    opened = None
     try:
+        opened = await open_models(config, metrics)
+        server.open(opened)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield Inside(
                 server,
@@ -275,6 +288,8 @@ async def inside(config: ServeConfig) -> AsyncIterator[Inside]:
             )
             await server.drain(20.0)
     finally:
+        if opened is not None:
+            opened.close()
         await server.stop()
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from equipot.serve.batcher import Budget
 from equipot.serve.errors import ServeError
 from equipot.serve.logs import LogFormat
-from equipot.serve.mapping import read
+from equipot.serve.repository.settings import RepositorySettings
 
 MAX_PORT = 65535
 MOST_RANKS = 64
@@ -83,6 +82,9 @@ class ServeConfig:
 
     Attributes:
         bundles: directories to serve; the first is the default model.
+        repository: versioned bundles to serve besides; None serves none.
+        admins: identities that may load, unload and label the models of the repository; "*" lets anyone who
+            reaches the port, nobody closes the service.
         host: name or address to listen on.
         port: 0 takes any free one.
         metrics_port: of the Prometheus endpoint; 0 takes any free one, None serves none.
@@ -119,7 +121,9 @@ class ServeConfig:
         ServeError: a value out of range, with its bounds.
     """
 
-    bundles: tuple[Path, ...]
+    bundles: tuple[Path, ...] = ()
+    repository: RepositorySettings | None = None
+    admins: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_port: int | None = 9090
@@ -148,8 +152,13 @@ class ServeConfig:
     log_structures: bool = False
 
     def __post_init__(self) -> None:
-        if not self.bundles:
-            raise ServeError("no bundle to serve: name at least one directory written by `equipot export`")
+        if not self.bundles and self.repository is None:
+            raise ServeError(
+                "no bundle to serve: name at least one directory written by `equipot export`, or a"
+                " --repository"
+            )
+        if self.admins and self.repository is None:
+            raise ServeError("--admin is about the models of a repository: give --repository")
         if not self.host:
             raise ServeError("host is empty: give a name or an address, such as 127.0.0.1 or 0.0.0.0")
         _check("port", self.port, 0, MAX_PORT)
@@ -190,30 +199,13 @@ class ServeConfig:
             )
         self._check_trust()
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, object], *, base: Path) -> ServeConfig:
-        """A configuration as a file has it: the attributes by name, `budget` and `limits` as tables.
-
-        What is missing of the budget is what suits the device; batches are calibrated unless their edges are
-        given or `calibrate` says otherwise.
-
-        Args:
-            mapping: the file's contents.
-            base: the folder that relative paths start from.
-
-        Raises:
-            ServeError: a name is unknown, or a value of the wrong type or out of range.
-        """
-        device, budget = mapping.get("device", "cpu"), mapping.get("budget", {})
-        filled = dict(mapping)
-        if isinstance(device, str) and isinstance(budget, Mapping):
-            filled["budget"] = {**asdict(default_budget(device)), **budget}
-            filled.setdefault("calibrate", "batch_edges" not in budget)
-        filled.setdefault("bundles", [])
-        return read(cls, filled, base=base)
-
     def _check_trust(self) -> None:
         """What is asked of callers must fit together."""
+        if self.admins and "*" not in self.admins and self.tokens is None and self.tls_client_ca is None:
+            raise ServeError(
+                f"--admin {self.admins[0]} names callers that nothing here tells apart: give --tokens or"
+                " --tls-client-ca, or --admin '*' to let anyone who reaches the port"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = (
                 ("--tls-cert", "--tls-key") if self.tls_key is None else ("--tls-key", "--tls-cert")

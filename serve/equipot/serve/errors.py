@@ -83,6 +83,18 @@ class Unauthenticated(CallError):
     reason = "UNAUTHENTICATED"
 
 
+class Forbidden(CallError):
+    """The caller is known, and may not do this."""
+
+    reason = "FORBIDDEN"
+
+
+class NotPossible(CallError):
+    """What is asked for cannot be done as things stand; the message says what stands in the way."""
+
+    reason = "NOT_POSSIBLE"
+
+
 class OverQuota(CallError):
     """The caller has used up what it may ask for now; later it may ask again."""
 

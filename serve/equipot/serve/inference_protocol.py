@@ -44,10 +44,10 @@ class InferenceServicer:
     async def ModelReady(self, request: oip.ModelReadyRequest, context: Context) -> oip.ModelReadyResponse:
         """Whether this model answers now; one that is not served here is an error."""
         try:
-            await self._model(request.name, request.version, context)
+            model = await self._model(request.name, request.version, context)
         except NotReady:
             return oip.ModelReadyResponse(ready=False)
-        return oip.ModelReadyResponse(ready=self._ready())
+        return oip.ModelReadyResponse(ready=model.state == pb.MODEL_STATE_READY and self._ready())
 
     async def ServerMetadata(
         self, request: oip.ServerMetadataRequest, context: Context

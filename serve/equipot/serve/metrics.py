@@ -52,16 +52,6 @@ class Metrics:
         self.request_seconds = self._histogram("request_seconds", "An answered call in the server", SECONDS)
         self.batch_structures = self._histogram("batch_structures", "Structures in a batch", STRUCTURES)
         self.batch_edges = self._histogram("batch_edges", "Edges in a batch", EDGES)
-        self._info = Gauge(
-            "equipot_model_info",
-            "1 for each served model",
-            ["model", "digest", "dtype", "force_mode"],
-            registry=self.registry,
-        )
-
-    def describe_model(self, *, name: str, digest: str, dtype: str, force_mode: str) -> None:
-        """Announces a served model."""
-        self._info.labels(model=name, digest=digest, dtype=dtype, force_mode=force_mode).set(1)
 
     def watch_certificate(self, expires: Callable[[], float]) -> None:
         """Reports when the server's certificate ends, as a Unix time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ class ServedModel:
         capacity: what its batches may hold, cost and take.
         version: in the repository it came from; empty if from none.
         users: requests that are under way with it.
+        used: when it was loaded or a request with it ended, by `time.monotonic`.
         when_idle: called once after it is retired and its last request is done.
     """
 
@@ -37,6 +38,7 @@ class ServedModel:
     capacity: Capacity
     version: str = ""
     users: int = field(default=0, init=False)
+    used: float = field(default_factory=time.monotonic, init=False)
     when_idle: Callable[[], None] | None = field(default=None, init=False)
 
     @property
@@ -66,6 +68,7 @@ class ServedModel:
             yield
         finally:
             self.users -= 1
+            self.used = time.monotonic()
             self._tell_idle()
 
     def retire(self, when_idle: Callable[[], None]) -> None:
@@ -180,8 +183,3 @@ def tell_loaded(model: ServedModel, where: str, seconds: float) -> None:
         engine.way,
         seconds,
     )
-
-
-def names_of(models: Sequence[ServedModel]) -> str:
-    """For a message: who is served."""
-    return ", ".join(dict.fromkeys(model.name for model in models))

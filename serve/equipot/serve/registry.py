@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -65,7 +64,6 @@ class Slot:
         loading: whether another content, or the first, is being loaded.
         reason: why what the repository holds now cannot be loaded.
         closed: whether an operator unloaded it.
-        used: when somebody last asked for it, by `time.monotonic`.
     """
 
     name: str
@@ -75,7 +73,6 @@ class Slot:
     loading: bool = False
     reason: str = ""
     closed: bool = False
-    used: float = 0.0
 
     @property
     def state(self) -> State:
@@ -88,8 +85,8 @@ class Slot:
 
     @property
     def eligible(self) -> bool:
-        """Whether it answers, or would once it is loaded."""
-        return self.model is not None or not (self.reason or self.closed)
+        """Whether it may be meant: it answers, or would once it is loaded."""
+        return not self.closed and (self.model is not None or not self.reason)
 
 
 @dataclass(slots=True, eq=False)
@@ -174,13 +171,14 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        """Whether every model that a plain name means, and that is in memory, can compute now."""
+        """Whether there is anything, and every model in memory that a plain name means can compute now."""
         meant = (
             family.slots[version]
             for family in self.families.values()
             if (version := family.plain) in family.slots
         )
-        return all(slot.model is None or slot.model.ready for slot in meant)
+        possible = any(slot.eligible for family in self.families.values() for slot in family.slots.values())
+        return possible and all(slot.model is None or slot.model.ready for slot in meant)
 
     def find(self, wanted: str, *, session: str = "") -> ServedModel:
         """The model that a caller names: "", "name", "name@version", "name@label" or "name@sha256:…".
@@ -197,7 +195,6 @@ class Registry:
         family, slot = self._place(wanted, session)
         if isinstance(slot, ServedModel):
             return slot
-        slot.used = time.monotonic()
         if slot.model is not None:
             return slot.model
         if slot.closed or slot.reason:

@@ -18,7 +18,8 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from equipot.serve import health, inference_protocol
+from equipot.serve import admin, health, inference_protocol
+from equipot.serve.admin import AdminServicer
 from equipot.serve.call import Call
 from equipot.serve.config import ServeConfig
 from equipot.serve.dispatcher import Dispatcher
@@ -26,7 +27,7 @@ from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
 from equipot.serve.inference_protocol import InferenceServicer
 from equipot.serve.metrics import Metrics, MetricsEndpoint
-from equipot.serve.models import names_of
+from equipot.serve.opening import Opened, open_models
 from equipot.serve.registry import Registry
 from equipot.serve.reread import keep_current
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
@@ -77,35 +78,28 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
                 )
                 where = _address(config.metrics_host or config.host, endpoint.port)
                 announce(f"metrics on http://{where}/metrics")
-            loading = asyncio.create_task(asyncio.to_thread(Registry.load, config))
+            loading = asyncio.create_task(open_models(config, metrics))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
                 logger.info("stopped while loading")
                 # The thread that loads cannot be interrupted, and nobody waits for what it loads.
                 leave(0)
-            registry = loading.result()
-            for model in registry:
-                metrics.describe_model(
-                    name=model.name,
-                    digest=model.card.digest,
-                    dtype=model.engine.dtype,
-                    force_mode=model.card.force_mode,
-                )
+            opened = loading.result()
             # What is loaded stays: else each full collection would walk torch's objects, for tens of ms.
             gc.collect()
             gc.freeze()
-            server.open(registry)
-            watching = asyncio.create_task(server.watch(registry))
-            announce(f"serving {names_of(list(registry))} on {_address(config.host, port)}")
+            server.open(opened)
+            watching = asyncio.create_task(server.watch(opened.registry))
+            names = ", ".join(opened.registry.families) or "nothing yet"
+            announce(f"serving {names} on {_address(config.host, port)}")
             await stopping
             watching.cancel()
             await server.drain(config.drain_seconds, linger=config.linger_seconds)
-            for model in registry:
-                model.engine.close()
+            opened.close()
         finally:
             await server.stop()
-    if server.computing:
+    if server.computing or opened.busy:
         # What computes can only be abandoned with the process; nobody waits for it any more.
         leave(0)
 
@@ -126,6 +120,7 @@ class GrpcServer:
             in_compute_thread=lambda: use_threads(config.threads),
             share_of=self._trust.quotas.share_of,
         )
+        self._admin = AdminServicer(config.admins, config.limits)
         self._server = grpc.aio.server(interceptors=[self._trust.door], options=server_options(config))
         servicer = PotentialServicer(
             self._gate, self._dispatcher, metrics, config.limits, log_structures=config.log_structures
@@ -135,8 +130,12 @@ class GrpcServer:
         self._sessions.add_to(self._server)
         InferenceServicer(servicer, ready=lambda: self._health.serving).add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if config.admins:
+            self._admin.add_to(self._server)
         if config.reflection:
-            names = (SERVICE, inference_protocol.SERVICE, health.SERVICE, reflection.SERVICE_NAME)
+            administered = (admin.SERVICE,) if config.admins else ()
+            ours = (SERVICE, *administered, inference_protocol.SERVICE)
+            names = (*ours, health.SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self._keeping: asyncio.Task[None] | None = None
 
@@ -161,10 +160,12 @@ class GrpcServer:
         self._keeping = asyncio.create_task(keep_current(self._trust.changing))
         return bound
 
-    def open(self, registry: Registry) -> None:
+    def open(self, opened: Opened) -> None:
         """Serves these models."""
-        self._gate.open(registry)
-        self._health.set(serving=True)
+        self._gate.open(opened.registry)
+        if opened.keeper is not None:
+            self._admin.open(opened.keeper)
+        self._health.set(serving=opened.registry.ready)
 
     async def watch(self, registry: Registry) -> None:
         """Says by health whether every model can compute, until cancelled."""
@@ -184,6 +185,7 @@ class GrpcServer:
         logger.info("draining: new calls are refused, accepted ones have %g s", seconds)
         self._gate.close()
         self._sessions.drain()
+        self._admin.close()
         try:
             await asyncio.wait_for(self._dispatcher.quiet(), seconds)
         except TimeoutError:

@@ -208,7 +208,7 @@ class PotentialServicer:
 
 def _session(request: pb.PredictRequest | pb.GetModelRequest | pb.SessionOpen, context: Context) -> str:
     """Whose calls belong together."""
-    return request.session or str(context.peer())
+    return request.session or current_call().identity or str(context.peer())
 
 
 def _deadline(context: Context) -> float | None:

@@ -18,7 +18,9 @@ from equipot.serve.errors import (
     CallError,
     DeadlinePassed,
     DeadlineUnreachable,
+    Forbidden,
     InvalidRequest,
+    NotPossible,
     NotReady,
     NotServed,
     OverLimit,
@@ -48,6 +50,8 @@ CODES: Mapping[type[CallError], grpc.StatusCode] = MappingProxyType(
         DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
         NotReady: grpc.StatusCode.UNAVAILABLE,
         SessionIdle: grpc.StatusCode.UNAVAILABLE,
+        NotPossible: grpc.StatusCode.FAILED_PRECONDITION,
+        Forbidden: grpc.StatusCode.PERMISSION_DENIED,
         Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
         CallError: grpc.StatusCode.INTERNAL,
     }

@@ -1,0 +1,51 @@
+"""Everything that a server is told to serve, loaded: bundles, and what a repository holds. No gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from equipot.serve.config import ServeConfig
+from equipot.serve.metrics import Metrics
+from equipot.serve.model_metrics import ModelMetrics
+from equipot.serve.registry import Registry
+from equipot.serve.repository.keeper import Keeper
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What is served, and what keeps it current; None without a repository."""
+
+    registry: Registry
+    keeper: Keeper | None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being loaded, which cannot be interrupted."""
+        return self.keeper is not None and self.keeper.busy
+
+    def close(self) -> None:
+        """Ends what the models hold besides memory."""
+        if self.keeper is not None:
+            self.keeper.close()
+        for model in self.registry:
+            model.engine.close()
+
+
+async def open_models(config: ServeConfig, metrics: Metrics) -> Opened:
+    """Loads what is to be in memory before the first call.
+
+    A version of a repository that cannot be loaded keeps nothing else from being served.
+
+    Raises:
+        BundleError: a bundle that was named cannot be loaded.
+        ServeError: two models have the same name, the device cannot be used, or there is no such repository.
+    """
+    registry = await asyncio.to_thread(Registry.load, config)
+    counts = ModelMetrics(metrics.registry)
+    counts.watch(registry)
+    keeper = None
+    if config.repository is not None:
+        keeper = Keeper(config.repository, registry, config, counts)
+        await keeper.start()
+    return Opened(registry, keeper)

@@ -1,0 +1,288 @@
+"""Reads a repository of bundles through fsspec, and keeps remote bundles on disk by digest. Serves nothing.
+
+The only room of fsspec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from equipot.model.card import CARD_FILE, Shard, read_card
+from equipot.model.errors import BundleError
+from equipot.serve.errors import ServeError
+from equipot.serve.repository import labels
+from equipot.serve.repository.versions import NAME, is_version, order
+
+CHUNK_BYTES = 4 * 2**20
+STALE_SECONDS = 86_400.0
+"""A half-fetched bundle this old belongs to a process that died."""
+
+_VOLATILE = ("name", "islink", "nlink", "atime", "mode", "uid", "gid")
+
+logger = logging.getLogger(__name__)
+
+
+class SourceError(Exception):
+    """The repository, or a part of it, cannot be read now; the message says what and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a version lies, and how its files looked.
+
+    Attributes:
+        path: as fsspec calls it.
+        card_stamp: of its model.json; empty if there is none.
+        stamp: of all its files.
+    """
+
+    path: str
+    card_stamp: str
+    stamp: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a repository holds.
+
+    Attributes:
+        places: by model and version, the oldest first; a model without versions is there, too.
+        labels: stamps of the labels files, by model.
+        problems: what is wrong, one sentence each.
+    """
+
+    places: Mapping[str, Mapping[str, Place]]
+    labels: Mapping[str, str]
+    problems: tuple[str, ...]
+
+
+class Source:
+    """One repository; its methods wait for storage, so call them in a thread.
+
+    Attributes:
+        shown: its URL without what may be secret.
+
+    Raises:
+        ServeError: fsspec does not know such a URL, or lacks the package for it.
+    """
+
+    def __init__(self, url: str, cache: Path) -> None:
+        self.shown = _without_secrets(url)
+        self._cache = cache
+        try:
+            self._fs, self._root = fsspec.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ServeError(f"repository {self.shown}: {error}") from error
+        self._local = isinstance(self._fs, LocalFileSystem)
+
+    def contents(self) -> Contents:
+        """What there is now.
+
+        Raises:
+            SourceError: the repository does not exist, cannot be read, or is a bundle itself.
+        """
+        self._fs.invalidate_cache()
+        places: dict[str, Mapping[str, Place]] = {}
+        stamps: dict[str, str] = {}
+        problems: list[str] = []
+        entries = self._entries(self._root)
+        if CARD_FILE in entries:
+            raise SourceError(
+                f"repository {self.shown} is a bundle itself: serve it as such, or move it to NAME/VERSION"
+            )
+        for name, entry in entries.items():
+            if entry["type"] != "directory":
+                continue
+            if not NAME.fullmatch(name):
+                problems.append(f"{name!r} is no name for a model, so its folder is left out")
+                continue
+            try:
+                within = self._entries(entry["name"])
+            except SourceError as error:
+                problems.append(str(error))
+                continue
+            places[name] = self._versions(name, within, problems)
+            if labels.FILE in within:
+                stamps[name] = self._stamp(within[labels.FILE])
+        return Contents(places, stamps, tuple(problems))
+
+    def labels_text(self, name: str) -> str:
+        """The text of a model's labels file.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        return self._text(f"{self._root.rstrip('/')}/{name}/{labels.FILE}")
+
+    def card_text(self, place: Place) -> str:
+        """The text of a version's model.json.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        return self._text(f"{place.path}/{CARD_FILE}")
+
+    def fetch(self, place: Place) -> Path:
+        """A local folder with the bundle, whose shards have the size and sum that its card states.
+
+        A remote bundle is fetched once: it is kept by its digest, whatever it is called.
+
+        Raises:
+            BundleError: it is damaged.
+            SourceError: it cannot be read.
+        """
+        if self._local:
+            return Path(place.path)
+        try:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            self._drop_stale()
+            aside = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self._cache))
+        except OSError as error:
+            raise SourceError(f"cannot keep bundles in {self._cache}: {error.strerror or error}") from error
+        try:
+            (aside / CARD_FILE).write_text(self.card_text(place), encoding="utf-8")
+            card = read_card(aside)
+            target = self._cache / card.digest.replace(":", "-")
+            if not target.exists():
+                for shard in card.shards:
+                    self._fetch_shard(place.path, shard, aside)
+                aside.chmod(0o755)
+                self._name(aside, target)
+            return target
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def forget(self, folder: Path) -> bool:
+        """Removes a bundle from the cache, as it is damaged there; False if it never was in it."""
+        if folder.parent != self._cache:
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        return True
+
+    def _versions(self, name: str, within: Mapping[str, Any], problems: list[str]) -> dict[str, Place]:
+        if CARD_FILE in within:
+            problems.append(f"{name} holds a bundle itself: move it to {name}/1")
+        found = {}
+        for version, entry in within.items():
+            if entry["type"] != "directory":
+                continue
+            if not is_version(version):
+                problems.append(
+                    f"{name}/{version} is no version, so it is left out: use integers, or numbers with dots"
+                )
+                continue
+            path = entry["name"].rstrip("/")
+            try:
+                files = {file: info for file, info in self._entries(path).items() if info["type"] == "file"}
+                stamps = {file: self._stamp(info) for file, info in files.items()}
+            except SourceError as error:
+                problems.append(str(error))
+                continue
+            found[version] = Place(path, stamps.get(CARD_FILE, ""), repr(sorted(stamps.items())))
+        return {version: found[version] for version in sorted(found, key=order)}
+
+    def _entries(self, path: str) -> dict[str, Any]:
+        """What lies in a folder, by its last name; hidden and private things are left out."""
+        try:
+            listed = self._fs.ls(path, detail=True)
+        except FileNotFoundError as error:
+            raise SourceError(f"repository {self.shown}: {self._relative(path)} does not exist") from error
+        except Exception as error:  # every storage raises what its own library does
+            raise self._unreadable(path, error) from error
+        inside = path.rstrip("/") + "/"
+        entries = {}
+        for info in listed:
+            full = str(info["name"]).rstrip("/")
+            name = full.rsplit("/", 1)[-1]
+            if full + "/" == inside and info["type"] != "directory":
+                raise SourceError(f"repository {self.shown}: {self._relative(path)} is a file, not a folder")
+            if f"{inside}{name}" == full and re.match(r"[^._?]", name):
+                entries[name] = info
+        return entries
+
+    def _stamp(self, info: Mapping[str, Any]) -> str:
+        """Changes when the file does, as far as the storage can tell."""
+        try:
+            # A folder over HTTP lists names alone.
+            known = info if info.get("size") is not None else self._fs.info(info["name"])
+        except Exception as error:
+            raise self._unreadable(str(info["name"]), error) from error
+        return repr(sorted((key, str(value)) for key, value in known.items() if key not in _VOLATILE))
+
+    def _text(self, path: str) -> str:
+        try:
+            raw: bytes = self._fs.cat_file(path)
+            return raw.decode("utf-8")
+        except Exception as error:
+            raise self._unreadable(path, error) from error
+
+    def _fetch_shard(self, folder: str, shard: Shard, into: Path) -> None:
+        if Path(shard.file).name != shard.file:
+            raise BundleError(f"shard name {shard.file!r} leaves the bundle's folder; do not use this bundle")
+        sum_, size = hashlib.sha256(), 0
+        try:
+            with (
+                self._fs.open(f"{folder}/{shard.file}", "rb") as remote,
+                (into / shard.file).open("wb") as file,
+            ):
+                while chunk := remote.read(CHUNK_BYTES):
+                    size += len(chunk)
+                    if size > shard.bytes:
+                        break
+                    sum_.update(chunk)
+                    file.write(chunk)
+        except FileNotFoundError as error:
+            raise BundleError(f"{shard.file}: shard is missing; copy or export the bundle again") from error
+        except Exception as error:
+            raise self._unreadable(f"{folder}/{shard.file}", error) from error
+        if size != shard.bytes:
+            at_least = "more than " if size > shard.bytes else ""
+            raise BundleError(
+                f"{shard.file}: shard has {at_least}{min(size, shard.bytes)} bytes, the card says"
+                f" {shard.bytes}; copy or export the bundle again"
+            )
+        if sum_.hexdigest() != shard.sha256:
+            raise BundleError(
+                f"{shard.file}: shard's sha256 differs from the card's, so it was altered or damaged;"
+                " copy or export the bundle again"
+            )
+
+    def _name(self, aside: Path, target: Path) -> None:
+        try:
+            aside.rename(target)
+        except OSError:
+            # Another server fetched the same meanwhile, unless the disk is at fault.
+            if not (target / CARD_FILE).is_file():
+                raise
+
+    def _drop_stale(self) -> None:
+        for folder in self._cache.glob(".fetch-*"):
+            if time.time() - folder.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _relative(self, path: str) -> str:
+        return path.removeprefix(self._root).strip("/") or "it"
+
+    def _unreadable(self, path: str, error: Exception) -> SourceError:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return SourceError(f"repository {self.shown}: {self._relative(path)} cannot be read ({what})")
+
+
+def _without_secrets(url: str) -> str:
+    parts = urlsplit(url)
+    if not parts.scheme or not parts.netloc:
+        return url
+    return urlunsplit((parts.scheme, parts.netloc.rsplit("@", 1)[-1], parts.path, "", ""))
