@@ -261,7 +261,13 @@ class Inside:
     address: str
 
     def value(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(f"equipot_{name}", labels) or 0.0
+        """A metric's value, summed over the labels that are not given; 0 if it is not there."""
+        return sum(
+            sample.value
+            for family in self.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == f"equipot_{name}" and labels.items() <= sample.labels.items()
+        )
 
     async def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
         """Returns once the condition holds."""

@@ -94,11 +94,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """What waits: requests that have structures in the queue, and their atoms and edges."""
+    """What waits: requests that have structures in the queue, their atoms and edges.
+
+    Attributes:
+        seconds: that computing all open requests would take, their structures still to come included.
+    """
 
     requests: int
     atoms: int
     edges: int
+    seconds: float
 
 
 class Batcher:
@@ -136,7 +141,8 @@ class Batcher:
     @property
     def depth(self) -> Depth:
         """What waits now; may be read from any thread."""
-        return Depth(self._waiting, self._atoms, self._edges)
+        work = sum(backlog.total for flow in tuple(self._flows.values()) for backlog in flow.backlog.values())
+        return Depth(self._waiting, self._atoms, self._edges, self._seconds(work))
 
     @property
     def backlog(self) -> int:

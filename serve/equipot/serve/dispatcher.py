@@ -16,7 +16,7 @@ from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, DeadlinePassed, DeadlineUnreachable, Fault, QueueFull
 from equipot.serve.explain import Estimate, Prepared, estimate, look_at
 from equipot.serve.job import Answer, Job, Key, Work
-from equipot.serve.metrics import OK, Metrics
+from equipot.serve.metrics import OK, Metrics, ModelCounts
 from equipot.serve.pace import Size
 from equipot.serve.shares import EQUAL_SHARE, Share
 from equipot.wire.v1.codec import Failure
@@ -208,7 +208,7 @@ class Dispatcher:
         self, ticket: int, job: Job, start: int, prepared: list[Graph | Fault], seconds: float
     ) -> None:
         """Queues what was prepared, answers what cannot be computed, and starts the engine if it is idle."""
-        model = job.work.key.model.name
+        counts = self._counts(job.work.key)
         call, now = job.work.call, time.monotonic()
         call.spent("prepare", now - seconds, now, structures=len(prepared))
         call.prepared(sum(graph.n_edges for graph in prepared if not isinstance(graph, Fault)))
@@ -216,7 +216,7 @@ class Dispatcher:
         job.prepared(seconds)
         for index, graph in enumerate(prepared, start):
             if isinstance(graph, Fault):
-                self._metrics.structures.labels(model, graph.reason).inc()
+                counts.structures_ended(graph.reason)
                 job.answer(index, graph)
             else:
                 job.graphs[index] = graph
@@ -224,7 +224,10 @@ class Dispatcher:
         rest = _expected_edges(job.work, from_structure=start + len(prepared))
         self._batcher.add(ticket, items, now=time.monotonic(), expected_edges=rest)
         self._pump()
-        self._metrics.prepare_seconds.labels(model).observe(seconds)
+        counts.prepare_seconds.observe(seconds)
+
+    def _counts(self, key: Key) -> ModelCounts:
+        return self._metrics.of(key.model.name, key.model.version)
 
     def _pump(self) -> None:
         """Starts the next batch if the engine is idle."""
@@ -293,7 +296,10 @@ class Dispatcher:
         self._computing = False
         self._batcher.finished(batch, seconds)
         if exhausted := key.model.engine.exhausted:
-            key.model.capacity.limit.ran_out_of_memory(atoms=exhausted[0], edges=exhausted[1])
+            limit = key.model.capacity.limit
+            if limit.ran_out_of_memory(atoms=exhausted[0], edges=exhausted[1]):
+                self._counts(key).out_of_memory()
+                logger.warning("%s: batches of %d edges at most from now on", key.model.name, limit.edges)
         # First the next batch: the engine works while the answers are handed out.
         self._pump()
         if isinstance(results, CallError):
@@ -321,13 +327,13 @@ class Dispatcher:
             capacity.learn(_size(batch), seconds, forces=key.forces, stress=key.stress)
         both = zip(batch.items, results, strict=True)
         answered = [item for item, result in both if isinstance(result, Result)]
-        self._metrics.batch_done(
-            key.model.name,
+        self._counts(key).batch_done(
             outcomes=Counter(result.reason if isinstance(result, Fault) else OK for result in results),
             atoms=sum(item.n_atoms for item in answered),
             edges=sum(item.n_edges for item in answered),
             waits=[started - item.arrival for item in batch.items],
             batch_edges=batch.n_edges,
+            fill=batch.fill,
             seconds=seconds,
         )
 

@@ -53,6 +53,11 @@ class MemoryMeter:
         return min((bound for bound in bounds if bound), default=0)
 
 
+def gpu_bytes(device: str) -> int:
+    """Memory of the GPU that this process holds, what is kept for later included; 0 without one."""
+    return torch.cuda.memory_reserved() if device.startswith("cuda") else 0
+
+
 def _kib(path: Path, name: str) -> int:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

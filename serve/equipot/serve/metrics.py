@@ -21,6 +21,7 @@ from equipot.serve.errors import ServeError
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 STRUCTURES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+FILLS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 EDGES = tuple(4**power for power in range(3, 12))
 
 OK = "ok"
@@ -29,6 +30,9 @@ OK = "ok"
 NO_MODEL = ""
 """The model label of requests that name none we serve: what callers invent must not become labels."""
 
+MISSES = {"deadline_unreachable": "door", "deadline_passed": "inside"}
+"""Where requests are too late, by their outcome."""
+
 
 class Metrics:
     """Counters, gauges and histograms of one server."""
@@ -36,22 +40,17 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        by_outcome = ["model", "outcome"]
-        self.requests = self._counter(
-            "requests", "Calls of Predict, and others refused at the door, by outcome", by_outcome
-        )
-        self.structures = self._counter("structures", "Structures, by how they ended", by_outcome)
-        self.atoms = self._counter("atoms", "Atoms of answered structures", ["model"])
-        self.edges = self._counter("edges", "Edges of answered structures", ["model"])
-        self.batches = self._counter("batches", "Batches computed", ["model"])
         self.in_flight = self._gauge("in_flight_requests", "Calls of Predict not answered yet")
         self.sessions = self._gauge("sessions", "Sessions that are open")
-        self.wait_seconds = self._histogram("wait_seconds", "A structure's wait for the engine", SECONDS)
-        self.prepare_seconds = self._histogram("prepare_seconds", "Checks and neighbour lists", SECONDS)
-        self.compute_seconds = self._histogram("compute_seconds", "A batch in the engine", SECONDS)
-        self.request_seconds = self._histogram("request_seconds", "An answered call in the server", SECONDS)
-        self.batch_structures = self._histogram("batch_structures", "Structures in a batch", STRUCTURES)
-        self.batch_edges = self._histogram("batch_edges", "Edges in a batch", EDGES)
+        self.families = Families(self.registry)
+        self._of_model: dict[tuple[str, str], ModelCounts] = {}
+
+    def of(self, model: str, version: str = "") -> ModelCounts:
+        """What is counted of one version of a model; both empty for calls that reached none."""
+        counts = self._of_model.get((model, version))
+        if counts is None:
+            counts = self._of_model[model, version] = ModelCounts(self.families, model, version)
+        return counts
 
     def watch_certificate(self, expires: Callable[[], float]) -> None:
         """Reports when the server's certificate ends, as a Unix time."""
@@ -63,52 +62,133 @@ class Metrics:
         requests = self._gauge("queue_requests", "Requests that wait for the engine")
         atoms = self._gauge("queue_atoms", "Atoms that wait for the engine")
         edges = self._gauge("queue_edges", "Edges that wait for the engine")
+        seconds = self._gauge("queue_seconds", "Predicted time to compute all that is let in")
         requests.set_function(lambda: depth().requests)
         atoms.set_function(lambda: depth().atoms)
         edges.set_function(lambda: depth().edges)
+        seconds.set_function(lambda: depth().seconds)
+
+    def watch_gpu(self, held_bytes: Callable[[], int]) -> None:
+        """Reports the GPU's memory; called from the endpoint's thread whenever somebody asks."""
+        self._gauge("gpu_memory_bytes", "GPU memory that this process holds").set_function(held_bytes)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"equipot_{name}", text, registry=self.registry)
+
+
+class Families:
+    """All that is counted by model and version, before it is."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self.requests = self._counter(
+            "requests", "Calls of Predict, and others refused at the door, by outcome", "outcome"
+        )
+        self.deadline_misses = self._counter(
+            "deadline_misses", "Requests that were too late: refused at the door, or let in", "where"
+        )
+        self.structures = self._counter("structures", "Structures, by how they ended", "outcome")
+        self.atoms = self._counter("atoms", "Atoms of answered structures")
+        self.edges = self._counter("edges", "Edges of answered structures")
+        self.batches = self._counter("batches", "Batches computed")
+        self.exhausted = self._counter("batches_out_of_memory", "Batches that were halved for want of memory")
+        self.wait_seconds = self._histogram("wait_seconds", "A structure's wait for the engine", SECONDS)
+        self.prepare_seconds = self._histogram("prepare_seconds", "Checks and neighbour lists", SECONDS)
+        self.compute_seconds = self._histogram("compute_seconds", "A batch in the engine", SECONDS)
+        self.request_seconds = self._histogram("request_seconds", "An answered call in the server", SECONDS)
+        self.batch_structures = self._histogram("batch_structures", "Structures in a batch", STRUCTURES)
+        self.batch_edges = self._histogram("batch_edges", "Edges in a batch", EDGES)
+        self.batch_fill = self._histogram("batch_fill", "Part of its budget that a batch used", FILLS)
+
+    def _counter(self, name: str, text: str, *more: str) -> Counter:
+        return Counter(f"equipot_{name}", text, ["model", "version", *more], registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"equipot_{name}", text, ["model", "version"], registry=self._registry, buckets=buckets
+        )
+
+
+class ModelCounts:
+    """What is counted of one version of one model. All of it is there from the start, at 0.
+
+    Attributes:
+        wait_seconds, prepare_seconds, compute_seconds, request_seconds: histograms.
+    """
+
+    def __init__(self, families: Families, model: str, version: str) -> None:
+        self._requests = {OK: families.requests.labels(model, version, OK)}
+        self._structures = {OK: families.structures.labels(model, version, OK)}
+        self._families, self._labels = families, (model, version)
+        self._misses = {
+            outcome: families.deadline_misses.labels(model, version, where)
+            for outcome, where in MISSES.items()
+        }
+        self._atoms = families.atoms.labels(model, version)
+        self._edges = families.edges.labels(model, version)
+        self._batches = families.batches.labels(model, version)
+        self._exhausted = families.exhausted.labels(model, version)
+        self.wait_seconds = families.wait_seconds.labels(model, version)
+        self.prepare_seconds = families.prepare_seconds.labels(model, version)
+        self.compute_seconds = families.compute_seconds.labels(model, version)
+        self.request_seconds = families.request_seconds.labels(model, version)
+        self._batch_structures = families.batch_structures.labels(model, version)
+        self._batch_edges = families.batch_edges.labels(model, version)
+        self._batch_fill = families.batch_fill.labels(model, version)
+
+    def request_ended(self, outcome: str) -> None:
+        """Notes how a call ended: `OK`, or the reason in lower case."""
+        counter = self._requests.get(outcome)
+        if counter is None:
+            counter = self._requests[outcome] = self._families.requests.labels(*self._labels, outcome)
+        counter.inc()
+        if outcome in self._misses:
+            self._misses[outcome].inc()
+
+    def structures_ended(self, outcome: str, count: int = 1) -> None:
+        """Notes how structures ended: `OK`, or the reason of their fault."""
+        counter = self._structures.get(outcome)
+        if counter is None:
+            counter = self._structures[outcome] = self._families.structures.labels(*self._labels, outcome)
+        counter.inc(count)
+
+    def out_of_memory(self) -> None:
+        """Notes a batch that had to be halved."""
+        self._exhausted.inc()
 
     def batch_done(
         self,
-        model: str,
         *,
         outcomes: Mapping[str, int],
         atoms: int,
         edges: int,
         waits: Sequence[float],
         batch_edges: int,
+        fill: float,
         seconds: float,
     ) -> None:
         """Notes one computed batch.
 
         Args:
-            model: that computed it.
             outcomes: how many structures ended how.
             atoms: of the structures that were answered.
             edges: of the structures that were answered.
             waits: each structure's seconds in the queue.
             batch_edges: of the whole batch.
+            fill: the part of its budget that it used.
             seconds: in the engine.
         """
         for outcome, count in outcomes.items():
-            self.structures.labels(model, outcome).inc(count)
-        self.atoms.labels(model).inc(atoms)
-        self.edges.labels(model).inc(edges)
-        self.batches.labels(model).inc()
-        self.compute_seconds.labels(model).observe(seconds)
-        self.batch_structures.labels(model).observe(len(waits))
-        self.batch_edges.labels(model).observe(batch_edges)
-        wait_seconds = self.wait_seconds.labels(model)
+            self.structures_ended(outcome, count)
+        self._atoms.inc(atoms)
+        self._edges.inc(edges)
+        self._batches.inc()
+        self.compute_seconds.observe(seconds)
+        self._batch_structures.observe(len(waits))
+        self._batch_edges.observe(batch_edges)
+        self._batch_fill.observe(fill)
         for wait in waits:
-            wait_seconds.observe(wait)
-
-    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
-        return Counter(f"equipot_{name}", text, labels, registry=self.registry)
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"equipot_{name}", text, registry=self.registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"equipot_{name}", text, ["model"], registry=self.registry, buckets=buckets)
+            self.wait_seconds.observe(wait)
 
 
 class MetricsEndpoint:

@@ -69,6 +69,10 @@ class _Models(Collector):
         label = GaugeMetricFamily(
             "equipot_model_label", "Weight of each label", labels=["model", "version", "label"]
         )
+        place = ["model", "version"]
+        ranks = GaugeMetricFamily("equipot_ranks", "Processes that compute together", labels=place)
+        alive = GaugeMetricFamily("equipot_ranks_alive", "Those of them that can compute now", labels=place)
+        most = GaugeMetricFamily("equipot_batch_edges_limit", "Most edges in one batch", labels=place)
         for family in list(self._registry.families.values()):
             for slot in list(family.slots.values()):
                 state.add_metric([family.name, slot.version, str(slot.state)], 1)
@@ -77,6 +81,10 @@ class _Models(Collector):
                     info.add_metric(
                         [model.name, model.version, card.digest, model.engine.dtype, card.force_mode], 1
                     )
+                    size = model.engine.tensor_parallel
+                    ranks.add_metric([model.name, model.version], size)
+                    alive.add_metric([model.name, model.version], size if model.ready else 0)
+                    most.add_metric([model.name, model.version], model.capacity.limit.edges)
             for name, target in list(family.labels.items()):
                 label.add_metric([family.name, target.version, name], target.weight)
-        yield from (info, state, label)
+        yield from (info, state, label, ranks, alive, most)

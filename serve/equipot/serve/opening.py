@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from equipot.serve.config import ServeConfig
+from equipot.serve.machine import gpu_bytes
 from equipot.serve.metrics import Metrics
 from equipot.serve.model_metrics import ModelMetrics
 from equipot.serve.registry import Registry
@@ -44,6 +45,7 @@ async def open_models(config: ServeConfig, metrics: Metrics) -> Opened:
     registry = await asyncio.to_thread(Registry.load, config)
     counts = ModelMetrics(metrics.registry)
     counts.watch(registry)
+    metrics.watch_gpu(lambda: gpu_bytes(config.device))
     keeper = None
     if config.repository is not None:
         keeper = Keeper(config.repository, registry, config, counts)

@@ -15,7 +15,7 @@ from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit
 from equipot.serve.excerpt import excerpt
 from equipot.serve.explain import Estimate
 from equipot.serve.job import Answer, Key, Work
-from equipot.serve.metrics import NO_MODEL, OK, Metrics
+from equipot.serve.metrics import NO_MODEL, OK, Metrics, ModelCounts
 from equipot.serve.models import ServedModel
 from equipot.serve.registry import Registry
 from equipot.serve.shares import Priority
@@ -88,7 +88,7 @@ class PotentialServicer:
         """Energies, forces and stress of a batch."""
         started = time.perf_counter()
         deadline = _deadline(context)
-        label, outcome = NO_MODEL, "internal"
+        counts, outcome = self._metrics.of(NO_MODEL), "internal"
         call = current_call()
         self._metrics.in_flight.inc()
         self._dispatcher.entered()
@@ -96,15 +96,16 @@ class PotentialServicer:
         context.add_done_callback(self._left)  # type: ignore[arg-type]
         try:
             model = self.find(request, context)
-            label = call.model = model.name
+            call.model = model.name
+            counts = self._metrics.of(model.name, model.version)
             with model.in_use():
                 work = self.understand(request, model, deadline)
                 answer = await self._dispatcher.predict(work)
             response = respond(work, answer)
             outcome = OK
+            # Once the answer has left: nobody waits for what is learnt of it.
             seconds = time.perf_counter() - started
-            self._metrics.request_seconds.labels(label).observe(seconds)
-            _note_rest(work, answer, seconds)
+            asyncio.get_running_loop().call_soon(_note_answer, counts, work, answer, seconds)
             return response
         except CallError as error:
             outcome = error.reason.lower()
@@ -117,12 +118,12 @@ class PotentialServicer:
         finally:
             call.outcome = outcome
             self._metrics.in_flight.dec()
-            self._metrics.requests.labels(label, outcome).inc()
+            counts.request_ended(outcome)
 
     async def Explain(self, request: pb.PredictRequest, context: Context) -> pb.ExplainResponse:
         """What Predict with this request would cost."""
         started = time.perf_counter()
-        model = self._gate.registry().find(request.model, session=_session(request, context))
+        model = self.find(request, context)
         current_call().model = model.name
         with model.in_use():
             work = self.understand(request, model, _deadline(context))
@@ -217,8 +218,9 @@ def _deadline(context: Context) -> float | None:
     return None if remaining is None else time.monotonic() + remaining
 
 
-def _note_rest(work: Work, answer: Answer, seconds: float) -> None:
-    """What a request took beside what is measured in parts; not of those whose parts overlap."""
+def _note_answer(counts: ModelCounts, work: Work, answer: Answer, seconds: float) -> None:
+    counts.request_seconds.observe(seconds)
+    # What it took beside what is measured in parts, if these did not overlap.
     rest = seconds - answer.prepare_seconds - answer.queue_seconds - answer.compute_seconds
     if work.offsets[-1] <= CHUNK_ATOMS and rest > 0:
         work.key.model.capacity.learn_around(work.size, rest)

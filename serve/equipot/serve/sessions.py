@@ -160,13 +160,14 @@ class SessionServicer:
 
     async def _step(self, opened: _Open, step: pb.SessionStep, context: Context) -> pb.SessionReply:
         started = time.perf_counter()
-        name, outcome = opened.work.key.model.name, "internal"
+        model, outcome = opened.work.key.model, "internal"
+        counts = self._metrics.of(model.name, model.version)
         self._metrics.in_flight.inc()
         try:
             work = self._work(opened, step)
             answer = await self._dispatcher.predict(work)
             outcome = OK
-            self._metrics.request_seconds.labels(name).observe(time.perf_counter() - started)
+            counts.request_seconds.observe(time.perf_counter() - started)
             return pb.SessionReply(number=step.number, answer=respond(work, answer))
         except CallError as error:
             outcome = error.reason.lower()
@@ -176,7 +177,7 @@ class SessionServicer:
             raise
         finally:
             self._metrics.in_flight.dec()
-            self._metrics.requests.labels(name, outcome).inc()
+            counts.request_ended(outcome)
 
     def _work(self, opened: _Open, step: pb.SessionStep) -> Work:
         """The step as a request: what was opened, with these positions."""

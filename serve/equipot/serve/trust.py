@@ -71,7 +71,7 @@ class Trust:
             quotas=self.quotas,
             open_to_all=open_to_all,
             certificates_name=config.tls_client_ca is not None,
-            on_refusal=lambda outcome: metrics.requests.labels(NO_MODEL, outcome).inc(),
+            on_refusal=lambda outcome: metrics.of(NO_MODEL).request_ended(outcome),
             on_done=on_done,
         )
 

@@ -22,11 +22,13 @@ class BatchLimit:
         self.edges = edges
         self.atoms = atoms
 
-    def ran_out_of_memory(self, *, edges: int, atoms: int) -> None:
-        """A batch of this size did not fit: from now on half of it is the most."""
+    def ran_out_of_memory(self, *, edges: int, atoms: int) -> bool:
+        """A batch of this size did not fit: from now on half of it is the most; says whether that is news."""
+        before = self.edges, self.atoms
         if edges:
             self.edges = min(self.edges, max(1, edges // 2))
         self.atoms = min(self.atoms, max(1, atoms // 2))
+        return before != (self.edges, self.atoms)
 
 
 @dataclass(frozen=True, slots=True)
