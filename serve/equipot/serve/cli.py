@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import typer
 
-from equipot.serve.batcher import Budget
 from equipot.serve.config import (
-    BATCH_ATOMS,
     DEFAULT_AGE,
     DEFAULT_KEEPALIVE,
     DEFAULT_LIMITS,
     DEFAULT_QUEUE_EDGES,
     DEFAULT_SESSIONS,
-    RequestLimits,
     ServeConfig,
-    SessionLimits,
-    default_budget,
 )
+from equipot.serve.config_file import overlay, read_toml
 from equipot.serve.logs import configure
-from equipot.serve.repository.settings import Preload, RepositorySettings, default_cache
+from equipot.serve.repository.settings import Preload
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,10 +49,36 @@ def _edges_or_auto(word: str) -> int | None:
         raise typer.BadParameter(f"{word!r} is neither a number nor auto") from None
 
 
+TABLES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "max_atoms": ("limits", "structure_atoms"),
+        "max_edges": ("limits", "structure_edges"),
+        "max_request_structures": ("limits", "request_structures"),
+        "max_request_atoms": ("limits", "request_atoms"),
+        "max_queue_edges": ("budget", "queue_edges"),
+        "max_sessions": ("sessions", "most"),
+        "session_idle": ("sessions", "idle_seconds"),
+        "repository": ("repository", "url"),
+        "repository_poll": ("repository", "poll"),
+        "preload": ("repository", "preload"),
+        "max_loaded": ("repository", "max_loaded"),
+        "unload_after": ("repository", "unload_after"),
+        "cache": ("repository", "cache"),
+        "default_model": ("repository", "default"),
+    }
+)
+"""Options that have another name in a configuration: its table and key. All others are called alike."""
+
+
 @app.command()
 def serve(
+    context: typer.Context,
     bundles: Annotated[
         list[Path] | None, typer.Argument(help="Written by `equipot export`; the first is the default model.")
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="TOML file of what is said here; what is said here goes before it."),
     ] = None,
     repository: Annotated[
         str | None, typer.Option(help="Folder or fsspec URL that holds NAME/VERSION/ bundles.")
@@ -181,59 +205,60 @@ def serve(
     ] = 0.0,
 ) -> None:
     """Serve bundles over gRPC, with health, reflection and Prometheus metrics, until SIGTERM."""
-    configure(log_format.value)
-    config = ServeConfig(
-        bundles=tuple(bundles or ()),
-        repository=None
-        if repository is None
-        else RepositorySettings(
-            url=repository,
-            poll=repository_poll,
-            preload=preload,
-            max_loaded=max_loaded,
-            unload_after=unload_after,
-            cache=cache or default_cache(),
-            default=default_model,
-        ),
-        admins=tuple(admin or ()),
-        host=host,
-        port=port,
-        metrics_port=None if no_metrics else metrics_port,
-        dtype=dtype.value if dtype else None,
-        device=device,
-        threads=threads,
-        deterministic=deterministic,
-        tensor_parallel=tensor_parallel,
-        sessions=SessionLimits(most=max_sessions, idle_seconds=session_idle),
-        drain_seconds=drain_seconds,
-        linger_seconds=linger_seconds,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        tls_client_ca=tls_client_ca,
-        tokens=tokens,
-        allow_plaintext_tokens=allow_plaintext_tokens,
-        identity_limits=identity_limits,
-        reflection=not no_reflection,
-        metrics_host=metrics_host,
-        max_connection_age=max_connection_age,
-        keepalive=keepalive,
-        log_format=log_format.value,
-        log_structures=log_structures,
-        budget=Budget(
-            batch_edges=default_budget(device).batch_edges if max_batch_edges is None else max_batch_edges,
-            batch_atoms=BATCH_ATOMS,
-            queue_edges=max_queue_edges,
-        ),
-        calibrate=max_batch_edges is None,
-        limits=RequestLimits(
-            structure_atoms=max_atoms,
-            structure_edges=max_edges,
-            request_structures=max_request_structures,
-            request_atoms=max_request_atoms,
-            message_bytes=max_message_mb * 2**20,
-        ),
-    )
+    config = configuration(config_file, said(context))
+    configure(config.log_format)
     # Only now: torch takes seconds to import, and neither help nor a wrong word should wait for it.
     from equipot.serve.server import run
 
     asyncio.run(run(config, typer.echo))
+
+
+def configuration(file: Path | None, words: Mapping[str, object]) -> ServeConfig:
+    """What the file and, before it, the words say; paths in the file start from its folder.
+
+    Raises:
+        ServeError: something of it cannot be.
+    """
+    if file is None:
+        return ServeConfig.from_mapping(words, base=Path())
+    return ServeConfig.from_mapping(overlay(read_toml(file), words), base=file.parent)
+
+
+def said(context: typer.Context) -> dict[str, object]:
+    """What the command line says itself, as a configuration has it."""
+    words: dict[str, object] = {}
+    for option, value in context.params.items():
+        source = context.get_parameter_source(option)
+        # By name: typer brings a click of its own, or not.
+        if source is not None and source.name == "COMMANDLINE":
+            words = overlay(words, _setting(option, value))
+    return words
+
+
+def _setting(option: str, value: object) -> dict[str, object]:
+    """One option in the words of a configuration."""
+    match option, value:
+        case "config_file", _:
+            return {}
+        case "no_metrics", _:
+            return {"metrics_port": None}
+        case "no_reflection", _:
+            return {"reflection": False}
+        case "admin", identities:
+            return {"admins": identities}
+        case "max_batch_edges", None:
+            return {"calibrate": True}
+        case "max_batch_edges", edges:
+            return {"calibrate": False, "budget": {"batch_edges": edges}}
+        case "max_message_mb", int(megabytes):
+            return {"limits": {"message_bytes": megabytes * 2**20}}
+        case _, Path():
+            value = value.absolute()
+        case _, StrEnum():
+            value = value.value
+        case "bundles", list(paths):
+            value = [Path(path).absolute() for path in paths]
+    if option in TABLES:
+        table, key = TABLES[option]
+        return {table: {key: value}}
+    return {option: value}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from equipot.serve.batcher import Budget
 from equipot.serve.errors import ServeError
 from equipot.serve.logs import LogFormat
+from equipot.serve.mapping import read
 from equipot.serve.repository.settings import RepositorySettings
 
 MAX_PORT = 65535
@@ -198,6 +200,28 @@ class ServeConfig:
                 f"log-format is {self.log_format!r}, allowed are {', '.join(get_args(LogFormat))}"
             )
         self._check_trust()
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, object], *, base: Path) -> ServeConfig:
+        """A configuration as a file has it: the attributes by name, `budget` and `limits` as tables.
+
+        What is missing of the budget is what suits the device; batches are calibrated unless their edges are
+        given or `calibrate` says otherwise.
+
+        Args:
+            mapping: the file's contents.
+            base: the folder that relative paths start from.
+
+        Raises:
+            ServeError: a name is unknown, or a value of the wrong type or out of range.
+        """
+        device, budget = mapping.get("device", "cpu"), mapping.get("budget", {})
+        filled = dict(mapping)
+        if isinstance(device, str) and isinstance(budget, Mapping):
+            filled["budget"] = {**asdict(default_budget(device)), **budget}
+            filled.setdefault("calibrate", "batch_edges" not in budget)
+        filled.setdefault("bundles", [])
+        return read(cls, filled, base=base)
 
     def _check_trust(self) -> None:
         """What is asked of callers must fit together."""
