@@ -39,8 +39,10 @@ lint: $(SETUP)
 	$(BIN)/lint-imports
 	PYTHON=$(BIN)/python scripts/gen_protos.sh --check
 
+# Two at once, each with one thread: what tests wait for is start-up more than computing. Tests of slow things
+# measure and kill, so they go one by one.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(SETUP)
 	$(BIN)/python -m pytest -m slow
