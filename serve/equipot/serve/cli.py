@@ -20,6 +20,7 @@ from equipot.serve.config import (
     ServeConfig,
 )
 from equipot.serve.config_file import overlay, read_toml
+from equipot.serve.foreign.spec import calculators
 from equipot.serve.logs import configure
 from equipot.serve.repository.settings import Preload
 
@@ -80,6 +81,17 @@ def serve(
         Path | None,
         typer.Option("--config", help="TOML file of what is said here; what is said here goes before it."),
     ] = None,
+    calculator: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Serve an ASE calculator, module:factory (ase.calculators.emt:EMT), chgnet, mace:FILE, or a"
+            " FILE.toml that says more. Repeatable."
+        ),
+    ] = None,
+    calculator_arguments: Annotated[
+        str, typer.Option(help="Keyword arguments of the one calculator, as a JSON object.")
+    ] = "",
+    level_of_theory: Annotated[str, typer.Option(help="Of the one calculator's energies.")] = "",
     repository: Annotated[
         str | None, typer.Option(help="Folder or fsspec URL that holds NAME/VERSION/ bundles.")
     ] = None,
@@ -226,12 +238,21 @@ def configuration(file: Path | None, words: Mapping[str, object]) -> ServeConfig
 
 def said(context: typer.Context) -> dict[str, object]:
     """What the command line says itself, as a configuration has it."""
-    words: dict[str, object] = {}
+    given = {}
     for option, value in context.params.items():
         source = context.get_parameter_source(option)
         # By name: typer brings a click of its own, or not.
         if source is not None and source.name == "COMMANDLINE":
-            words = overlay(words, _setting(option, value))
+            given[option] = value
+    named = given.pop("calculator", [])
+    foreign = calculators(
+        named,
+        arguments=given.pop("calculator_arguments", ""),
+        level_of_theory=given.pop("level_of_theory", ""),
+    )
+    words: dict[str, object] = {"calculators": foreign} if named else {}
+    for option, value in given.items():
+        words = overlay(words, _setting(option, value))
     return words
 
 

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from equipot.serve.batcher import Budget
 from equipot.serve.errors import ServeError
+from equipot.serve.foreign.spec import CalculatorSpec
 from equipot.serve.logs import LogFormat
 from equipot.serve.mapping import read
 from equipot.serve.repository.settings import RepositorySettings
@@ -84,6 +85,7 @@ class ServeConfig:
 
     Attributes:
         bundles: directories to serve; the first is the default model.
+        calculators: potentials that are no bundles, to serve after these.
         repository: versioned bundles to serve besides; None serves none.
         admins: identities that may load, unload and label the models of the repository; "*" lets anyone who
             reaches the port, nobody closes the service.
@@ -124,6 +126,7 @@ class ServeConfig:
     """
 
     bundles: tuple[Path, ...] = ()
+    calculators: tuple[CalculatorSpec, ...] = ()
     repository: RepositorySettings | None = None
     admins: tuple[str, ...] = ()
     host: str = "127.0.0.1"
@@ -154,10 +157,10 @@ class ServeConfig:
     log_structures: bool = False
 
     def __post_init__(self) -> None:
-        if not self.bundles and self.repository is None:
+        if not self.bundles and not self.calculators and self.repository is None:
             raise ServeError(
-                "no bundle to serve: name at least one directory written by `equipot export`, or a"
-                " --repository"
+                "no bundle to serve: name at least one directory written by `equipot export`, a --repository,"
+                " or a --calculator"
             )
         if self.admins and self.repository is None:
             raise ServeError("--admin is about the models of a repository: give --repository")

@@ -74,6 +74,10 @@ def _fit(value: object, wanted: Any, base: Path, name: str) -> object:  # noqa: 
         if not isinstance(value, Mapping):
             raise _Unfit("a table")
         return read(cast("type[object]", wanted), value, base=base, within=name)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise _Unfit("a table")
+        return dict(value)
     if issubclass(wanted, enum.Enum):
         return _fit_enum(value, wanted)
     return _fit_plain(value, wanted, base)

@@ -14,6 +14,8 @@ from equipot.serve.card import ModelCard, listed
 from equipot.serve.config import RequestLimits, ServeConfig
 from equipot.serve.engine import Engine, LocalEngine
 from equipot.serve.errors import InvalidRequest, NotReady, NotServed
+from equipot.serve.foreign.engine import ForeignEngine
+from equipot.serve.foreign.spec import CalculatorSpec
 from equipot.wire.v1 import potential_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -167,6 +169,20 @@ def load_bundle(path: Path, config: ServeConfig, *, name: str = "", version: str
     capacity = measure(engine, config.budget, calibrate=config.calibrate, device=config.device)
     model = ServedModel(engine, name or engine.card.name, capacity, version)
     tell_loaded(model, str(path), time.perf_counter() - started)
+    return model
+
+
+def load_calculator(spec: CalculatorSpec, config: ServeConfig) -> ServedModel:
+    """Starts somebody else's potential.
+
+    Raises:
+        ServeError: it cannot be made.
+    """
+    started = time.perf_counter()
+    engine = ForeignEngine(spec, device=config.device, limits=config.limits, threads=config.threads)
+    capacity = measure(engine, config.budget, calibrate=config.calibrate, device=config.device)
+    model = ServedModel(engine, spec.shown_name, capacity)
+    tell_loaded(model, spec.calculator, time.perf_counter() - started)
     return model
 
 

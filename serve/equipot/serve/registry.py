@@ -11,7 +11,7 @@ from enum import StrEnum
 from equipot.serve.card import ModelCard, read_model_card
 from equipot.serve.config import RequestLimits, ServeConfig
 from equipot.serve.errors import InvalidRequest, NotReady, NotServed, ServeError
-from equipot.serve.models import ServedModel, describe, load_bundle
+from equipot.serve.models import ServedModel, describe, load_bundle, load_calculator
 from equipot.wire.v1 import potential_pb2 as pb
 
 SHORTEST_DIGEST = 8
@@ -154,14 +154,16 @@ class Registry:
 
     @classmethod
     def load(cls, config: ServeConfig) -> Registry:
-        """Loads every bundle; cards first, so that a wrong name costs no time.
+        """Loads every bundle and calculator; cards first, so that a wrong name costs no time.
 
         Raises:
             BundleError: a bundle is missing, damaged, or of a newer version.
             ServeError: two bundles have the same name, or the device cannot be used.
         """
-        check_names([read_model_card(path).name for path in config.bundles])
-        return cls([load_bundle(path, config) for path in config.bundles])
+        foreign = [spec.shown_name for spec in config.calculators]
+        check_names([*(read_model_card(path).name for path in config.bundles), *foreign])
+        bundles = [load_bundle(path, config) for path in config.bundles]
+        return cls([*bundles, *(load_calculator(spec, config) for spec in config.calculators)])
 
     def __iter__(self) -> Iterator[ServedModel]:
         """Everything in memory."""

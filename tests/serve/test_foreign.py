@@ -1,0 +1,375 @@
+"""Other people's potentials behind the same service: equal to themselves, and harmless when they fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from tests.serve.conftest import Bundles, Process, inside, run, running
+
+from equipot.client import Client, FailureReason, InvalidRequest
+from equipot.model.batch import Graph, System
+from equipot.serve.config import DEFAULT_LIMITS, ServeConfig
+from equipot.serve.engine import Result
+from equipot.serve.errors import Fault, ServeError
+from equipot.serve.foreign.engine import ForeignEngine
+from equipot.serve.foreign.spec import CalculatorSpec, calculators
+from equipot.serve.mapping import read
+
+HERE = Path(__file__).parent
+ODD = str(HERE / "odd_calculators.py")
+
+
+def parse(word: str, **words: str) -> CalculatorSpec:
+    (table,) = calculators([word], **words)
+    return read(CalculatorSpec, table, base=Path())
+
+
+def near(one: npt.NDArray[np.float64] | float | None, other: object, atol: float) -> None:
+    assert one is not None
+    np.testing.assert_allclose(one, np.asarray(other), rtol=0, atol=atol)
+
+
+def system(atoms: Atoms, **fields: Any) -> System:
+    return System(atoms.numbers, atoms.positions, np.asarray(atoms.cell), atoms.pbc, **fields)
+
+
+def engine(spec: CalculatorSpec) -> ForeignEngine:
+    return ForeignEngine(spec, device="cpu", limits=DEFAULT_LIMITS, threads=1)
+
+
+def answers(there: ForeignEngine, systems: list[System], *, stress: bool = False) -> list[Result | Fault]:
+    forces = there.card.has_forces
+    prepared = there.prepare(systems)
+    graphs = [one for one in prepared if isinstance(one, Graph)]
+    computed = iter(there.compute(graphs, forces=forces, stress=stress))
+    return [next(computed) if isinstance(one, Graph) else one for one in prepared]
+
+
+def metal(seed: int) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.numbers[seed % 4] = 47
+    atoms.rattle(0.1, seed=seed)
+    return atoms
+
+
+@pytest.fixture(scope="module")
+def emt(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """EMT beside a bundle of ours."""
+    folder = tmp_path_factory.mktemp("emt")
+    words = folder / "emt.toml"
+    words.write_text(
+        'calculator = "ase.calculators.emt:EMT"\nname = "emt"\nlevel_of_theory = "effective medium"\n'
+        'elements = ["Cu", 47, "Au"]\n[arguments]\nasap_cutoff = true\n'
+    )
+    with running(bundles.tiny, "--calculator", words, "--threads", 1, stderr=folder / "log") as process:
+        yield process
+
+
+class TestEmtOverThePort:
+    def test_it_equals_emt_here(self, emt: Process) -> None:
+        frames = [metal(seed) for seed in range(12)] + [bulk("Au"), Atoms("Cu2", [[0, 0, 0], [2.4, 0, 0]])]
+        with Client(emt.address, model="emt") as client:
+            got = client.predict(frames, stress=True)
+        assert not got.failures
+        assert got.model is not None
+        assert got.model.level_of_theory == "effective medium"
+        for atoms, one in zip(frames, got, strict=True):
+            atoms.calc = EMT(asap_cutoff=True)
+            near(one.energy, atoms.get_potential_energy(), 1e-10)
+            near(one.forces, atoms.get_forces(), 1e-10)
+            assert one.stress is not None
+            if atoms.pbc.all():
+                here = atoms.get_stress(voigt=False)
+                near(one.stress, here, 1e-10)
+            else:
+                assert np.isnan(one.stress).all()
+
+    def test_what_it_does_not_know_fails_alone(self, emt: Process) -> None:
+        charged = metal(0)
+        charged.info["charge"] = 1
+        with Client(emt.address, model="emt") as client:
+            got = client.predict([metal(1), molecule("H2O"), charged, metal(2)])
+        assert [(one.index, one.reason, one.field) for one in got.failures] == [
+            (1, FailureReason.UNSUPPORTED, "atomic_numbers"),
+            (2, FailureReason.UNSUPPORTED, "charge"),
+        ]
+        assert np.isfinite(got.energy[[0, 3]]).all()
+
+    def test_it_is_listed_and_counted_as_any_model(self, emt: Process) -> None:
+        with Client(emt.address) as client:
+            bundle, info = client.models()
+            assert (bundle.name, info.name) == ("tiny", "emt")
+            assert info.elements == (29, 47, 79)
+            assert (info.force_mode, info.has_stress, info.cutoff) == ("unknown", True, 0.0)
+            assert info.card["versions"].keys() == {"ase"}
+            assert client.predict([metal(3)], model=f"emt@{info.digest[:20]}").model is not None
+        assert emt.sample("equipot_structures_total", model="emt", outcome="ok") > 0
+        assert emt.sample("equipot_model_info", model="emt", digest=info.digest) == 1
+
+
+@pytest.fixture(scope="module")
+def moody() -> Iterator[ForeignEngine]:
+    there = engine(CalculatorSpec(calculator=f"{ODD}:Moody", time_limit=2.0, arguments={"spring": 2.0}))
+    yield there
+    there.close()
+
+
+class TestOnBadDays:
+    @pytest.mark.parametrize(
+        ("symbol", "reason", "message"),
+        [
+            ("Ne", "internal", "ended with code 7 at this structure"),
+            ("He", "internal", "took longer than 2 s at this structure"),
+            ("Ar", "not_finite", "energy is not a finite number"),
+            ("Kr", "internal", "RuntimeError: krypton does not converge"),
+        ],
+    )
+    def test_the_others_of_its_batch_are_answered(
+        self, moody: ForeignEngine, symbol: str, reason: str, message: str
+    ) -> None:
+        places = [[0.0, 0.0, 0.0], [1.0, 2.0, 0.0]]
+        good, bad = system(Atoms("H2", places)), system(Atoms(["H", symbol], places))
+        first, fault, last = answers(moody, [good, bad, good])
+        assert isinstance(fault, Fault)
+        assert (fault.reason, message in fault.message) == (reason, True)
+        for one in (first, last):
+            assert isinstance(one, Result)
+            assert one.energy == 2.0 * 5.0
+            np.testing.assert_array_equal(one.forces, -4.0 * np.array(places))
+
+    def test_a_process_that_was_killed_while_it_was_idle_is_nobodys_fault(self, moody: ForeignEngine) -> None:
+        process = moody._process._process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        (one,) = answers(moody, [system(Atoms("H"))])
+        assert isinstance(one, Result)
+
+    def test_a_batch_that_keeps_ending_it_is_given_up(self, moody: ForeignEngine) -> None:
+        neon = system(Atoms("Ne"))
+        got = answers(moody, [neon] * 10)
+        assert all(isinstance(one, Fault) for one in got)
+        assert "send it by itself" in got[-1].message  # type: ignore[union-attr]
+
+
+def test_a_calculator_without_forces_or_stress_says_so() -> None:
+    config = ServeConfig(calculators=(parse(f"{ODD}:Charged"),), port=0, metrics_port=None, threads=1)
+
+    async def test() -> None:
+        async with inside(config) as there:
+            from equipot.client import AsyncClient
+
+            async with AsyncClient(there.address) as client:
+                info = await client.model()
+                assert (info.name, info.force_mode, info.has_stress) == ("charged", "none", False)
+                atoms = molecule("H2O")
+                assert (await client.predict(atoms, forces=False)).energy[0] == pytest.approx(0.1)
+                with pytest.raises(InvalidRequest, match="no forces"):
+                    await client.predict(atoms)
+                with pytest.raises(InvalidRequest, match="no stress"):
+                    await client.predict(atoms, forces=False, stress=True)
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (CalculatorSpec(calculator=f"{ODD}:Charged"), True),
+        (CalculatorSpec(calculator=f"{ODD}:ByInfo", charge="info"), True),
+        (CalculatorSpec(calculator=f"{ODD}:Moody"), False),
+    ],
+)
+def test_charge_and_spin_are_passed_on_or_refused_and_never_lost(spec: CalculatorSpec, told: bool) -> None:
+    there = engine(spec)
+    try:
+        atoms = Atoms("H")
+        got = answers(
+            there, [system(atoms, charge=c, spin_multiplicity=m) for c, m in ((1, 2), (-2, 3), (0, 1))]
+        )
+        if told:
+            energies = [one.energy for one in got if isinstance(one, Result)]
+            assert energies == pytest.approx([1.2, -1.7, 0.1])
+        else:
+            assert [one.field for one in got if isinstance(one, Fault)] == [
+                "charge",
+                "charge",
+                "spin_multiplicity",
+            ]
+    finally:
+        there.close()
+
+
+def test_the_digest_is_of_what_decides_the_numbers() -> None:
+    specs = [
+        CalculatorSpec(calculator=f"{ODD}:Moody"),
+        CalculatorSpec(calculator=f"{ODD}:Moody", time_limit=5.0, name="other"),
+        CalculatorSpec(calculator=f"{ODD}:Moody", arguments={"spring": 3.0}),
+        CalculatorSpec(calculator=f"{ODD}:Moody", level_of_theory="springs"),
+    ]
+    digests = []
+    for spec in specs:
+        there = engine(spec)
+        digests.append(there.card.digest)
+        there.close()
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("emt", "write module:factory"),
+        ("mace:", "needs a model file"),
+        ("no.such.module:Calculator", "ModuleNotFoundError"),
+        ("ase.calculators.emt:NoSuch", "NoSuch"),
+        (f"{ODD}:nothing", "no ASE calculator"),
+        ("nowhere.toml", "nowhere.toml"),
+    ],
+)
+def test_what_cannot_be_served_says_why(word: str, message: str) -> None:
+    with pytest.raises(ServeError, match=message):
+        engine(parse(word))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('name = "x"', "calculator is missing"),
+        ('calculator = "chgnet"\nnam = "x"', "nam is no setting"),
+        ('calculator = "chgnet"\nname = 1', "name is 1"),
+        ('calculator = "chgnet"\ntime_limit = 0', "time_limit is 0"),
+        ('calculator = "chgnet"\nelements = ["Xx"]', "'Xx'"),
+        ('calculator = "chgnet"\ncharge = "maybe"', "'maybe'"),
+        ("calculator", "TOML"),
+    ],
+)
+def test_a_file_that_says_what_cannot_be(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "spec.toml").write_text(text)
+    with pytest.raises(ServeError, match=message):
+        parse(str(tmp_path / "spec.toml"))
+
+
+def test_two_potentials_of_one_name_are_refused() -> None:
+    from equipot.serve.registry import Registry
+
+    spec = CalculatorSpec(calculator="ase.calculators.emt:EMT")
+    with pytest.raises(ServeError, match="called 'emt'"):
+        Registry.load(ServeConfig(calculators=(spec, replace(spec, arguments={"asap_cutoff": True}))))
+
+
+def test_another_environments_python_serves_too(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    # It has numpy and ASE, and neither torch's nor equipot's own requirements beside them.
+    ours = Path(np.__file__).parents[1]
+    for pattern in ("numpy", "numpy.libs", "ase", "ase-*.dist-info", "scipy", "scipy.libs", "matplotlib"):
+        for place in ours.glob(pattern):
+            (site / place.name).symlink_to(place)
+    there = engine(
+        CalculatorSpec(calculator="ase.calculators.emt:EMT", python=str(tmp_path / "venv" / "bin" / "python"))
+    )
+    try:
+        (one,) = answers(there, [system(metal(1))])
+        atoms = metal(1)
+        atoms.calc = EMT()
+        assert isinstance(one, Result)
+        assert one.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-10)
+    finally:
+        there.close()
+
+
+def needs(package: str, distribution: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"{distribution} is not installed here"
+    )
+
+
+@pytest.mark.slow
+@needs("chgnet", "chgnet")
+class TestChgnet:
+    def test_together_equals_alone_and_its_own_calculator(self) -> None:
+        from chgnet.model.dynamics import CHGNetCalculator
+
+        frames = [bulk("NaCl", "rocksalt", a=5.6), bulk("MgO", "rocksalt", a=4.2, cubic=True), bulk("Si")]
+        for seed, atoms in enumerate(frames):
+            atoms.rattle(0.05, seed=seed)
+        systems = [system(atoms) for atoms in frames]
+        there = engine(CalculatorSpec(calculator="chgnet"))
+        try:
+            assert there.card.cutoff == 6.0
+            assert there.card.n_parameters == 412_525
+            together = answers(there, systems, stress=True)
+            alone = [answers(there, [one], stress=True)[0] for one in systems]
+            own = CHGNetCalculator(use_device="cpu")
+            for atoms, one, other in zip(frames, together, alone, strict=True):
+                assert isinstance(one, Result)
+                assert isinstance(other, Result)
+                assert one.energy == pytest.approx(other.energy, abs=1e-4)
+                near(one.forces, other.forces, 1e-4)
+                atoms.calc = own
+                assert one.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
+                near(one.forces, atoms.get_forces(), 1e-4)
+                near(one.stress, atoms.get_stress(voigt=False), 1e-5)
+            lone = bulk("NaCl", "rocksalt", a=30.0)
+            crowd = answers(there, [systems[0], system(molecule("H2O")), system(lone), systems[2]])
+            assert [isinstance(one, Result) for one in crowd] == [True, False, False, True]
+            assert "crystals alone" in crowd[1].message  # type: ignore[union-attr]
+        finally:
+            there.close()
+
+
+@pytest.mark.slow
+@needs("mace", "mace-torch")
+class TestMace:
+    """With a small untrained model: mace-torch ships no weights."""
+
+    def test_together_equals_alone_and_its_own_calculator(self, tmp_path: Path) -> None:
+        from mace.calculators import MACECalculator
+
+        model = tmp_path / "small.model"
+        subprocess.run([sys.executable, HERE / "small_mace.py", model], check=True, timeout=280)
+        frames = [molecule("CH3OH"), bulk("C", "diamond", a=3.6), molecule("H2O")]
+        for seed, atoms in enumerate(frames):
+            atoms.rattle(0.05, seed=seed)
+        systems = [system(atoms) for atoms in frames]
+        with pytest.raises(ServeError, match="level of theory"):
+            engine(parse(f"mace:{model}"))
+        there = engine(parse(f"mace:{model}", level_of_theory="none"))
+        try:
+            assert (there.card.elements, there.card.cutoff) == ((1, 6, 8), 4.0)
+            assert (there.card.name, there.dtype) == ("small", "float64")
+            together = answers(there, systems, stress=True)
+            own = MACECalculator(model_paths=str(model), device="cpu", default_dtype="float64")
+            for atoms, one, alone in zip(
+                frames, together, [answers(there, [s], stress=True)[0] for s in systems], strict=True
+            ):
+                assert isinstance(one, Result)
+                assert isinstance(alone, Result)
+                assert one.energy == pytest.approx(alone.energy, abs=1e-8)
+                near(one.forces, alone.forces, 1e-8)
+                atoms.calc = own
+                assert one.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
+                near(one.forces, atoms.get_forces(), 1e-8)
+                if atoms.pbc.all():
+                    here = atoms.get_stress(voigt=False)
+                    near(one.stress, here, 1e-8)
+            (fault,) = answers(there, [system(bulk("Si"))])
+            assert isinstance(fault, Fault)
+            assert fault.reason == "unsupported"
+        finally:
+            there.close()
