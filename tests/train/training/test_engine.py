@@ -118,7 +118,7 @@ def test_the_exported_potential_is_the_trained_one(
     # In the form of the training, which is another one at stage 3: only then are the last bits the same.
     exported = Potential(parts.potential.config, card.references).eval()
     exported.load_state_dict(bundle.state_dict())
-    batch = parts.dataset.batch(parts.validation[np.arange(len(parts.validation))])
+    batch = parts.dataset.batch(parts.validation[0].places[np.arange(len(parts.validation[0].places))])
     weights = [fragment.values.clone() for fragment in parts.engine.fragments()] if raw else parts.ema.parts
     with parts.engine.swapped(weights):
         trained = energies(parts.potential, batch)

@@ -33,13 +33,23 @@ _NAMED = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SourceSplit:
+    """A split's structures of one store."""
+
+    name: str
+    level_of_theory: str
+    places: Places
+    costs: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Parts:
     """What a trainer works with."""
 
     dataset: Dataset
     sampler: Sampler
-    validation: Places
-    validation_costs: NDArray[np.int64]
+    validation: tuple[SourceSplit, ...]
+    """What of each store is validated on; stores that have nothing there are left out."""
     potential: Potential
     engine: Engine
     ema: Ema
@@ -61,7 +71,16 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     stores = [store.kept_in(recipe.data.memory) for store in mix.stores]
     dataset = Dataset(stores, card.config, cache_mib=recipe.batch.cache_mib)
     _, draws = mix.training(recipe.data.subset)
-    validation = mix.part("validation")
+    validation = [
+        SourceSplit(
+            name=source.name,
+            level_of_theory=source.level_of_theory,
+            places=places,
+            costs=sizes.costs(places),
+        )
+        for k, source in enumerate(mix.card.sources)
+        if len(places := mix.part("validation").of_store(k))
+    ]
     costs = sizes.cost_column(draws)
     if recipe.batch.max_edges is not None:
         check_limit(recipe.batch.max_edges, draws, costs, dataset)
@@ -89,8 +108,7 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     return Parts(
         dataset=dataset,
         sampler=sampler,
-        validation=validation,
-        validation_costs=sizes.costs(validation),
+        validation=tuple(validation),
         potential=potential,
         engine=engine,
         ema=Ema(engine, recipe.ema.decay),

@@ -25,7 +25,7 @@ from equipot.train.tensor_stream import TensorFile
 
 COMMITTED = "COMMITTED.json"
 STATE = "trainer.json"
-VERSION = 2
+VERSION = 3
 
 
 class CheckpointError(TrainError):
@@ -99,7 +99,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             _check(path / name, entry)
         body = json.loads((path / STATE).read_text())
         return Checkpoint(
-            path, TrainerState(**body["state"]), Parallelism(**body["parallelism"]), body["updates"]
+            path, TrainerState.from_json(body["state"]), Parallelism(**body["parallelism"]), body["updates"]
         )
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not a committed checkpoint: {error.filename} is missing") from None

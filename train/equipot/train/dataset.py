@@ -43,6 +43,8 @@ class Batch:
     targets: Targets
     keys: NDArray[np.int64]
     """(S, 2) store and structure index"""
+    counts: bool = True
+    """False: computed only to stay in step with other ranks."""
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +56,7 @@ class Batch:
     def without_labels(self) -> Batch:
         """The same structures, counting for nothing in a loss."""
         values = {name: torch.full_like(getattr(self.targets, name), np.nan) for name in Targets.__slots__}
-        return replace(self, targets=Targets(**values))
+        return replace(self, targets=Targets(**values), counts=False)
 
 
 class Dataset:
@@ -128,12 +130,17 @@ class Dataset:
         )
         return Batch(systems, targets, keys)
 
+    def origin(self, store: int, index: int) -> tuple[str, str, int]:
+        """A structure's store, and the file and frame that it was imported from."""
+        origin = self._stores[store].origin(index)
+        return str(self._stores[store].path), origin.file, origin.frame
+
     def describe(self, keys: NDArray[np.int64]) -> str:
         """How an error message calls structures."""
         names = []
         for store, index in keys[:10]:
-            origin = self._stores[store].origin(int(index))
-            names.append(f"{self._stores[store].path}[{index}] ({origin.file}, frame {origin.frame})")
+            path, file, frame = self.origin(int(store), int(index))
+            names.append(f"{path}[{index}] ({file}, frame {frame})")
         more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
         return ", ".join(names) + more
 

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import importlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,6 +97,9 @@ Reader = Callable[[str, str, int, int], torch.Tensor]
 """Flat fp32 values by kind (weights or a moment), parameter, offset and length."""
 
 
+_NO_NORM = torch.tensor(float("inf"))
+
+
 class Engine:
     """A module under DeepSpeed: `module(*inputs)` must return a tuple that begins with the loss."""
 
@@ -154,7 +158,13 @@ class Engine:
         return tuple(output.detach() for output in outputs)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update the weights; returns the gradient's norm before clipping (inf: nothing is updated)."""
+        """Clip, update the weights; returns the gradient's norm before clipping.
+
+        Where that is no finite number nothing is updated.
+        """
+        if self._stage == 0 and not math.isfinite(self._gradient_norm):
+            self.discard()
+            return self._gradient_norm
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
@@ -162,6 +172,21 @@ class Engine:
             return self._gradient_norm
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
+
+    def discard(self) -> None:
+        """Forget the gradients that were made since the last update, and update nothing."""
+        if self._stage == 0:
+            self._engine.set_gradient_accumulation_boundary(False)
+            self._engine.step()  # counts the micro-batch
+            self._engine.zero_grad()
+            return
+        # DeepSpeed's own way of leaving out a step, which it takes by itself when the norm is not finite.
+        name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
+        setattr(self._optimizer, name, lambda *_, **__: [_NO_NORM] if self._stage == 3 else _NO_NORM)
+        try:
+            self._engine.step()
+        finally:
+            delattr(self._optimizer, name)
 
     def places(self) -> Iterator[Place]:
         """Which parts this rank has, in the order of the module's parameters."""
@@ -231,7 +256,7 @@ class Engine:
             read: gives any part of them; called for this rank's parts alone.
             updates: what :attr:`updates` was; with 0 no moments are asked for.
         """
-        if updates:
+        if updates or self.updates:
             self._moments.begin(updates)
             self._engine.global_steps = updates
         for name, parameter in self._names.items():

@@ -1,4 +1,4 @@
-"""Keeps the numbers of a run as CSV and for TensorBoard; a resumed run continues them."""
+"""Keeps the numbers of a run as CSV and for boards such as TensorBoard; a resumed run continues them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import errno
 import io
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from equipot.train.boards import Board
 from equipot.train.console import Display
 from equipot.train.run_directory import RunDirectory
 
@@ -29,16 +30,55 @@ class Row:
     forces_loss: float | None = None
     stress_loss: float | None = None
     learning_rate: float | None = None
+    """Absent where a step went wrong and nothing was updated."""
     gradient_norm: float | None = None
     """Before clipping."""
     structures_per_second: float | None = None
+    atoms_per_second: float | None = None
+    edges_per_second: float | None = None
+    model_flops_utilisation: float | None = None
+    """Operations the model needs, over those that the ranks' matrix products could have made meanwhile."""
+    peak_memory_gib: float | None = None
+    """The most that any rank has held so far."""
     validation_loss: float | None = None
     validation_energy_mae_mev_per_atom: float | None = None
     validation_forces_mae_ev_per_angstrom: float | None = None
     validation_stress_mae_ev_per_cubic_angstrom: float | None = None
 
+    def scalars(self) -> dict[str, float]:
+        """What boards show, by name."""
+        values = {name: getattr(self, name) for name in COLUMNS[2:]}
+        return {_board_name(name): value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceRow:
+    """Errors on the validation structures of one store."""
+
+    step: int
+    epoch: float
+    source: str
+    level_of_theory: str
+    structures: int
+    energy_mae_mev_per_atom: float | None
+    energy_rmse_mev_per_atom: float | None
+    forces_mae_ev_per_angstrom: float | None
+    forces_rmse_ev_per_angstrom: float | None
+    stress_mae_ev_per_cubic_angstrom: float | None
+    stress_rmse_ev_per_cubic_angstrom: float | None
+
+    def scalars(self) -> dict[str, float]:
+        """What boards show, by name."""
+        values = {name: getattr(self, name) for name in SOURCE_COLUMNS[5:]}
+        return {
+            f"validation by source/{self.source}/{name}": value
+            for name, value in values.items()
+            if value is not None
+        }
+
 
 COLUMNS = tuple(field.name for field in fields(Row))
+SOURCE_COLUMNS = tuple(field.name for field in fields(SourceRow))
 _FLUSH_SECONDS = 5.0
 
 
@@ -51,50 +91,93 @@ class Metrics:
         run: where to.
         display: tells the user.
         step: rows after this step are dropped: they are about to be made again.
+        boards: what else shows them.
     """
 
-    def __init__(self, run: RunDirectory, display: Display, *, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed on the first rank alone
-
-        self._path = run.metrics
+    def __init__(self, run: RunDirectory, display: Display, *, step: int, boards: Iterable[Board]) -> None:
         self._display = display
-        self._waiting: list[Row] = []
+        self._steps, self._sources = _Table(run.metrics, COLUMNS), _Table(run.sources, SOURCE_COLUMNS)
         self._told = False
         self._flushed = time.monotonic()
-        _keep_up_to(run.metrics, step)
-        self._board: SummaryWriter | None = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        for table in (self._steps, self._sources):
+            table.keep_up_to(step)
+        self._boards = list(boards)
+        self._unshown: list[Row | SourceRow] = []
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.flush()
-        if self._board is not None:
-            self._guard(self._board.close)
+        for board in self._boards:
+            self._guard(board.close)
 
     def add(self, row: Row) -> None:
         """Take in a row."""
-        self._waiting.append(row)
+        self._steps.waiting.append(row)
+        self._unshown.append(row)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
+
+    def add_sources(self, rows: Sequence[SourceRow]) -> None:
+        """Take in the rows of one validation."""
+        self._sources.waiting.extend(rows)
+        self._unshown.extend(rows)
 
     def flush(self) -> None:
         """Bring everything to disk, so that a checkpoint is never ahead of its rows."""
         self._flushed = time.monotonic()
-        if self._guard(self._append):
-            rows, self._waiting = self._waiting, []
-            if self._board is not None and not self._guard(lambda: self._show(rows)):
-                self._board = None
+        for table in (self._steps, self._sources):
+            self._guard(table.append)
+        rows, self._unshown = self._unshown, []
+        self._boards = [board for board in self._boards if self._guard(lambda b=board: _show(b, rows))]  # type: ignore[misc]
 
-    def _append(self) -> None:
+    def _guard(self, write: Callable[[], object]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            if not self._told:
+                self._display.warn(f"the run's numbers could not be written: {error}")
+            self._told = True
+            return False
+        return True
+
+
+def _show(board: Board, rows: Sequence[Row | SourceRow]) -> None:
+    for row in rows:
+        board.show(row.step, row.scalars())
+    board.flush()
+
+
+def _board_name(column: str) -> str:
+    group = "validation" if column.startswith("validation_") else "train"
+    return f"{group}/{column.removeprefix('validation_')}"
+
+
+class _Table:
+    """A CSV file that rows are appended to, whole or not at all."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self._path = path
+        self._columns = columns
+        self.waiting: list[Row | SourceRow] = []
+
+    def append(self) -> None:
+        """Write what is waiting.
+
+        Raises:
+            OSError: not possible; the file is as before.
+        """
+        if not self.waiting:
+            return
         text = io.StringIO()
         writer = csv.writer(text)
         # unbuffered: what a full disk leaves of a row can be taken back, and nothing is tried again behind us
         with self._path.open("ab", buffering=0) as file:
             before = file.tell()
             if not before:
-                writer.writerow(COLUMNS)
-            writer.writerows(_cells(row) for row in self._waiting)
+                writer.writerow(self._columns)
+            writer.writerows([_cell(getattr(row, name)) for name in self._columns] for row in self.waiting)
             data = text.getvalue().encode()
             try:
                 if file.write(data) != len(data):
@@ -102,31 +185,26 @@ class Metrics:
             except OSError:
                 file.truncate(before)
                 raise
+        self.waiting = []
 
-    def _show(self, rows: list[Row]) -> None:
-        assert self._board is not None
-        for row in rows:
-            for name in COLUMNS[2:]:
-                value = getattr(row, name)
-                if value is not None:
-                    group = "validation" if name.startswith("validation_") else "train"
-                    self._board.add_scalar(f"{group}/{name.removeprefix('validation_')}", value, row.step)
-        self._board.flush()
-
-    def _guard(self, write: Callable[[], object]) -> bool:
-        try:
-            write()
-        except OSError as error:
-            if not self._told:
-                self._display.warn(f"{self._path} or TensorBoard's files could not be written: {error}")
-            self._told = True
-            return False
-        return True
+    def keep_up_to(self, step: int) -> None:
+        """Drop the rows of later steps."""
+        keep_lines(self._path, lambda line: int(line.split(",")[0]) <= step, header=1)
 
 
-def _cells(row: Row) -> list[str]:
-    values = [getattr(row, name) for name in COLUMNS]
-    return ["" if value is None else f"{value:.9g}" for value in values]
+def _cell(value: float | str | None) -> str:
+    return value if isinstance(value, str) else "" if value is None else f"{value:.9g}"
+
+
+def keep_lines(path: Path, wanted: Callable[[str], bool], *, header: int = 0) -> None:
+    """Drop whole lines of a file, and a torn last one; the header stays. No file is fine."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = lines[:header] + [line for line in lines[header:] if line.endswith("\n") and wanted(line)]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -142,13 +220,3 @@ def read_rows(path: Path) -> list[Row]:
             step, epoch = numbers.pop("step"), numbers.pop("epoch")
             rows.append(Row(step=int(step or 0), epoch=epoch or 0.0, **numbers))
     return rows
-
-
-def _keep_up_to(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = lines[:1] + [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)

@@ -6,6 +6,7 @@ in a recipe are relative to the directory in which the command is run.
 
 from __future__ import annotations
 
+import importlib.util
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -285,6 +286,40 @@ class CheckpointSection(Section):
     )
 
 
+class WatchSection(Section):
+    """[watch]: what is done about steps that go wrong, and where else the run is shown.
+
+    To skip a step is to leave weights, moments and average as they are and to go on with the next batch. To
+    roll back is to take up those of the last checkpoint, and to go on behind the batch that went wrong: those
+    between would lead there again.
+    """
+
+    not_finite: Literal["stop", "skip", "rollback"] = Field(
+        default="stop", description="what is done when a loss or gradient is not a finite number"
+    )
+    spike: Literal["report", "stop", "skip", "rollback"] = Field(
+        default="report", description="what is done when the loss of a step is far above those before"
+    )
+    spike_factor: float = Field(
+        default=10.0, gt=1, description="how many times the median of the last losses is far above"
+    )
+    window: int = Field(
+        default=100,
+        ge=5,
+        le=10_000,
+        description="how many losses the median is taken of; there is no spike before half as many",
+    )
+    most: int = Field(
+        default=20, ge=0, description="steps that are skipped or rolled back before the run stops"
+    )
+    wandb: Literal["off", "offline", "online"] = Field(
+        default="off",
+        description="Weights & Biases, besides TensorBoard: offline writes files for `wandb sync`, and needs "
+        "no network",
+    )
+    wandb_project: str = Field(default="equipot", description="the project that W&B shows the run in")
+
+
 class FinetuneSection(Section):
     """[finetune]: begin from a bundle's weights; architecture and cutoff are then the bundle's."""
 
@@ -320,6 +355,7 @@ class Recipe(Section):
     ema: EmaSection = EmaSection()
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    watch: WatchSection = WatchSection()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -365,6 +401,11 @@ def check_combination(recipe: Recipe, ranks: int) -> None:
             "Nearest: zero.stage = 1 (the same result, less memory)"
         )
     _check_offloading(recipe, ranks)
+    if recipe.watch.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise RecipeError(
+            f'watch.wandb = "{recipe.watch.wandb}" needs a package that is not installed: pip install '
+            '"equipot[wandb]", or watch.wandb = "off"'
+        )
     if recipe.loss.stress > 0 and not conservative:
         raise RecipeError(
             f'loss.stress = {recipe.loss.stress:g} cannot be combined with model.forces = "direct": stress '

@@ -39,6 +39,16 @@ class RunDirectory:
         return self.path / "metrics.csv"
 
     @property
+    def sources(self) -> Path:
+        """Validation errors of each store, one row each per validation."""
+        return self.path / "validation-by-source.csv"
+
+    @property
+    def incidents(self) -> Path:
+        """Steps that went wrong, with the structures that caused it: one JSON object a line."""
+        return self.path / "incidents.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """The same numbers for TensorBoard."""
         return self.path / "tensorboard"

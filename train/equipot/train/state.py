@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,11 +19,21 @@ class TrainerState:
     best_step: int = -1
     best_loss: float | None = None
     validations_without_improvement: int = 0
+    skipped: int = 0
+    """Steps that went wrong and changed nothing."""
+    rolled_back: int = 0
+    """Steps that went wrong and were answered by the weights of an earlier checkpoint."""
+    losses: tuple[float, ...] = ()
+    """Of the last steps that went well, the newest at the end: what a spike is measured by."""
     seconds: float = 0.0
 
     def after_step(self, epoch: int, epoch_offset: int) -> TrainerState:
         """One update later."""
         return replace(self, step=self.step + 1, epoch=epoch, epoch_offset=epoch_offset)
+
+    def with_loss(self, loss: float, window: int) -> TrainerState:
+        """Remember a loss, and so many in all."""
+        return replace(self, losses=(*self.losses, loss)[-window:])
 
     def after_validation(self, loss: float | None) -> TrainerState:
         """A validation later; the loss of an empty split is None, and the newest weights are its best."""
@@ -42,3 +54,8 @@ class TrainerState:
     def differs_from(self, other: TrainerState | None) -> bool:
         """Whether there is more to remember than in another state; time alone is not."""
         return other is None or replace(self, seconds=other.seconds) != other
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> TrainerState:
+        """From the fields by name, as JSON keeps them."""
+        return TrainerState(**{**values, "losses": tuple(values["losses"])})

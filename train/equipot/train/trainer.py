@@ -12,29 +12,36 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from equipot.train.allocator import give_memory_back
 from equipot.train.assemble import assemble
+from equipot.train.boards import Board, TensorBoard
 from equipot.train.checkpoint import Checkpoint, CheckpointError, newest_valid
 from equipot.train.console import Display
+from equipot.train.culprits import Share, find_culprits
 from equipot.train.engine import start_world
 from equipot.train.errors import TrainError
-from equipot.train.evaluate import Errors, EvaluationStopped, evaluate
+from equipot.train.evaluate import Errors, EvaluationStopped, Tally, evaluate
+from equipot.train.incidents import (
+    Incidents,
+    NonFiniteError,
+    Trouble,
+    is_bound_reached,
+    named,
+    trouble_with_gradient,
+    trouble_with_loss,
+)
 from equipot.train.launch import available_cores
 from equipot.train.loader import Loader, StepBatches
 from equipot.train.loss import Counts, weighted
-from equipot.train.metrics import Metrics, Row
+from equipot.train.metrics import Metrics, Row, SourceRow
 from equipot.train.prepare import prepare
 from equipot.train.recipe import Recipe, check_combination
 from equipot.train.run_directory import RunDirectory
 from equipot.train.schedule import learning_rate
 from equipot.train.state import TrainerState
+from equipot.train.throughput import Speed, Throughput
 from equipot.train.world import World
-
-
-class NonFiniteError(TrainError):
-    """A loss or gradient that is not a number; training cannot go on."""
 
 
 class Stop(Protocol):
@@ -94,7 +101,9 @@ class Trainer:
         self._state = TrainerState()
         self._saved: TrainerState | None = None
         self._began = time.monotonic()
-        self._metrics: Metrics | None = None  # on the first rank alone
+        self._metrics: Metrics | None = None  # this and the next on the first rank alone
+        self._incidents: Incidents | None = None
+        self._throughput = Throughput(self.parts.potential.config, recipe, world)
         self._last_errors: Errors | None = None
 
     def run(self) -> None:
@@ -104,7 +113,11 @@ class Trainer:
         self._began = time.monotonic() - self._state.seconds
         with contextlib.ExitStack() as stack:
             if self._world.is_first:
-                self._metrics = stack.enter_context(Metrics(self._run, self._display, step=self._state.step))
+                step, boards = self._state.step, self._open_boards()
+                self._metrics = stack.enter_context(
+                    Metrics(self._run, self._display, step=step, boards=boards)
+                )
+                self._incidents = Incidents(self._run.incidents, self._display, step=step)
             self._display.note(self.parts.summary)
             try:
                 finished = self._loop()
@@ -152,55 +165,120 @@ class Trainer:
         batches = next(steps).batches
         labels = np.sum([Counts.of(batch.targets) for batch in batches], axis=0)
         failed = self.parts.checkpoints.has_failed
-        asked, unsaved, *counted = self._world.sum([float(self._stop.requested), float(failed), *labels])
+        mine = [float(self._stop.requested), float(failed), *labels, *self._throughput.counts(batches)]
+        asked, unsaved, *sums = self._world.sum(mine)
         if asked:
             return False
         if unsaved:
             self._settle()
-        counts = Counts(*counted)
+        counts = Counts(*sums[: len(labels)])
         self.parts.engine.module.train()
         terms = torch.zeros(3, dtype=torch.float64)
-        spoiled = []
+        shares = []
         for number, batch in enumerate(batches, start=1):
             _, part = self.parts.engine.forward_backward(
                 batch.systems, batch.targets, counts, self._world.size, last=number == len(batches)
             )
             terms += part.sum(1).cpu()
-            spoiled.append(batch.keys[~torch.isfinite(part).all(0).cpu().numpy()])
-        # One NaN on one rank makes the sum NaN on all of them, so that all of them stop.
+            shares.append(Share(batch.keys, weighted(part, self._recipe.loss, counts)))
+        # One NaN on one rank makes the sum NaN on all of them, so that all of them do the same.
         totals = torch.tensor(self._world.sum(terms.tolist()), dtype=torch.float64)
-        if not torch.isfinite(totals).all():
-            self._refuse(np.concatenate(spoiled), "the loss")
-        rate = learning_rate(self._state.step, self._total, self._recipe.optimizer)
-        norm = self.parts.engine.step(rate)
-        if not np.isfinite(norm):
-            self._refuse(np.concatenate([batch.keys for batch in batches]), "the gradient")
-        position = self.parts.sampler.position(self._state.step + 1)
-        self._state = self._state.after_step(position.epoch, position.offset)
-        self.parts.ema.update(self._state.step)
-        self._record(totals, counts, rate, norm, time.monotonic() - start)
+        loss = float(weighted(totals, self._recipe.loss, counts))
+        rate, norm = self._update(loss, shares)
+        seconds = time.monotonic() - start
+        speed = self._throughput.speed(sums[len(labels) :], seconds)
+        self._record(totals, loss, counts, rate, norm, speed)
         return True
 
-    def _record(self, totals: torch.Tensor, counts: Counts, rate: float, norm: float, seconds: float) -> None:
+    def _update(self, loss: float, shares: list[Share]) -> tuple[float | None, float | None]:
+        """Update the weights, or do what the recipe says if the step went wrong; learning rate and norm."""
+        settings = self._recipe.watch
+        trouble = trouble_with_loss(loss, self._state, settings)
+        rate = learning_rate(self._state.step, self._total, self._recipe.optimizer)
+        norm = None
+        if trouble is None or trouble.decision == "report":
+            norm = self.parts.engine.step(rate)
+            if not np.isfinite(norm):
+                trouble = trouble_with_gradient(loss, self._state, settings)
+        else:
+            self.parts.engine.discard()
+        changed = norm is not None and bool(np.isfinite(norm))
+        if trouble is not None:
+            self._face(trouble, shares)
+        position = self.parts.sampler.position(self._state.step + 1)
+        self._state = self._state.after_step(position.epoch, position.offset)
+        if not changed:
+            return None, None
+        self._state = self._state.with_loss(loss, settings.window)
+        self.parts.ema.update(self._state.step)
+        return rate, norm
+
+    def _face(self, trouble: Trouble, shares: list[Share]) -> None:
+        """Do with a step that went wrong as the recipe says; count it, write it down, tell it."""
+        culprits = find_culprits(trouble, shares, self.parts.dataset, self._world)
+        decision, outcome, bound = trouble.decision, "reported", ""
+        if decision in ("skip", "rollback") and is_bound_reached(self._state, self._recipe.watch):
+            decision, bound = "stop", f"watch.most = {self._recipe.watch.most} steps went wrong before; "
+            trouble = replace(trouble, decision="stop")
+        step, epoch = self._state.step + 1, self._epoch
+        if decision == "stop":
+            outcome = "the run was stopped"
+        elif decision == "skip":
+            self._state, outcome = replace(self._state, skipped=self._state.skipped + 1), "skipped"
+        elif decision == "rollback":
+            outcome = self._roll_back()
+        if self._incidents is not None:
+            self._incidents.add(step, epoch, trouble, culprits, outcome)
+        if decision == "stop":
+            raise NonFiniteError(
+                f"{trouble.in_words().replace(trouble.what, f'{trouble.what} of step {step}', 1)}, from "
+                f"structures {named(culprits)}. {bound}Look at their labels and distances, or lower "
+                "optimizer.learning_rate; earlier checkpoints are untouched, and this continues from the "
+                f"newest: {self._resume_command}"
+            )
+
+    def _roll_back(self) -> str:
+        """Take up the newest checkpoint's weights, moments and average; what was done, in words."""
+        self._settle()
+        checkpoint, _ = self._newest_checkpoint()
+        if checkpoint is None:
+            self._state = replace(self._state, skipped=self._state.skipped + 1)
+            return "skipped, as there is no checkpoint to roll back to"
+        self.parts.checkpoints.restore(checkpoint, self.parts.engine, self.parts.ema)
+        count = self._state.rolled_back + 1
+        self._state = replace(self._state, rolled_back=count, losses=checkpoint.state.losses)
+        return f"rolled back to {checkpoint.name}, to go on behind this batch"
+
+    def _record(
+        self,
+        totals: torch.Tensor,
+        loss: float,
+        counts: Counts,
+        rate: float | None,
+        norm: float | None,
+        speed: Speed,
+    ) -> None:
         if self._metrics is None:
             return
-        loss = float(weighted(totals, self._recipe.loss, counts))
         present = (counts.energy, counts.forces, counts.stress)
-        means = [float(total) / n if n else None for total, n in zip(totals, present, strict=True)]
-        speed = self._recipe.batch.structures / seconds
+        means = [_finite(float(total) / n) if n else None for total, n in zip(totals, present, strict=True)]
         row = Row(
             step=self._state.step,
             epoch=self._epoch,
-            loss=loss,
+            loss=_finite(loss),
             energy_loss=means[0],
             forces_loss=means[1],
             stress_loss=means[2],
             learning_rate=rate,
             gradient_norm=norm,
-            structures_per_second=speed,
+            structures_per_second=speed.structures,
+            atoms_per_second=speed.atoms,
+            edges_per_second=speed.edges,
+            model_flops_utilisation=speed.utilisation,
+            peak_memory_gib=speed.peak_memory,
         )
         self._metrics.add(row)
-        self._display.step(row.step, self._total, row.epoch, loss=loss, speed=speed)
+        self._display.step(row.step, self._total, row.epoch, loss=loss, speed=speed.structures)
 
     @property
     def _is_out_of_patience(self) -> bool:
@@ -224,20 +302,25 @@ class Trainer:
 
     def _validate(self) -> None:
         """Errors of the averaged weights on the validation split; keeps count of the best."""
-        if not len(self.parts.validation):
+        if not self.parts.validation:
             self._state = self._state.after_validation(None)
             return
+        tally = Tally(len(self.parts.potential.config.levels_of_theory), self._recipe.loss)
+        by_source: list[Errors] = []
         with self.parts.engine.swapped(self.parts.ema.parts):
-            tally = evaluate(
-                self.parts.potential,
-                self.parts.dataset,
-                self.parts.validation,
-                self.parts.validation_costs,
-                self._world,
-                self._recipe.loss,
-                stress=self._recipe.loss.stress > 0,
-                stopped=lambda: self._stop.requested,
-            )
+            for source in self.parts.validation:
+                found = evaluate(
+                    self.parts.potential,
+                    self.parts.dataset,
+                    source.places,
+                    source.costs,
+                    self._world,
+                    self._recipe.loss,
+                    stress=self._recipe.loss.stress > 0,
+                    stopped=lambda: self._stop.requested,
+                )
+                by_source.append(found.errors())
+                tally.include(found)
         self._last_errors = errors = tally.errors()
         self._state = self._state.after_validation(tally.loss())
         if self._metrics is None:
@@ -251,6 +334,18 @@ class Trainer:
             validation_stress_mae_ev_per_cubic_angstrom=errors.stress_mae,
         )
         self._metrics.add(row)
+        self._metrics.add_sources(
+            [
+                SourceRow(
+                    step=row.step,
+                    epoch=row.epoch,
+                    source=source.name,
+                    level_of_theory=source.level_of_theory,
+                    **found.to_json(),  # type: ignore[arg-type]
+                )
+                for source, found in zip(self.parts.validation, by_source, strict=True)
+            ]
+        )
         self._display.validation(row.step, self._total, row.epoch, errors.in_words())
 
     def _save(self) -> None:
@@ -284,11 +379,26 @@ class Trainer:
         except OSError as error:
             self._display.warn(f"{self._run.learning_curve} could not be written: {error}")
 
-    def _restore(self) -> None:
+    def _newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         found: tuple[Checkpoint | None, list[str]] = (None, [])
         if self._world.is_first:
             found = newest_valid(self._run.checkpoints)
-        checkpoint, problems = self._world.from_first(found)
+        return self._world.from_first(found)
+
+    def _open_boards(self) -> list[Board]:
+        boards: list[Board] = [TensorBoard(self._run.tensorboard, step=self._state.step)]
+        mode = self._recipe.watch.wandb
+        if mode != "off":
+            from equipot.train.wandb_board import WandbBoard  # an extra
+
+            try:
+                boards.append(WandbBoard(self._recipe, self._run, mode))
+            except OSError as error:
+                self._display.warn(f"the run goes on without Weights & Biases: {error}")
+        return boards
+
+    def _restore(self) -> None:
+        checkpoint, problems = self._newest_checkpoint()
         for problem in problems:
             self._display.warn(f"a damaged checkpoint is passed over: {problem}")
         if checkpoint is None:
@@ -299,16 +409,6 @@ class Trainer:
         self._display.note(
             f"resumed from {checkpoint.path}: step {self._state.step} of {self._total}, saved by "
             f"{was.ranks} rank(s), ZeRO stage {was.zero_stage}, {was.precision}"
-        )
-
-    def _refuse(self, mine: NDArray[np.int64], what: str) -> None:
-        gathered = self._world.gather(mine)
-        keys = np.concatenate([np.asarray(part, dtype=np.int64).reshape(-1, 2) for part in gathered])
-        raise NonFiniteError(
-            f"{what} of step {self._state.step + 1} is not a finite number, from structures "
-            f"{self.parts.dataset.describe(keys)}. Look at their labels and distances, or lower "
-            "optimizer.learning_rate; earlier checkpoints are untouched, and this continues from the newest: "
-            f"{self._resume_command}"
         )
 
     def _conclude(self, finished: bool) -> None:
@@ -333,3 +433,7 @@ class Trainer:
     def _resume_command(self) -> str:
         ranks = f" --ranks {self._world.size}" if self._world.size > 1 else ""
         return f"equipot train RECIPE --out {self._run.path}{ranks} --resume"
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,0 +1,112 @@
+"""Operations are those that torch counts, and a run's figures are what they are called."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.io import write
+from torch.utils.flop_counter import FlopCounterMode
+
+from equipot.model.batch import System, build_graph, collate
+from equipot.model.config import ModelConfig
+from equipot.model.potential import Potential
+from equipot.model.references import References
+from equipot.train.dataset import Targets
+from equipot.train.flops import training_flops
+from equipot.train.importer import ImportOptions, import_files
+from equipot.train.inherit import is_head
+from equipot.train.loss import Counts, LossModule
+from equipot.train.metrics import read_rows
+from equipot.train.peak import matrix_product_rate
+from equipot.train.recipe import LossSection
+
+
+@pytest.mark.parametrize("heads_only", [False, True])
+@pytest.mark.parametrize("forces", ["conservative", "direct", "unused"])
+@pytest.mark.parametrize(("width", "layers", "radial"), [(16, 1, 5), (24, 3, 8)])
+def test_operations_are_those_that_torch_counts(
+    width: int, layers: int, radial: int, forces: str, heads_only: bool
+) -> None:
+    config = ModelConfig(
+        width=width,
+        layers=layers,
+        radial=radial,
+        cutoff=4.0,
+        elements=(1, 6),
+        levels_of_theory=("A", "B", "C"),
+        forces="direct" if forces == "direct" else "conservative",
+        messages="split",
+    )
+    potential = Potential(config, References(energy=np.zeros((3, 2)), scale=np.ones(3)))
+    for name, parameter in potential.named_parameters():
+        parameter.requires_grad_(is_head(name) or not heads_only)
+    loss = LossSection(forces=0.0) if forces == "unused" else LossSection()
+    module = LossModule(potential, loss).train()
+    random = np.random.default_rng(1)
+    for n in (5, 11):
+        positions = random.normal(scale=2.0, size=(n, 3))
+        system = System(random.choice([1, 6], n), positions, np.zeros((3, 3)), np.zeros(3, dtype=bool))
+        batch = collate([build_graph(system, config.cutoff)], dtype=torch.float32)
+        targets = Targets(torch.zeros(1).double(), torch.zeros(n, 3), torch.full((1, 3, 3), torch.nan))
+        with FlopCounterMode(display=False) as counter:
+            module(batch, targets, Counts(1.0, 3.0 * n, 0.0), 1)[0].backward()
+        by_operation = counter.get_flop_counts()["Global"]
+        products = [count for name, count in by_operation.items() if str(name) in ("aten.mm", "aten.addmm")]
+        mine = training_flops(config, by_gradient=forces == "conservative", heads_only=heads_only)
+        assert batch.n_edges > 0
+        assert mine.of(n, batch.n_edges) == sum(products)
+
+
+def test_a_peak_is_measured_without_random_numbers() -> None:
+    before = torch.get_rng_state()
+    rate = matrix_product_rate(torch.float32, torch.device("cpu"), torch.get_num_threads())
+    assert 1e8 < rate < 1e14
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_figures_of_a_run(train: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [row for row in read_rows(train(tmp_path / "run") / "metrics.csv") if row.loss is not None]
+    assert len(rows) == 6
+    for row in rows:
+        assert row.structures_per_second
+        assert row.atoms_per_second
+        assert row.edges_per_second
+        seconds = 8 / row.structures_per_second
+        # 3 to 8 atoms a structure, and whole numbers of atoms and edges
+        assert 3 * 8 <= row.atoms_per_second * seconds <= 8 * 8
+        for figure in (row.atoms_per_second, row.edges_per_second):
+            assert figure * seconds == pytest.approx(round(figure * seconds), abs=1e-3)
+        assert row.model_flops_utilisation is not None
+        assert 0 < row.model_flops_utilisation < 1
+        assert row.peak_memory_gib is not None
+        assert 0.05 < row.peak_memory_gib < 24
+    assert [row.peak_memory_gib for row in rows] == sorted(row.peak_memory_gib or 0 for row in rows)
+
+
+def test_errors_by_source(train: Callable[..., Path], frames: list[Atoms], tmp_path: Path) -> None:
+    stores = []
+    for name, part in (("one", frames[::2]), ("two", frames[1::2])):
+        write(tmp_path / f"{name}.extxyz", part)
+        options = ImportOptions(level_of_theory=name.upper(), licence="MIT", name=name, group_by="frame")
+        import_files([tmp_path / f"{name}.extxyz"], tmp_path / name, options)
+        stores.append(str(tmp_path / name))
+    run = train(tmp_path / "run", f"data.stores={json.dumps(stores)}", "optimizer.steps=2")
+    with (run / "validation-by-source.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["source"], row["level_of_theory"]) for row in rows] == [
+        ("2", "one", "ONE"),
+        ("2", "two", "TWO"),
+    ]
+    together = read_rows(run / "metrics.csv")[-1].validation_energy_mae_mev_per_atom
+    counts = [int(row["structures"]) for row in rows]
+    errors = [float(row["energy_mae_mev_per_atom"]) for row in rows]
+    assert sum(counts) == 12
+    assert errors[0] != errors[1]
+    assert np.average(errors, weights=counts) == pytest.approx(together)
