@@ -1,10 +1,11 @@
 """A model spread over two ranks against one process: time of a call and private memory, as JSON.
 
-    python benchmarks/tensor_parallel.py --width 7168
+    python benchmarks/tensor_parallel.py --width 2048
+    python benchmarks/tensor_parallel.py --bundle DIR
 
-writes a bundle of random weights and loads it three times: in one process with one thread, in one with two,
-and on two ranks with a thread each. All are called in turn with the same structures, so that they meet the
-same machine. At width 7,168 (a billion parameters) it needs 14 GiB of memory and 4 GB of disk.
+writes a bundle of random weights, or takes one that there is, and loads it twice: in one process, that
+computes with one thread and with two, and on two ranks with a thread each. All are called in turn with equal
+structures, so that they meet the same machine. At a billion parameters it needs 10 GiB of memory.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ import torch
 from torch import Tensor
 
 from equipot.model.batch import Graph, System
-from equipot.model.bundle import write_bundle
+from equipot.model.bundle import load_potential, read_card, write_bundle
 from equipot.model.config import ModelConfig
+from equipot.model.inference import FrozenPotential
 from equipot.model.potential import Potential
 from equipot.model.references import References
 from equipot.serve.config import DEFAULT_LIMITS
@@ -40,34 +42,39 @@ from equipot.serve.engine import LocalEngine, Result
 
 ELEMENTS = (1, 6, 8)
 ATOMS = 20
+WAYS = {
+    "one process, 1 thread": ("whole", 1),
+    "one process, 2 threads": ("whole", 2),
+    "two ranks, 1 thread each": ("spread", 2),
+}
 
 
 def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--bundle", type=Path, help="one of `equipot export`, in the place of random weights")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--forces", choices=["conservative", "direct"], default="conservative")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
-        parameters, whole_bytes = write_random_bundle(bundle, options.width, options.forces)
-        ways = {
-            "one process, 1 thread": {"threads": 1, "tensor_parallel": 1},
-            "one process, 2 threads": {"threads": 2, "tensor_parallel": 1},
-            "two ranks, 1 thread each": {"threads": 2, "tensor_parallel": 2},
-        }
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        bundle = options.bundle
+        if bundle is None:
+            bundle = Path(folder) / "bundle"
+            write_random_bundle(bundle, options.width, options.forces)
+        card = read_card(bundle)
+        whole_bytes = 4 * card.n_parameters
+        times: dict[str, list[float]] = {name: [] for name in WAYS}
         memory = {}
         with contextlib.ExitStack() as stack:
-            pipes = {name: stack.enter_context(subject(bundle, words)) for name, words in ways.items()}
-            for name, pipe in pipes.items():
-                memory[name] = pipe.recv()
+            pipes = {kind: stack.enter_context(subject(bundle, kind)) for kind in ("whole", "spread")}
+            for kind, pipe in pipes.items():
+                memory[kind] = pipe.recv()
             for seed in range(options.rounds + 1):
                 answers = []
-                for name, pipe in pipes.items():
-                    pipe.send(seed)
-                    seconds, energy, forces = pipe.recv()
+                for name, (kind, threads) in WAYS.items():
+                    pipes[kind].send((seed, threads))
+                    seconds, energy, forces = pipes[kind].recv()
                     answers.append((energy, forces))
                     if seed:  # the first call of each is for warming up
                         times[name].append(1e3 * seconds)
@@ -79,9 +86,9 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-        "parameters": parameters,
-        "width": options.width,
-        "forces": options.forces,
+        "parameters": card.n_parameters,
+        "width": card.config.width,
+        "forces": card.config.forces,
         "atoms": ATOMS,
         "rounds": options.rounds,
         "ms": {name: round(value, 1) for name, value in median.items()},
@@ -89,13 +96,13 @@ def main() -> None:
         "1_thread_over_ranks": round(median["one process, 1 thread"] / ranks, 3),
         "weights_bytes": whole_bytes,
         "private_bytes_over_an_empty_process": memory,
-        "largest_rank_over_weights": round(max(memory["two ranks, 1 thread each"]) / whole_bytes, 3),
+        "largest_rank_over_weights": round(max(memory["spread"]) / whole_bytes, 3),
     }
     print(json.dumps(report, indent=1))
 
 
-def write_random_bundle(path: Path, width: int, forces: str) -> tuple[int, int]:
-    """A bundle with small random weights, made one tensor at a time; its parameters, and their bytes."""
+def write_random_bundle(path: Path, width: int, forces: str) -> None:
+    """A bundle with small random weights, made one tensor at a time."""
     config = ModelConfig.from_json(
         {"width": width, "forces": forces, "elements": ELEMENTS, "levels_of_theory": ("none",)}
     )
@@ -107,7 +114,7 @@ def write_random_bundle(path: Path, width: int, forces: str) -> tuple[int, int]:
         for name, shape in shapes.items():
             yield name, torch.randn(shape) / shape[-1] ** 0.5 if len(shape) > 1 else torch.ones(shape)
 
-    card = write_bundle(
+    write_bundle(
         path,
         name="random",
         config=config,
@@ -116,15 +123,14 @@ def write_random_bundle(path: Path, width: int, forces: str) -> tuple[int, int]:
         provenance={},
         metrics={},
     )
-    return card.n_parameters, 4 * card.n_parameters
 
 
 @contextlib.contextmanager
-def subject(bundle: Path, words: dict[str, int]) -> Iterator[Connection]:
-    """A process with one engine; first sends its memory, then answers seeds with time, energy, forces."""
+def subject(bundle: Path, kind: str) -> Iterator[Connection]:
+    """A process that first sends its memory, then answers (seed, threads) with time, energy, forces."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(bundle, words, theirs))
+    process = context.Process(target=serve, args=(bundle, kind, theirs))
     process.start()
     try:
         yield ours
@@ -133,26 +139,21 @@ def subject(bundle: Path, words: dict[str, int]) -> Iterator[Connection]:
         process.join()
 
 
-def serve(bundle: Path, words: dict[str, int], pipe: Connection) -> None:
+def serve(bundle: Path, kind: str, pipe: Connection) -> None:
     """In the process of a subject."""
     gc.collect()
     before = private_bytes(psutil.Process())
-    engine = LocalEngine.load(
-        bundle,
-        dtype=None,
-        device="cpu",
-        limits=DEFAULT_LIMITS,
-        threads=words["threads"],
-        tensor_parallel=words["tensor_parallel"],
-    )
+    engines = spread(bundle) if kind == "spread" else whole(bundle)
     ranks = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
     pipe.send([private_bytes(one) - before for one in ranks or [psutil.Process()]])
     while True:
         try:
-            seed = pipe.recv()
+            seed, threads = pipe.recv()
         except EOFError:
-            engine.close()
+            for engine in engines.values():
+                engine.close()
             return
+        engine = engines[threads]
         (graph,) = engine.prepare([structure(seed)])
         assert isinstance(graph, Graph)
         begun = time.perf_counter()
@@ -160,6 +161,26 @@ def serve(bundle: Path, words: dict[str, int], pipe: Connection) -> None:
         seconds = time.perf_counter() - begun
         assert isinstance(result, Result)
         pipe.send((seconds, result.energy, result.forces))
+
+
+def whole(bundle: Path) -> dict[int, LocalEngine]:
+    """Engines by their number of threads, of the same weights."""
+    potential, card = load_potential(bundle)
+    frozen = FrozenPotential(potential)
+    return {
+        threads: LocalEngine(
+            frozen, card, dtype=card.dtype, device="cpu", limits=DEFAULT_LIMITS, threads=threads
+        )
+        for threads in (1, 2)
+    }
+
+
+def spread(bundle: Path) -> dict[int, LocalEngine]:
+    """The engine of two ranks, which have two threads together."""
+    engine = LocalEngine.load(
+        bundle, dtype=None, device="cpu", limits=DEFAULT_LIMITS, threads=2, tensor_parallel=2
+    )
+    return {2: engine}
 
 
 def structure(seed: int) -> System:

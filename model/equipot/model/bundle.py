@@ -4,10 +4,8 @@ Shards and ``model.safetensors.index.json`` follow the Hugging Face convention, 
 """
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -19,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from equipot.model.card import (
@@ -36,6 +33,7 @@ from equipot.model.errors import BundleError
 from equipot.model.potential import Potential, count_parameters
 from equipot.model.references import References
 from equipot.model.sharding import Cut, Group, cut_of, parallel_config, spread
+from equipot.model.shards import ShardWriter, sha256_of, sync, write_text
 
 __all__ = [
     "BUNDLE_VERSION",
@@ -48,7 +46,6 @@ __all__ = [
     "write_bundle",
 ]
 
-INDEX_FILE = "model.safetensors.index.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -72,7 +69,7 @@ def write_bundle(
         name: what the service will call the model.
         config: of the model.
         references: of the model.
-        tensors: the state dict, taken one tensor at a time; no more than one shard is held in memory.
+        tensors: the state dict, taken one tensor at a time, of which no more than one is held in memory.
         provenance: JSON values that say where the weights come from.
         metrics: JSON values of its test errors.
         max_shard_bytes: a new shard begins before this is exceeded; one tensor alone may exceed it.
@@ -95,10 +92,10 @@ def write_bundle(
     stored_as = _dtype_name(dtype)
     expected = _expected_shapes(config, references)
     with _written_aside(path) as folder:
-        writer = _ShardWriter(folder, max_shard_bytes)
+        writer = ShardWriter(folder, max_shard_bytes, dtype, expected)
         for key, tensor in tensors:
             _check_tensor(key, tuple(tensor.shape), expected, seen=writer.shard_of, where="tensors to write")
-            writer.add(key, tensor.detach().to(device="cpu", dtype=dtype).contiguous())
+            writer.add(key, tensor)
         if missing := sorted(set(expected) - set(writer.shard_of)):
             raise BundleError(f"tensors to write: {missing[0]!r} is missing; export a whole checkpoint")
         shards = writer.finish()
@@ -118,7 +115,7 @@ def write_bundle(
             shards=shards,
         ).with_digest()
         text = json.dumps(card.to_json(), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-        _write_text(folder / CARD_FILE, text + "\n")
+        write_text(folder / CARD_FILE, text + "\n")
     return card
 
 
@@ -206,51 +203,6 @@ def tensor_reader(path: str | Path, card: BundleCard) -> Callable[[str], Tensor]
     return read
 
 
-class _ShardWriter:
-    """Collects tensors up to the limit, writes them out, forgets them."""
-
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
-        self.folder = folder
-        self.limit = max_shard_bytes
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = 0
-        self.total_bytes = 0
-        self.shard_of: dict[str, int] = {}
-        self.n_shards = 0
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        if self.pending and self.pending_bytes + tensor.nbytes > self.limit:
-            self._flush()
-        # The clone takes the tensor out of a larger storage, which safetensors would refuse or write whole.
-        self.pending[key] = tensor.clone()
-        self.pending_bytes += tensor.nbytes
-        self.shard_of[key] = self.n_shards
-
-    def _flush(self) -> None:
-        save_file(self.pending, self.folder / f"part-{self.n_shards}", metadata={"format": "pt"})
-        self.total_bytes += self.pending_bytes
-        self.pending, self.pending_bytes = {}, 0
-        self.n_shards += 1
-
-    def finish(self) -> tuple[Shard, ...]:
-        if self.pending:
-            self._flush()
-        names = [f"model-{k + 1:05d}-of-{self.n_shards:05d}.safetensors" for k in range(self.n_shards)]
-        shards = []
-        for k, name in enumerate(names):
-            file = (self.folder / f"part-{k}").rename(self.folder / name)
-            # safetensors makes files for their owner alone, like mkdtemp its folder below.
-            file.chmod(0o644)
-            _sync(file)
-            shards.append(Shard(file=name, bytes=file.stat().st_size, sha256=_sha256(file)))
-        index = {
-            "metadata": {"total_size": self.total_bytes},
-            "weight_map": {key: names[k] for key, k in self.shard_of.items()},
-        }
-        _write_text(self.folder / INDEX_FILE, json.dumps(index, sort_keys=True, indent=1) + "\n")
-        return tuple(shards)
-
-
 @contextmanager
 def _written_aside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,9 +211,9 @@ def _written_aside(path: Path) -> Iterator[Path]:
         yield folder
         # mkdtemp makes a folder for its owner alone; a bundle is to be read by whoever serves it.
         folder.chmod(0o755)
-        _sync(folder)
+        sync(folder)
         folder.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -308,7 +260,7 @@ def _check_shard(path: Path, shard: Shard, *, verify: bool) -> None:
         raise BundleError(
             f"{file}: shard has {size} bytes, the card says {shard.bytes}; copy or export the bundle again"
         )
-    if verify and _sha256(file) != shard.sha256:
+    if verify and sha256_of(file) != shard.sha256:
         raise BundleError(
             f"{file}: shard's sha256 differs from the card's, so it was altered or damaged; "
             "copy or export the bundle again"
@@ -353,21 +305,3 @@ def _plain_json(field: str, data: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise BundleError(f"bundle {field}: not JSON ({error}); give finite numbers and strings") from error
     return plain
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,8 @@
 """Energy, forces and stress of a batch of structures. Knows nothing of files, training or serving."""
 
+import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,20 +60,43 @@ class Potential(nn.Module):
         self.backbone = BACKBONES[config.architecture](config)
         self.energy_head = EnergyHead(config)
         self.force_head = ForceHead(config) if config.forces == "direct" else None
-        self.reset_parameters()
+        if not self.energy_head.down.weight.is_meta:
+            self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws fresh weights from torch's global generator: normal of variance 1/fan-in, biases zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight)
+        """Draws fresh weights from torch's global generator."""
+        for name, values in self.draw_parameters(torch.default_generator):
+            self.get_parameter(name).copy_(values)
+
+    def draw_parameters(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Fresh weights by name, float32 on the CPU, one at a time: the model itself may be on meta.
+
+        Normal of variance 1/fan-in, biases zero; what else a backbone has is drawn by its modules'
+        ``reset_parameters``, and left out where they have none.
+        """
         outputs = [self.energy_head.down] + ([self.force_head.down] if self.force_head else [])
-        for module in outputs:
-            nn.init.normal_(module.weight, std=_OUTPUT_GAIN / math.sqrt(module.in_features))
+        for path, module in self.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, nn.Linear):
+                gain = _OUTPUT_GAIN if module in outputs else 1.0
+                weight = torch.empty(module.weight.shape, device="cpu")
+                yield (
+                    f"{path}.weight",
+                    weight.normal_(std=gain * module.in_features**-0.5, generator=generator),
+                )
+                if module.bias is not None:
+                    yield f"{path}.bias", torch.zeros(module.bias.shape, device="cpu")
+            elif isinstance(module, nn.Embedding):
+                weight = torch.empty(module.weight.shape, device="cpu")
+                yield f"{path}.weight", weight.normal_(generator=generator)
+            elif own and hasattr(module, "reset_parameters"):
+                twin = copy.deepcopy(module).to_empty(device="cpu")
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
+                    twin.reset_parameters()
+                for name in own:
+                    yield f"{path}.{name}", twin.get_parameter(name).detach()
 
     def forward(
         self, batch: SystemBatch, *, forces: bool = True, stress: bool = False, deterministic: bool = False

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from equipot.train.assemble import make_potential
+from equipot.train.assemble import make_engine, make_potential
 from equipot.train.dataset import Dataset
-from equipot.train.engine import Engine, start_world
+from equipot.train.engine import start_world
 from equipot.train.loss import Counts, LossModule
 from equipot.train.prepare import open_mix
 from equipot.train.recipe import Recipe, load_recipe
@@ -40,7 +40,7 @@ def follow(recipe: Recipe, run: RunDirectory, world: World) -> dict[str, torch.T
     _, training = mix.training(recipe.data.subset)
     two_passes = recipe.zero.stage == 3
     module = LossModule(make_potential(recipe, card), recipe.loss, two_passes=two_passes)
-    engine = Engine(module, recipe, world)
+    engine = make_engine(module, recipe, world)
     losses, norms = [], []
     for step in range(STEPS):
         keys = training[np.arange(recipe.batch.structures) + step * recipe.batch.structures]

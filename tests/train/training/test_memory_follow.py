@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from equipot.train.assemble import assemble, make_potential
+from equipot.model.potential import Potential
+from equipot.train.assemble import assemble
 from equipot.train.dataset import Batch, Dataset
 from equipot.train.loss import Counts, LossModule
 from equipot.train.memory.follow import follow_step
@@ -64,7 +65,7 @@ def test_activations_at_the_end_of_the_forward_pass_are_those_autograd_saves(
         f"model.messages={form}", f"model.forces={forces}", "model.width=64", "zero.stage=0", "model.cutoff=6"
     )
     _, card, batch = opened(settings, tmp_path)
-    module = LossModule(make_potential(settings, card), settings.loss).train()
+    module = LossModule(Potential(card.config, card.references), settings.loss).train()
     tensors = [*module.parameters(), *module.buffers()]
     tensors += [getattr(part, name) for part in (batch.systems, batch.targets) for name in part.__slots__]
     known = {tensor.untyped_storage()._cdata for tensor in tensors}

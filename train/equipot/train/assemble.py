@@ -93,9 +93,9 @@ def assemble(recipe: Recipe, run: RunDirectory, world: World) -> Parts:
     )
     total = total_steps(recipe.optimizer, sampler.steps_per_epoch)
     potential = make_potential(recipe, card)
-    n_parameters = count_parameters(potential)  # before ZeRO-3 takes the weights apart
+    n_parameters = count_parameters(potential)  # before ZeRO-3 takes them apart
     module = LossModule(potential, recipe.loss, two_passes=recipe.zero.stage == 3)
-    engine = Engine(module, recipe, world)
+    engine = make_engine(module, recipe, world)
     if card.parent is not None:
         inherited = Inherited(run.parent, card.config, card.references)
         engine.load(inherited.read, updates=0)
@@ -145,15 +145,25 @@ def check_limit(limit: int, keys: Column, costs: Column, dataset: Dataset) -> No
         )
 
 
-def make_potential(recipe: Recipe, card: RunCard) -> Potential:
-    """The untrained potential, its weights drawn from the recipe's seed."""
+def make_engine(module: LossModule, recipe: Recipe, world: World) -> Engine:
+    """The engine of a module on the meta device, its weights drawn from the recipe's seed.
+
+    They are the same at any number of ranks and any ZeRO stage, and at stage 3 no rank ever has all of them.
+    """
     torch.manual_seed(recipe.seed)
+    fresh = module.draw_parameters(torch.Generator().manual_seed(recipe.seed))
+    return Engine(module, recipe, world, fresh=fresh)
+
+
+def make_potential(recipe: Recipe, card: RunCard) -> Potential:
+    """The potential that is to be trained, on the meta device: shapes without numbers."""
     config = card.config
     if recipe.zero.stage == 3:
         # "fast" is "split" on small batches: ranks would ask each other for weights in different orders.
         forms = tuple("balanced" if form == "fast" else form for form in config.message_forms)
         config = replace(config, messages=forms)
-    potential = Potential(config, card.references)
+    with torch.device("meta"):
+        potential = Potential(config, card.references)
     if recipe.finetune is not None and recipe.finetune.weights == "heads":
         for name, parameter in potential.named_parameters():
             parameter.requires_grad_(is_head(name))

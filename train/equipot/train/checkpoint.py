@@ -1,10 +1,10 @@
 """What a checkpoint is on disk, and how one is found, checked and read. Knows no model and no data.
 
-``checkpoints/step-00000120/`` holds every rank's share of the fp32 weights, of their moving average and of
-AdamW's moments (``share-0000k-of-0000n.safetensors``, each part with its place in the whole), the trainer's
-state (``trainer.json``) and, written last, ``COMMITTED.json`` with size and SHA-256 of each file. A directory
-of that name exists only when all of it does. Shares of n ranks are read by any number of them, at any ZeRO
-stage; nothing is ever unpickled.
+``checkpoints/step-00000120/`` holds every rank's share of the fp32 weights, of their moving average if one is
+kept and of AdamW's moments (``share-0000k-of-0000n.safetensors``, each part with its place in the whole), the
+trainer's state (``trainer.json``) and, written last, ``COMMITTED.json`` with size and SHA-256 of each file. A
+directory of that name exists only when all of it does. Shares of n ranks are read by any number of them, at
+any ZeRO stage; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -151,13 +151,15 @@ class Shares:
         """Flat fp32 values.
 
         Args:
-            kind: ``weights``, ``ema``, ``exp_avg`` or ``exp_avg_sq``.
+            kind: ``weights``, ``ema`` (the weights, where no average was kept), ``exp_avg``, ``exp_avg_sq``.
             name: of the parameter.
             offset: into the flattened parameter.
             length: how many.
         """
         values = torch.empty(length)
         found = 0
+        if kind == "ema" and not self.has_average:
+            kind = "weights"
         for file, places in zip(self._files, self._places, strict=True):
             begin, size, _ = places[name]
             start, stop = max(begin, offset), min(begin + size, offset + length)
@@ -168,6 +170,11 @@ class Shares:
         if found != length:
             raise CheckpointError(f"{self._path} holds {found} of {length} numbers of {kind}/{name}")
         return values
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the run kept a moving average of its weights."""
+        return any(f"ema/{name}" in self._files[0] for name in self.shapes)
 
     def random_state(self, rank: int, key: str) -> torch.Tensor | None:
         """A rank's state of a random number generator, if there was such a rank."""

@@ -23,8 +23,16 @@ def export(
     raw: Annotated[
         bool, typer.Option("--raw", help="The weights themselves, not their moving average.")
     ] = False,
+    test: Annotated[
+        bool,
+        typer.Option(
+            "--test/--no-test",
+            help="Compute the errors on the test split, which takes a whole model's memory; the bundle "
+            "itself is written in that of the largest tensor.",
+        ),
+    ] = True,
 ) -> None:
     """Turn a checkpoint of any ZeRO stage and number of ranks into a bundle, tested on the test split."""
     from equipot.train.export import export_run
 
-    export_run(run, out, checkpoint=checkpoint, name=name or out.name, raw=raw)
+    export_run(run, out, checkpoint=checkpoint, name=name or out.name, raw=raw, test=test)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import importlib
 import logging
 import math
@@ -29,7 +30,7 @@ from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
 from equipot.train.errors import TrainError
 from equipot.train.moments import MOMENTS, Moments
-from equipot.train.recipe import LARGEST_BUCKET, Recipe, ZeroSection
+from equipot.train.recipe import LARGEST_BUCKET, MOST_GATHERED, Recipe, ZeroSection
 from equipot.train.scratch import nvme_problem, scratch_directory
 from equipot.train.world import World
 from equipot.train.zero3_tangents import let_tangents_through
@@ -103,7 +104,21 @@ _NO_NORM = torch.tensor(float("inf"))
 class Engine:
     """A module under DeepSpeed: `module(*inputs)` must return a tuple that begins with the loss."""
 
-    def __init__(self, module: nn.Module, recipe: Recipe, world: World) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: Recipe,
+        world: World,
+        *,
+        fresh: Iterable[tuple[str, torch.Tensor]] = (),
+    ) -> None:
+        """Args:
+        module: what is trained.
+        recipe: how.
+        world: this rank's place.
+        fresh: values for parameters that are on the meta device, by name; asked for one at a time, so that
+            at stage 3 no rank ever holds more than one of them whole.
+        """
         self.world = world
         self._stage = recipe.zero.stage
         self._in_files = recipe.zero.offload_optimizer == "nvme"
@@ -112,23 +127,23 @@ class Engine:
                 f'zero.offload_optimizer = "nvme" is {problem[0]}. {problem[1]}, or '
                 'zero.offload_optimizer = "cpu"'
             )
+        groups = _parameter_groups(module, recipe.optimizer.weight_decay)
+        n_elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        configuration = _configuration(recipe, n_elements)
+        _fill(module, fresh, configuration)
         parameters = dict(module.named_parameters())
         self._names = {name: p for name, p in parameters.items() if p.requires_grad}
         self._frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
         self._gradient_norm = 0.0
         optimizer = torch.optim.AdamW(
-            _parameter_groups(self._names.values(), recipe.optimizer.weight_decay),
+            [{**group, "params": [self._names[name] for name in group["params"]]} for group in groups],
             lr=recipe.optimizer.learning_rate,
             betas=recipe.optimizer.betas,
             fused=True,
         )
         _import_optimizers()
-        n_elements = sum(parameter.numel() for parameter in self._names.values())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=_configuration(recipe, n_elements),
-            dist_init_required=False,
+            model=module, optimizer=optimizer, config=configuration, dist_init_required=False
         )
         if self._stage == 3:
             let_tangents_through(module, LinearFunctionForZeroStage3)
@@ -327,11 +342,30 @@ class Engine:
             parameter.data.copy_(self.world.sum_tensor(whole).view(place.shape))
 
 
-def _parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    parameters = list(parameters)
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [name for name, parameter in named if parameter.ndim > 1]
+    others = [name for name, parameter in named if parameter.ndim <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _fill(
+    module: nn.Module, fresh: Iterable[tuple[str, torch.Tensor]], configuration: dict[str, Any]
+) -> None:
+    """Put parameters in the place of those on the meta device; at stage 3 this rank's part of each."""
+    dtype = torch.bfloat16 if configuration["bf16"]["enabled"] else torch.float32
+    divided = configuration["zero_optimization"]["stage"] == 3
+    for path, values in fresh:
+        owner, _, name = path.rpartition(".")
+        part = module.get_submodule(owner)
+        trained = part.get_parameter(name).requires_grad
+        setattr(part, name, nn.Parameter(values.to(dtype) if divided else values, requires_grad=trained))
+        if divided and not any(parameter.is_meta for parameter in part.parameters()):
+            # mutable on DeepSpeed's side
+            deepspeed.zero.Init(module=part, config_dict_or_path=copy.deepcopy(configuration), dtype=dtype)
+    empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if empty:
+        raise TrainError(f"{empty[0]} has no initial values: give its module a reset_parameters()")
 
 
 def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
@@ -357,6 +391,9 @@ def _configuration(recipe: Recipe, n_elements: int) -> dict[str, Any]:
         # A parameter kept gathered on every rank would go stale when other weights are swapped in.
         configuration["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         configuration["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
+        # By DeepSpeed's own bounds a billion weights stay gathered on every rank.
+        configuration["zero_optimization"]["stage3_max_live_parameters"] = MOST_GATHERED
+        configuration["zero_optimization"]["stage3_max_reuse_distance"] = MOST_GATHERED
     if recipe.precision == "bf16":
         configuration["communication_data_type"] = "fp32"
     return configuration

@@ -24,9 +24,10 @@ from equipot.train.world import World
 
 _SUMS = ("count", "absolute", "square", "penalty")
 _LABELS = ("energy", "forces", "stress")
-_COSTLIEST_BATCH = (
-    20_000  # edges and atoms: bounds the memory of an evaluation whatever the structures' sizes
-)
+# Edges and atoms of a batch, and numbers at most in a tensor of so many by the model's width: bounds the
+# memory of an evaluation whatever the structures' sizes and the model's.
+_COSTLIEST_BATCH = 20_000
+_MOST_NUMBERS = 20_000 * 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,8 @@ def evaluate(
     """
     tally = Tally(len(potential.config.levels_of_theory), loss)
     potential.eval()
-    for mine in evaluation_batches(costs, world):
+    costliest = min(_COSTLIEST_BATCH, max(1, _MOST_NUMBERS // potential.config.width))
+    for mine in evaluation_batches(costs, world, costliest):
         if stopped is not None and world.any(stopped()):
             raise EvaluationStopped
         batch = dataset.batch(keys[mine.rows].astype(np.int64), device=world.device)
@@ -212,26 +214,28 @@ class EvaluationBatch:
     counts: bool
 
 
-def evaluation_batches(costs: NDArray[np.int64], world: World) -> list[EvaluationBatch]:
+def evaluation_batches(
+    costs: NDArray[np.int64], world: World, costliest: int = _COSTLIEST_BATCH
+) -> list[EvaluationBatch]:
     """This rank's share of all rows, in batches of bounded cost; equally many on every rank."""
     if not len(costs):
         return []
     parts = divide(costs, world.size)
-    plans = [_cut(part, costs) for part in parts]
+    plans = [_cut(part, costs, costliest) for part in parts]
     longest = max(len(plan) for plan in plans)
     mine = [EvaluationBatch(rows, counts=True) for rows in plans[world.rank]]
     cheapest = np.array([int(costs.argmin())])
     return mine + [EvaluationBatch(cheapest, counts=False)] * (longest - len(mine))
 
 
-def _cut(part: NDArray[np.int64], costs: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def _cut(part: NDArray[np.int64], costs: NDArray[np.int64], costliest: int) -> list[NDArray[np.int64]]:
     batches: list[list[int]] = []
     room = 0
     for row in part:
         cost = int(costs[row])
         if cost > room or not batches:
             batches.append([])
-            room = _COSTLIEST_BATCH
+            room = costliest
         batches[-1].append(int(row))
         room -= cost
     return [np.array(rows, dtype=np.int64) for rows in batches]

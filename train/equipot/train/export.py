@@ -19,6 +19,7 @@ from equipot.model.potential import Potential
 from equipot.train.checkpoint import (
     Checkpoint,
     CheckpointError,
+    Shares,
     newest_valid,
     read_checkpoint,
     read_weights,
@@ -34,8 +35,12 @@ from equipot.train.run_directory import RunDirectory
 from equipot.train.world import World
 
 
-def export_run(run_path: Path, out: Path, *, checkpoint: str = "best", name: str, raw: bool = False) -> None:
+def export_run(
+    run_path: Path, out: Path, *, checkpoint: str = "best", name: str, raw: bool = False, test: bool = True
+) -> None:
     """Write a bundle from a run's checkpoint and print how it does on the test split.
+
+    The bundle is written in the memory of the largest tensor; the test takes a whole model's.
 
     Args:
         run_path: directory of the run.
@@ -43,6 +48,7 @@ def export_run(run_path: Path, out: Path, *, checkpoint: str = "best", name: str
         checkpoint: ``best``, ``last`` or a checkpoint's name.
         name: of the model.
         raw: the weights themselves instead of their moving average.
+        test: compute the errors on the test split, for the bundle's card.
 
     Raises:
         TrainError: no such run or checkpoint, or a damaged one.
@@ -52,12 +58,11 @@ def export_run(run_path: Path, out: Path, *, checkpoint: str = "best", name: str
     run = RunDirectory(run_path)
     card = RunCard.read(run.card)
     chosen = choose_checkpoint(run, checkpoint)
-    kind = "weights" if raw else "ema"
-    potential = Potential(card.config, card.references)
-    potential.load_state_dict(dict(named_tensors(run, card, chosen, kind)))
+    with Shares(chosen.path) as shares:
+        kind = "ema" if shares.has_average and not raw else "weights"
     metrics: dict[str, Any] = {}
     try:
-        metrics = _test(run, card, potential, console)
+        metrics = _test(run, card, chosen, kind, console) if test else {}
     except DataError as error:
         console.print(
             f"[yellow]warning:[/] exported without test errors: {escape(str(error))}", soft_wrap=True
@@ -111,11 +116,22 @@ def named_tensors(
         yield from ((name, inherited.tensor(name)) for name in inherited.names if name not in trained)
 
 
-def _test(run: RunDirectory, card: RunCard, potential: Potential, console: Console) -> dict[str, Any]:
+def _whole(run: RunDirectory, card: RunCard, checkpoint: Checkpoint, kind: str) -> Potential:
+    with torch.device("meta"):
+        potential = Potential(card.config, card.references)
+    # Assigned, not copied: there is one copy of the weights, not two.
+    potential.load_state_dict(dict(named_tensors(run, card, checkpoint, kind)), assign=True)
+    return potential.requires_grad_(False)
+
+
+def _test(
+    run: RunDirectory, card: RunCard, checkpoint: Checkpoint, kind: str, console: Console
+) -> dict[str, Any]:
     if not card.mix.sizes["test"]:
         console.print("the test split is empty: exported without test errors")
         return {}
     mix = reopen_mix(run, card)
+    potential = _whole(run, card, checkpoint, kind)
     loss, levels = card.recipe.loss, dict(enumerate(card.config.levels_of_theory))
     dataset, places = Dataset(mix.stores, card.config), mix.part("test")
     sizes = Sizes.of(mix.stores, card.config.cutoff, progress=True)

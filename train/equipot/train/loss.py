@@ -7,6 +7,7 @@ ranks is the loss.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +130,11 @@ class LossModule(nn.Module):
             prediction = predict(self.potential, systems, forces=self._forces, stress=self._loss.stress > 0)
             loss, terms = self._of(prediction, systems, targets, counts)
         return loss * ranks, terms.detach()
+
+    def draw_parameters(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Fresh weights by name, one at a time: see :meth:`Potential.draw_parameters`."""
+        for name, values in self.potential.draw_parameters(generator):
+            yield f"potential.{name}", values
 
     def _of(
         self, prediction: Prediction, systems: SystemBatch, targets: Targets, counts: Counts

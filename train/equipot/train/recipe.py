@@ -37,6 +37,10 @@ LARGEST_BUCKET = 50_000_000
 """Elements per communication bucket: DeepSpeed's own 5e8 reserves gigabytes whatever the model's size."""
 
 
+MOST_GATHERED = 4 * LARGEST_BUCKET
+"""Elements that stay gathered on a rank at stage 3, besides those in use, to be used again."""
+
+
 class RecipeError(TrainError):
     """A recipe that cannot be run: the message names the key, the value and the remedy."""
 
@@ -252,7 +256,10 @@ class EmaSection(Section):
     """[ema]: an exponential moving average of the weights, used for validation and export."""
 
     decay: float = Field(
-        default=0.999, ge=0, lt=1, description="weight of the past; 0 switches averaging off"
+        default=0.999,
+        ge=0,
+        lt=1,
+        description="weight of the past; 0 keeps no average and saves its 4 bytes a parameter",
     )
 
 

@@ -76,7 +76,7 @@ class Checkpoints:
         assert self._thread is None
         assert self._problem is None
         updates = engine.updates
-        entries, metadata = _layout(engine, updates, self._world)
+        entries, metadata = _layout(engine, ema, updates, self._world)
         tensors = _contents(engine, ema, updates, self._world)
         if not self._settings.asynchronous:
             self._problem = self._save(state, updates, entries, tensors, metadata)
@@ -198,8 +198,12 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _layout(engine: Engine, updates: int, world: World) -> tuple[list[Entry], dict[str, str]]:
-    kinds = ("weights", "ema", *MOMENTS) if updates else ("weights", "ema")
+def _layout(engine: Engine, ema: Ema, updates: int, world: World) -> tuple[list[Entry], dict[str, str]]:
+    kinds = ["weights"]
+    if ema.is_kept:
+        kinds.append("ema")
+    if updates:
+        kinds += MOMENTS
     places = list(engine.places())
     entries = [
         Entry(f"{kind}/{place.name}", torch.float32, place.length) for place in places for kind in kinds
@@ -210,10 +214,12 @@ def _layout(engine: Engine, updates: int, world: World) -> tuple[list[Entry], di
 
 
 def _contents(engine: Engine, ema: Ema, updates: int, world: World) -> Iterator[torch.Tensor]:
+    averages = iter(ema.parts)
     moments = engine.moments() if updates else ({} for _ in engine.places())
-    for fragment, average, parts in zip(engine.fragments(), ema.parts, moments, strict=True):
+    for fragment, parts in zip(engine.fragments(), moments, strict=True):
         yield fragment.values
-        yield average
+        if ema.is_kept:
+            yield next(averages)
         yield from (parts[name] for name in MOMENTS if updates)
     yield from _generators(world).values()
 

@@ -307,7 +307,7 @@ class Trainer:
             return
         tally = Tally(len(self.parts.potential.config.levels_of_theory), self._recipe.loss)
         by_source: list[Errors] = []
-        with self.parts.engine.swapped(self.parts.ema.parts):
+        with self.parts.ema.swapped_in():
             for source in self.parts.validation:
                 found = evaluate(
                     self.parts.potential,

@@ -22,9 +22,9 @@ from equipot.train.run_card import RunCard
 
 def shape_module(recipe: Recipe, card: RunCard) -> LossModule:
     """The recipe's network and loss on the meta device, in its dtype."""
-    with torch.device("meta"):
-        potential = make_potential(recipe, card)
-    module = LossModule(potential, recipe.loss, two_passes=recipe.zero.stage == 3).to("meta")
+    module = LossModule(make_potential(recipe, card), recipe.loss, two_passes=recipe.zero.stage == 3).to(
+        "meta"
+    )
     return module.to(torch.bfloat16) if recipe.precision == "bf16" else module
 
 

@@ -21,10 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from equipot.train.memory.trace import Tracker
-from equipot.train.recipe import LARGEST_BUCKET
-
-# What DeepSpeed's stage 3 keeps gathered at most: elements, its default.
-_MOST_GATHERED = 1_000_000_000
+from equipot.train.recipe import LARGEST_BUCKET, MOST_GATHERED
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +85,9 @@ class ShapeEngine:
         division, tracker = self._division, self._tracker
         gathered: Tensor | None = None
         if division.stage == 3 and division.ranks > 1:
-            # Its reuse distance is a billion elements: what is gathered stays until the backward pass ends.
+            # What is gathered stays, up to a bound, until the backward pass ends.
             gathered = self._new(
-                "gathered weights", min(self._elements, _MOST_GATHERED), division.bytes_per_number
+                "gathered weights", min(self._elements, MOST_GATHERED), division.bytes_per_number
             )
         with tracker.making("activations"):
             with tracker.phase("forward"):
