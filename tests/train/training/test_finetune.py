@@ -130,10 +130,10 @@ def exported(run: Path) -> dict[str, torch.Tensor]:
 
 def test_it_is_worth_it(recipe_of: Callable[..., Path], parent: Path, tmp_path: Path) -> None:
     tuned = tune(recipe_of(), tmp_path / "tuned")
-    energy, forces = validation(tuned)
-    scratch_energy, scratch_forces = validation(tune(recipe_of(None), tmp_path / "scratch"))
+    # Not energies: an untrained model's are those of its references, which ten steps hardly improve.
+    _, forces = validation(tuned)
+    _, scratch_forces = validation(tune(recipe_of(None), tmp_path / "scratch"))
     assert forces < 0.7 * scratch_forces
-    assert energy < 0.4 * scratch_energy
     exported(tuned)
     card = read_card(tuned / "bundle")
     assert card.config.levels_of_theory == ("other/level",)
