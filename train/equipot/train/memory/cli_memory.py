@@ -119,11 +119,6 @@ def profile(
 def _load(path: Path, ranks: int, changes: list[str] | None) -> Recipe:
     recipe = with_architecture(load_recipe(path, changes or []))
     check_combination(recipe, ranks)
-    if recipe.zero.offload_optimizer == "nvme" or recipe.zero.offload_parameters != "none":
-        raise RecipeError(
-            f'{path}: what zero.offload_optimizer = "nvme" and zero.offload_parameters take is not '
-            'predicted; plan with "none" or zero.offload_optimizer = "cpu"'
-        )
     for store in recipe.data.stores:
         if not store.is_dir():
             raise RecipeError(f"{path}: data.stores names {store}, which is no directory")

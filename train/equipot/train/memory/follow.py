@@ -40,13 +40,7 @@ def follow_step(recipe: Recipe, card: RunCard, ranks: int, load: Load, *, compil
     """
     tracker = Tracker("meta")
     module = shape_module(recipe, card).train()
-    division = Division(
-        recipe.zero.stage,
-        ranks,
-        2 if recipe.precision == "bf16" else 4,
-        recipe.zero.offload_optimizer == "cpu",
-        recipe.checkpoint.asynchronous,
-    )
+    division = Division.of(recipe, ranks)
     systems, targets = load.shapes()
 
     def loss() -> Tensor:

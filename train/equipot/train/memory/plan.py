@@ -142,6 +142,7 @@ def _settings(
     lowest = 1 if recipe.precision == "bf16" else 0
     stages = range(lowest, 4) if ranks > 1 else sorted({lowest, recipe.zero.stage})
     offloads = ["none", "cpu"] if offload else [recipe.zero.offload_optimizer]
+    lowest_for = {"none": 0, "cpu": 1, "nvme": 3}
     for form in forms:
         for stage in stages:
             for checkpointing in (False, True):
@@ -149,7 +150,8 @@ def _settings(
                     yield (
                         ("model.messages", form),
                         ("zero.stage", stage),
-                        ("zero.offload_optimizer", where if stage else "none"),
+                        ("zero.offload_optimizer", where if stage >= lowest_for[where] else "none"),
+                        ("zero.offload_parameters", recipe.zero.offload_parameters if stage == 3 else "none"),
                         ("activation_checkpointing", checkpointing),
                         ("batch.accumulation", accumulation),
                     )

@@ -27,6 +27,7 @@ KINDS = (
     "optimizer",
     "moving average",
     "gradients",
+    "offloading",
     "communication",
     "activations",
     "checkpoint",

@@ -9,19 +9,25 @@ they really allocate in the tests. With P parameters, N ranks and numbers of b b
     3       bP/N weights, 4P/N master, 8P/N moments,   gathered weights, a bucket's copy   b = 2, 4P/N
             bP/N gradients, a bucket
 
-and 4P/N for the moving average, always.
+and 4P/N for the moving average, if one is kept. An optimizer in the host's memory has 4P/N gradients of its
+own, and at stages 1 and 2 a copy of its part of them. Of one in files there are the buffers through which the
+largest weight passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from equipot.train.memory.trace import Tracker
-from equipot.train.recipe import LARGEST_BUCKET, MOST_GATHERED
+from equipot.train.recipe import LARGEST_BUCKET, MOST_GATHERED, Recipe
+
+FILE_BUFFERS = 4
+"""DeepSpeed's own number: master weights, two moments and gradients of one group at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +38,27 @@ class Division:
     ranks: int
     bytes_per_number: int
     """of weights and gradients; master weights and moments have 4"""
-    offloaded: bool
-    """whether DeepSpeed keeps master weights and moments in the host's memory"""
+    offloaded: Literal["none", "cpu", "nvme"]
+    """where DeepSpeed keeps master weights and moments: with the device, in the host's memory, in files"""
+    parameters_offloaded: bool
+    """whether it keeps the divided weights in the host's memory (stage 3)"""
+    averaged: bool
+    """whether a moving average is kept"""
     copied: bool
     """whether checkpoints are written from a copy, whose buffers stay"""
+
+    @staticmethod
+    def of(recipe: Recipe, ranks: int) -> Division:
+        """What a recipe says."""
+        return Division(
+            stage=recipe.zero.stage,
+            ranks=ranks,
+            bytes_per_number=2 if recipe.precision == "bf16" else 4,
+            offloaded=recipe.zero.offload_optimizer,
+            parameters_offloaded=recipe.zero.offload_parameters != "none",
+            averaged=recipe.ema.decay > 0,
+            copied=recipe.checkpoint.asynchronous,
+        )
 
     def share(self, elements: int) -> int:
         """One rank's part, where a part is made."""
@@ -59,23 +82,26 @@ class ShapeEngine:
         whole, share = self._elements, division.share(self._elements)
         number = division.bytes_per_number
         own = whole if division.stage == 0 else share
-        self._held = [
-            self._new("weights", share if division.stage == 3 else whole, number),
-            self._new("optimizer", 2 * own, 4),
-        ]
-        if division.stage > 0:
-            self._held.append(self._new("master weights", share, 4))
-        if division.offloaded:
+        largest = max(parameter.numel() for parameter in self._parameters)
+        self._held = [self._new("weights", share if division.stage == 3 else whole, number)]
+        if division.offloaded != "nvme":
+            self._held.append(self._new("optimizer", 2 * own, 4))
+            if division.stage > 0:
+                self._held.append(self._new("master weights", share, 4))
+        else:
+            group = division.share(largest)
+            self._held.append(self._new("offloading", FILE_BUFFERS * group, 4))
+        if division.offloaded == "cpu":
             self._held.append(self._new("gradients", share, 4))
             if division.stage < 3:
-                largest = max(parameter.numel() for parameter in self._parameters)
                 self._held.append(self._new("communication", share + 2 * largest, number))
         if division.stage == 3:
             self._held.append(self._new("gradients", share, number))
             self._bucket = self._new("communication", self._bucket_size, 4)
-        self._held.append(self._new("moving average", share, 4))
+        if division.averaged:
+            self._held.append(self._new("moving average", share, 4))
         if division.copied:
-            self._held.append(self._new("checkpoint", 4 * share, 4))
+            self._held.append(self._new("checkpoint", (3 + division.averaged) * share, 4))
         for parameter in self._parameters:
             tracker.ignore(parameter)
             parameter.register_post_accumulate_grad_hook(self._took_gradient)  # type: ignore[no-untyped-call]
@@ -115,7 +141,7 @@ class ShapeEngine:
         division = self._division
         with self._tracker.phase("update"):
             share = division.share(self._elements)
-            if division.stage > 0 and not division.offloaded:
+            if division.stage > 0 and division.offloaded == "none":
                 flat = self._new("gradients", share, division.bytes_per_number)
                 wide = self._new("gradients", share, 4) if division.bytes_per_number < 4 else None
                 del flat, wide
@@ -123,7 +149,8 @@ class ShapeEngine:
             self._reduced = self._accumulated = None
             for parameter in self._parameters:
                 parameter.grad = None
-            self._tracker.add_work(0.0, 3.0 * 4 * share)  # the moving average
+            if division.averaged:
+                self._tracker.add_work(0.0, 3.0 * 4 * share)
 
     def _new(self, kind: str, elements: int, number: int) -> Tensor:
         with self._tracker.making(kind):
@@ -156,6 +183,6 @@ class ShapeEngine:
         self._tracker.add_work(0.0, 4.0 * numbers * division.bytes_per_number)
         self._in_bucket = 0
         del flat, wide
-        if division.stage in (1, 2) and self._reduced is None and not division.offloaded:
+        if division.stage in (1, 2) and self._reduced is None and division.offloaded == "none":
             share = division.share(self._elements)
             self._reduced = self._new("gradients", share, division.bytes_per_number)
