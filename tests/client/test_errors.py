@@ -113,7 +113,7 @@ def test_rich_details_reach_the_error(
     assert invalid.value.field == "structures.cell"
     server.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, make_retry_info(1.25))
     with pytest.raises(LimitExceeded, match=r"again in 1\.25 s") as limit:
-        ask(server.address, atoms)
+        ask(server.address, atoms, retry=RetryPolicy(attempts=1))
     assert limit.value.retry_after == 1.25
     server.fail(grpc.StatusCode.RESOURCE_EXHAUSTED)
     with pytest.raises(LimitExceeded) as never:
@@ -121,10 +121,15 @@ def test_rich_details_reach_the_error(
     assert never.value.retry_after is None
 
 
+@pytest.mark.parametrize("code", [UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
 def test_the_servers_wish_to_wait_is_honoured(
-    server: Any, atoms: Atoms, ask: Ask, make_retry_info: Callable[[float], Any]
+    server: Any,
+    atoms: Atoms,
+    ask: Ask,
+    make_retry_info: Callable[[float], Any],
+    code: grpc.StatusCode,
 ) -> None:
-    server.fail(UNAVAILABLE, make_retry_info(0.4))
+    server.fail(code, make_retry_info(0.4))
     began = time.monotonic()
     ask(server.address, atoms, retry=QUICK)
     assert time.monotonic() - began >= 0.4
@@ -257,7 +262,8 @@ def test_backoff_grows_to_its_bound_with_jitter_and_ends() -> None:
         assert max(known) - min(known) > longest / 4
     assert policy.delay(error, 6, remaining=100) is None
     assert policy.delay(error, 1, remaining=0.01) is None
-    assert policy.delay(LimitExceeded("full", retry_after=0.1), 1, remaining=100) is None
+    assert policy.delay(LimitExceeded("too large"), 1, remaining=100) is None
+    assert policy.delay(LimitExceeded("full", retry_after=5.0), 1, remaining=4.0) is None
     patient = policy.delay(ServerUnavailable("busy", retry_after=9.0), 1, remaining=100)
     assert patient is not None
     assert 9.0 < patient <= 9.1

@@ -18,7 +18,15 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.serve.conftest import Bundles, Process, ask, molecule, running
 
 from equipot.cli.main import main
-from equipot.client import Client, ClientError, LimitExceeded, RetryPolicy, Structure, Unauthenticated
+from equipot.client import (
+    Client,
+    ClientError,
+    LimitExceeded,
+    RetryPolicy,
+    Session,
+    Structure,
+    Unauthenticated,
+)
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
 from equipot.serve.tokens import Tokens
@@ -27,12 +35,20 @@ from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 ONCE = RetryPolicy(attempts=1)
 ANN, BOB, ROOT = "ann-" + "a" * 20, "bob-" + "b" * 20, "root-" + "c" * 20
+PACED, SINGLE = "paced-" + "d" * 20, "single-" + "e" * 20
 LIMITS = """
 [default]
 requests_per_second = 0.001
 burst_seconds = 2000        # two at once, then one in a quarter of an hour
 
 [identities.root]
+
+[identities.paced]
+requests_per_second = 2
+burst_seconds = 1
+
+[identities.single]
+concurrent_requests = 1
 
 [identities.bob]
 atoms_per_second = 0.5
@@ -45,7 +61,9 @@ request_edges = 40
 @pytest.fixture(scope="module")
 def tokens_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokens") / "tokens"
-    path.write_text(f"# who may call\nann: {ANN}\nbob: {BOB}\nroot: {ROOT}\n")
+    path.write_text(
+        f"# who may call\nann: {ANN}\nbob: {BOB}\nroot: {ROOT}\npaced: {PACED}\nsingle: {SINGLE}\n"
+    )
     return path
 
 
@@ -279,6 +297,53 @@ def test_atoms_and_edges_of_one_identity(guarded: Process, stub: PotentialServic
         client.predict(Structure(molecule(1).atomic_numbers, molecule(1).positions))
     assert late.value.retry_after is not None
     assert 1 < late.value.retry_after <= 14
+
+
+def test_a_client_keeps_to_its_rate(guarded: Process) -> None:
+    """The server says when, and the client waits: a batch or a trajectory takes longer and does not fail."""
+    structure = Structure(molecule(1).atomic_numbers, molecule(1).positions)
+    with Client(guarded.address, token=PACED) as client:
+        client.model()
+        begun = time.monotonic()
+        for _ in range(4):
+            client.predict(structure)
+        assert time.monotonic() - begun > 1.0
+
+
+def exhaust(session: Session) -> None:
+    """More steps than are let in."""
+    for _ in range(200):
+        session.predict(molecule(1).positions)
+
+
+def test_each_step_of_a_session_counts(guarded: Process) -> None:
+    structure = Structure(molecule(1).atomic_numbers, molecule(1).positions)
+    with (
+        Client(guarded.address, token=PACED, retry=ONCE) as client,
+        client.session(structure) as session,
+        pytest.raises(LimitExceeded, match="paced may have 2 requests per second") as late,
+    ):
+        exhaust(session)
+    assert late.value.retry_after is not None
+    assert late.value.retry_after <= 0.5
+    with Client(guarded.address, token=PACED) as client, client.session(structure) as session:
+        begun = time.monotonic()
+        for _ in range(4):
+            session.predict(molecule(1).positions)
+        assert time.monotonic() - begun > 1.0
+
+
+def test_calls_at_once_of_one_identity(guarded: Process, stub: PotentialServiceStub) -> None:
+    structure = Structure(molecule(1).atomic_numbers, molecule(1).positions)
+    with Client(guarded.address, token=SINGLE, retry=ONCE) as client:
+        with client.session(structure) as session:
+            session.predict(molecule(1).positions)
+            error = refused(stub, bearer(SINGLE))
+            assert "single may have 1 concurrent requests" in error.details()
+            assert details(error, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 250
+        # Counted no longer, once the session has ended.
+        with Client(guarded.address, token=SINGLE) as patient:
+            patient.predict(structure)
 
 
 def test_ids_are_kept_or_made(guarded: Process, stub: PotentialServiceStub) -> None:

@@ -56,7 +56,8 @@ class LimitExceeded(ClientError):
     """The request is over a limit of the server, or its queue is full.
 
     Attributes:
-        retry_after: seconds after which the server would take it; None if it never will.
+        retry_after: seconds after which the server would take it, until when it is tried again as far as the
+            deadline allows; None if it never will.
     """
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:

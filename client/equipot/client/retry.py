@@ -6,12 +6,14 @@ import random
 import time
 from dataclasses import dataclass
 
-from equipot.client.errors import ClientError, DeadlineExceeded, ServerUnavailable
+from equipot.client.errors import ClientError, DeadlineExceeded, LimitExceeded, ServerUnavailable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """Exponential backoff with jitter, for a server that is unavailable; no other error is tried again.
+    """Exponential backoff with jitter, for a server that is unavailable or says when it takes the call.
+
+    No other error is tried again.
 
     The defaults bridge a restart of about ten seconds. The call's deadline bounds everything.
 
@@ -44,7 +46,10 @@ class RetryPolicy:
         The server's own wish is a lower bound: many clients that it turned away together must not come back
         together either, so jitter is added to it.
         """
-        if not isinstance(error, ServerUnavailable) or attempt >= self.attempts:
+        if not isinstance(error, ServerUnavailable | LimitExceeded) or attempt >= self.attempts:
+            return None
+        if isinstance(error, LimitExceeded) and error.retry_after is None:
+            # Too much at once is too much later, too.
             return None
         backoff = min(self.initial_delay * self.multiplier ** (attempt - 1), self.max_delay)
         delay = backoff * random.uniform(0.5, 1.0) + (error.retry_after or 0.0)

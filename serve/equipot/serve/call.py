@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 ANONYMOUS = ""
@@ -35,6 +35,9 @@ class Phase:
 
 class Charged(Protocol):
     """Whatever keeps account of what its caller asks for."""
+
+    def again(self, *, now: float) -> None:
+        """Lets the next request of a stream in; may raise `CallError`."""
 
     def charge(self, name: Literal["atoms", "edges"], amount: int, in_request: int, *, now: float) -> None:
         """Takes atoms or edges of a request, which has so many in all by now; may raise `CallError`."""
@@ -97,6 +100,16 @@ class Call:
         self.edges += edges
         if self.account is not None:
             self.account.charge("edges", edges, self.edges, now=time.monotonic())
+
+    def next_request(self) -> Call:
+        """The same call with nothing in it, for the next request of a stream.
+
+        Raises:
+            CallError: its caller may not ask again now.
+        """
+        if self.account is not None:
+            self.account.again(now=time.monotonic())
+        return replace(self, structures=0, atoms=0, edges=0)
 
     def spent(self, name: str, start: float, end: float, *, edges: int = 0, structures: int = 0) -> None:
         """Notes a phase, if anybody wants to know."""

@@ -132,7 +132,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         inner: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
         async def answer(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401  # as gRPC has it
-            call, account = await self._begin(context)
+            call, account = await self._begin(context, of_many=True)
             try:
                 async for response in inner(request, context):
                     yield response
@@ -145,14 +145,14 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
 
         return answer
 
-    async def _begin(self, context: Context) -> tuple[Call, Account]:
+    async def _begin(self, context: Context, *, of_many: bool = False) -> tuple[Call, Account]:
         call = current_call()
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         if self._certificates_name and call.identity == ANONYMOUS:
             call.identity = _certified(context)
         account = self._quotas.account(call.identity, now=call.started)
         try:
-            account.begin(now=call.started)
+            account.begin(now=call.started, of_many=of_many)
         except CallError as error:
             await self._refuse(call, error, context)
         call.account = account

@@ -134,8 +134,13 @@ class Account:
                 )
         self._buckets = buckets
 
-    def begin(self, *, now: float) -> None:
+    def begin(self, *, now: float, of_many: bool = False) -> None:
         """Lets one request in; `end` must follow.
+
+        Args:
+            now: the time.
+            of_many: whether it is a stream, whose requests come one by one and are taken by `again`. Opening
+                it takes none: else whoever is let in when one is there could open it and ask nothing.
 
         Raises:
             OverQuota: too many are under way, or a rate is used up; nothing was taken then.
@@ -143,15 +148,31 @@ class Account:
         most = self._allowance.concurrent_requests
         if most is not None and self._running >= most:
             raise self._over("concurrent_requests", most, RETRY_BUSY)
+        self._check_rates(now)
+        if not of_many:
+            self._take_request(now)
+        self._running += 1
+
+    def again(self, *, now: float) -> None:
+        """Lets the next request of a stream in.
+
+        Raises:
+            OverQuota: a rate is used up; nothing was taken then.
+        """
+        self._check_rates(now)
+        self._take_request(now)
+
+    def _check_rates(self, now: float) -> None:
         for name, bucket in self._buckets.items():
             # A whole request must be there, and anything at all of atoms and edges.
             wait = bucket.seconds_until(1.0 if name == "requests" else math.ulp(1.0), now=now)
             if wait > 0:
                 limit = getattr(self._allowance, f"{name}_per_second")
                 raise self._over(f"{name}_per_second", limit, wait)
+
+    def _take_request(self, now: float) -> None:
         if "requests" in self._buckets:
             self._buckets["requests"].take(1.0, now=now)
-        self._running += 1
 
     def end(self) -> None:
         """One request is done."""

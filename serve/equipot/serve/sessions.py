@@ -197,7 +197,7 @@ class SessionServicer:
             raise InvalidRequest(str(error), field=f"step.{error.field}") from error
         if step.cell:
             opened.work = replace(opened.work, structures=replace(before, cell=np.array(structures.cell)))
-        call = replace(current_call(), structures=0, atoms=0, edges=0)
+        call = current_call().next_request()
         call.asked(len(structures), len(structures.positions))
         seconds = step.timeout_seconds
         if not (math.isfinite(seconds) and seconds >= 0):
