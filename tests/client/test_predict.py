@@ -117,13 +117,19 @@ def test_no_more_requests_are_under_way_than_allowed_async(server: Any, frames: 
     assert 1 < server.most_at_once <= 4
 
 
-def test_limits_are_asked_for_once(server: Any, frames: list[Atoms]) -> None:
+def test_limits_are_asked_for_once_and_what_a_name_means_for_each_batch_of_several_parts(
+    server: Any, frames: list[Atoms]
+) -> None:
     server.limits.max_structures_per_request = 7
     with Client(server.address) as client:
         for _ in range(3):
+            assert len(client.predict(frames[:7])) == 7
+        assert server.model_calls == 1
+        for _ in range(3):
             assert len(client.predict(frames)) == 60
-    assert server.model_calls == 1
+    assert server.model_calls == 1 + 3
     assert {len(seen.n_atoms) for seen in server.seen} == {7, 60 % 7}
+    assert {seen.model for seen in server.seen} == {"", server.pinned}
 
 
 def test_requests_stay_within_the_servers_message_limit(server: Any, cluster: Callable[..., Atoms]) -> None:

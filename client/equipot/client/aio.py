@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections import deque
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Self, TypeVar, cast
 import grpc
 import grpc.aio
 
-from equipot.client.batches import Part, Priority, Wish, cut
+from equipot.client.batches import Part, Priority, Wish, cut, gone_meanwhile
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
 from equipot.client.credentials import Credentials, Tls, TokenSource
-from equipot.client.errors import ClientError, LimitExceeded, from_rpc_error
+from equipot.client.errors import ClientError, LimitExceeded, ModelNotFound, from_rpc_error
 from equipot.client.explanation import Explanation, explained, together
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
@@ -183,7 +184,7 @@ class AsyncClient:
         """As `Client.model`."""
         stub = self._connected()
         wanted = self._settings.model if name is None else name
-        request = pb.GetModelRequest(model=wanted)
+        request = pb.GetModelRequest(model=wanted, session=self._settings.session)
         reply = await self._persist(
             lambda seconds: stub.GetModel(request, timeout=seconds, metadata=self._token.headers()),
             self._settings.seconds(timeout),
@@ -208,8 +209,13 @@ class AsyncClient:
     ) -> AsyncIterator[Predictions]:
         parts = await self._cut(structures, wish, timeout)
         queue: deque[asyncio.Task[Predictions]] = deque()
+        begin = list(itertools.islice(parts, 2))
+        if len(begin) == 2:
+            # Its name may come to mean another version before the last part is sent.
+            info = await self.model(wish.model, timeout=timeout)
+            wish = wish.settle(info.name, info.digest)
         try:
-            for part in parts:
+            for part in itertools.chain(begin, parts):
                 queue.append(asyncio.create_task(self._answer(wish, part, timeout)))
                 if len(queue) == self._settings.in_flight:
                     yield await queue.popleft()
@@ -241,8 +247,10 @@ class AsyncClient:
             )
         except LimitExceeded:
             # Another server with other limits may stand at the address by now.
-            self._limits.pop(wish.model, None)
+            self._limits.clear()
             raise
+        except ModelNotFound as error:
+            raise gone_meanwhile(wish, error) from error
         return part.merge(wish, response)
 
     async def _persist(self, call: Callable[[float], Awaitable[_Reply]], timeout: float) -> _Reply:

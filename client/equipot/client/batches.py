@@ -9,7 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from equipot.client.errors import InvalidStructure, ServerError, refused
+from equipot.client.errors import (
+    ClientError,
+    InvalidStructure,
+    ModelChanged,
+    ModelNotFound,
+    ServerError,
+    refused,
+)
 from equipot.client.results import Limits, ModelReference, Predictions
 from equipot.client.structures import Structure, as_structure, count_atoms, pack
 from equipot.wire.v1 import potential_pb2 as pb
@@ -39,13 +46,19 @@ _BYTES_PER_REQUEST = 4_096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wish:
-    """What is asked of a model for every structure."""
+    """What is asked of a model for every structure; `settled` if the model is one bundle of our choice."""
 
     model: str
     level_of_theory: str
     forces: bool
     stress: bool
     priority: Priority = "normal"
+    session: str = ""
+    settled: bool = False
+
+    def settle(self, name: str, digest: str) -> Wish:
+        """The same of one bundle exactly, whatever its name comes to mean meanwhile."""
+        return replace(self, model=f"{name}@{digest}", settled=True)
 
     @property
     def properties(self) -> list[pb.Property.ValueType]:
@@ -71,6 +84,7 @@ class Wish:
             properties=self.properties,
             level_of_theory=self.level_of_theory,
             priority=PRIORITIES[self.priority],
+            session=self.session,
         )
 
 
@@ -137,6 +151,16 @@ class Part:
         if (wish.forces and answer.forces is None) or (wish.stress and answer.stress is None):
             raise ServerError("the answer lacks the forces or the stress that were asked for")
         return answer
+
+
+def gone_meanwhile(wish: Wish, error: ModelNotFound) -> ClientError:
+    """The error of a part whose model is not found: what it means if the batch was begun with it."""
+    if not wish.settled:
+        return error
+    return ModelChanged(
+        f"{wish.model} went while a batch was computed with it ({error}): ask again, which computes all of it"
+        " with what is there now"
+    )
 
 
 def cut(

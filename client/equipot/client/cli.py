@@ -150,18 +150,28 @@ def models(
     with trust.client(address, timeout=timeout, retry=RetryPolicy(attempts=2)) as client:
         served = client.models()
     table = Table(title=f"served by {address}", title_justify="left")
-    for column in ("model", "level of theory", "elements", "forces", "parameters", "digest"):
+    for column in ("model", "state", "level of theory", "elements", "forces", "parameters", "digest"):
         table.add_column(column, overflow="fold")
     for info in served:
         table.add_row(
-            f"{info.name} (default)" if info.is_default else info.name,
+            _named(info),
+            f"{info.state}: {info.reason}" if info.reason else info.state,
             "\n".join(info.levels_of_theory),
-            " ".join(_SYMBOLS[number] for number in info.elements),
+            " ".join(_SYMBOLS[number] for number in info.elements) or "not stated",
             f"{info.force_mode}, stress" if info.has_stress else info.force_mode,
             f"{info.n_parameters:,}",
             info.digest[:19],
         )
     Console().print(table)
+
+
+def _named(info: ModelInfo) -> str:
+    """A model's name with its version and what else it is called."""
+    notes = [*info.labels, *(["default"] if info.is_default else ["current"] if info.is_current else [])]
+    name = f"{info.name}@{info.version}" if info.version else info.name
+    # Without versions there is nothing that a plain name could mean besides.
+    notes = [note for note in notes if info.version or note != "current"]
+    return f"{name} ({', '.join(notes)})" if notes else name
 
 
 @dataclass(slots=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -12,6 +13,15 @@ import numpy as np
 from equipot.client.errors import ModelChanged, StructureFailure
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import Failure, FloatArray, Int64Array, offsets_of
+
+_STATES: Mapping[int, str] = MappingProxyType(
+    {
+        pb.MODEL_STATE_AVAILABLE: "available",
+        pb.MODEL_STATE_LOADING: "loading",
+        pb.MODEL_STATE_READY: "ready",
+        pb.MODEL_STATE_FAILED: "failed",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +35,7 @@ class ModelReference:
         dtype: what the network computed in.
         tensor_parallel: over how many ranks.
         batch_invariant: whether a structure gets the same bits whatever shares its batch.
+        version: in the server's repository; empty if it has none.
     """
 
     name: str
@@ -33,6 +44,7 @@ class ModelReference:
     dtype: str
     tensor_parallel: int
     batch_invariant: bool = False
+    version: str = ""
 
     @property
     def pinned(self) -> str:
@@ -49,6 +61,7 @@ class ModelReference:
             message.dtype,
             message.tensor_parallel,
             message.batch_invariant,
+            message.version,
         )
 
 
@@ -64,12 +77,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A served model. Units: cutoff in Å.
+    """A served model. Units: cutoff in Å. What a model does not say is empty or 0.
 
     Attributes:
-        force_mode: "conservative" or "direct".
+        force_mode: "conservative", "direct", "unknown", or "none" if it gives no forces.
         limits: of the server that serves it.
-        card_json: the bundle's whole card; empty in a list of models.
+        card_json: the bundle's whole card, or what is known of another potential.
+        version: in the server's repository; empty if it has none.
+        labels: that name this version.
+        state: "available" (loaded when it is asked for), "loading", "ready" or "failed".
+        reason: why it failed.
+        is_current: whether its plain name means this version.
     """
 
     name: str
@@ -86,6 +104,11 @@ class ModelInfo:
     is_default: bool
     limits: Limits
     card_json: str
+    version: str = ""
+    labels: tuple[str, ...] = ()
+    state: str = ""
+    reason: str = ""
+    is_current: bool = True
 
     @property
     def card(self) -> dict[str, Any]:
@@ -117,6 +140,11 @@ class ModelInfo:
                 limits.max_message_bytes,
             ),
             card_json=message.card_json,
+            version=message.version,
+            labels=tuple(message.labels),
+            state=_STATES.get(message.state, ""),
+            reason=message.reason,
+            is_current=message.is_current,
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
+from uuid import uuid4
 
 from equipot.client.batches import Priority, Wish
 from equipot.client.channel import check_address
@@ -36,6 +37,7 @@ class Settings:
     in_flight: int
     credentials: Credentials
     priority: Priority = "normal"
+    session: str = field(default_factory=lambda: uuid4().hex)
 
     def __post_init__(self) -> None:
         check_address(self.address)
@@ -65,4 +67,5 @@ class Settings:
             forces=forces,
             stress=stress,
             priority=self.priority,
+            session=self.session,
         )

@@ -15,10 +15,10 @@ from typing import Protocol, Self, TypeVar
 
 import grpc
 
-from equipot.client.batches import Part, Priority, Wish, cut
+from equipot.client.batches import Part, Priority, Wish, cut, gone_meanwhile
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
 from equipot.client.credentials import Credentials, Tls, TokenSource
-from equipot.client.errors import ClientError, LimitExceeded, from_rpc_error
+from equipot.client.errors import ClientError, LimitExceeded, ModelNotFound, from_rpc_error
 from equipot.client.explanation import Explanation, explained, together
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
@@ -283,7 +283,11 @@ class Client:
         """
         wanted = self._settings.model if name is None else name
         info = ModelInfo.from_wire(
-            self._ask(self._connected().GetModel, pb.GetModelRequest(model=wanted), timeout)
+            self._ask(
+                self._connected().GetModel,
+                pb.GetModelRequest(model=wanted, session=self._settings.session),
+                timeout,
+            )
         )
         self._limits[wanted] = info.limits
         return info
@@ -310,6 +314,10 @@ class Client:
             # With nothing to overlap, a blocking call is faster than a future: it changes no thread.
             yield self._receive(wish, self._send(wish, first, timeout, at_once=False))
             return
+        if second is not None:
+            # Its name may come to mean another version before the last part is sent.
+            info = self.model(wish.model, timeout=timeout)
+            wish = wish.settle(info.name, info.digest)
         try:
             for part in itertools.chain((first, second), parts):
                 if part is not None:
@@ -356,8 +364,10 @@ class Client:
             response = self._persist(first, attempt, sent.deadline)
         except LimitExceeded:
             # Another server with other limits may stand at the address by now.
-            self._limits.pop(wish.model, None)
+            self._limits.clear()
             raise
+        except ModelNotFound as error:
+            raise gone_meanwhile(wish, error) from error
         return sent.part.merge(wish, response)
 
     def _ask(self, method: Callable[..., _Reply], request: object, timeout: float | None) -> _Reply:

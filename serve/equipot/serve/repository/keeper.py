@@ -22,6 +22,9 @@ REAP_SECONDS = 0.5
 RETRY_NO_ROOM = 5.0
 """Seconds after which a model may have become idle, where all that may be loaded are in use."""
 
+RETURN_SECONDS = 10.0
+"""A version that was brought for somebody waits so long for them, whatever else is said of unused ones."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -322,6 +325,9 @@ class Keeper:
                 if family is None or family.slots.get(slot.version) is not slot or slot.model is not None:
                     return
                 await self._bring(slot)
+                if slot.model is not None:
+                    # Whoever asked was told when to come again, and may be late.
+                    slot.model.used += RETURN_SECONDS + self._stock.load_seconds
                 self._point(family)
             if slot.model is None and not slot.reason:
                 await asyncio.sleep(RETRY_NO_ROOM)
