@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
     ),
     "export": Verb("turn a checkpoint into a bundle", "equipot.train.cli_export", "app", "train"),
     "serve": Verb("serve bundles over gRPC", "equipot.serve.cli", "app", "serve"),
+    "join": Verb("lend this machine to a server's model", "equipot.serve.cli_join", "app", "serve"),
     "models": Verb("list the models of a server", "equipot.client.cli", "models_app", ""),
     "probe": Verb("ask for a server's health, or check its answer", "equipot.client.cli_probe", "app", ""),
     "fetch": Verb("fetch a bundle from a URL, by checksum", "equipot.model.cli_fetch", "app", "model"),

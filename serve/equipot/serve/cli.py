@@ -140,6 +140,13 @@ def serve(
             help="Processes to spread each model's weights over; they share the threads, or take a GPU each."
         ),
     ] = 1,
+    worker_hosts: Annotated[
+        int, typer.Option(help="Other machines that take their share of these processes; see equipot join.")
+    ] = 0,
+    worker_port: Annotated[int, typer.Option(help="Port on which they are waited for.")] = 50052,
+    worker_key: Annotated[
+        Path | None, typer.Option(help="File of random text that they and this server have.")
+    ] = None,
     max_atoms: Annotated[
         int, typer.Option(help="Most atoms in one structure.")
     ] = DEFAULT_LIMITS.structure_atoms,

@@ -80,6 +80,23 @@ DEFAULT_SESSIONS = SessionLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """The other machines that a model is spread over.
+
+    Attributes:
+        hosts: how many, beside the one that leads.
+        host: name or address on which the leader waits for them.
+        port: on which it waits; 0 takes any free one.
+        key: file with what both sides know.
+    """
+
+    hosts: int
+    host: str
+    port: int
+    key: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """How one server runs.
 
@@ -97,6 +114,9 @@ class ServeConfig:
         threads: that compute; None lets each batch have as many as its work keeps busy.
         deterministic: whether a structure must get the same bits whatever shares its batch.
         tensor_parallel: over how many processes each model's weights are spread.
+        worker_hosts: how many other machines take their share of each model's ranks.
+        worker_port: on which they are waited for.
+        worker_key: file with what they and this server know.
         drain_seconds: how long accepted requests may take to finish once the server is told to stop.
         linger_seconds: how long before that new calls are still taken, while health already says NOT_SERVING:
             so long callers and load balancers may take to look elsewhere.
@@ -137,6 +157,9 @@ class ServeConfig:
     threads: int | None = None
     deterministic: bool = False
     tensor_parallel: int = 1
+    worker_hosts: int = 0
+    worker_port: int = 50052
+    worker_key: Path | None = None
     drain_seconds: float = 30.0
     linger_seconds: float = 0.0
     budget: Budget = CPU_BUDGET
@@ -172,6 +195,7 @@ class ServeConfig:
         if self.threads is not None:
             _check("threads", self.threads, 1, 4096)
         _check("tensor-parallel", self.tensor_parallel, 1, MOST_RANKS)
+        self._check_workers()
         if not 0 <= self.drain_seconds <= 86_400:
             raise ServeError(f"drain-seconds is {self.drain_seconds}, allowed are 0 to 86400")
         if not 0 <= self.linger_seconds <= 3_600:
@@ -203,6 +227,31 @@ class ServeConfig:
                 f"log-format is {self.log_format!r}, allowed are {', '.join(get_args(LogFormat))}"
             )
         self._check_trust()
+
+    @property
+    def workers(self) -> Workers | None:
+        """The other machines, if there are any."""
+        if not self.worker_hosts:
+            return None
+        assert self.worker_key is not None
+        return Workers(hosts=self.worker_hosts, host=self.host, port=self.worker_port, key=self.worker_key)
+
+    def _check_workers(self) -> None:
+        _check("worker-hosts", self.worker_hosts, 0, MOST_RANKS - 1)
+        _check("worker-port", self.worker_port, 0, MAX_PORT)
+        if not self.worker_hosts:
+            return
+        if self.worker_key is None:
+            raise ServeError("worker-hosts needs worker-key: a file with random text that all of them have")
+        if self.tensor_parallel % (self.worker_hosts + 1):
+            raise ServeError(
+                f"tensor-parallel is {self.tensor_parallel}, which {self.worker_hosts + 1} machines"
+                " (worker-hosts and this one) cannot share evenly: give a multiple"
+            )
+        if len(self.bundles) != 1:
+            raise ServeError(
+                f"worker-hosts is for one model, {len(self.bundles)} bundles are given: start as many servers"
+            )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object], *, base: Path) -> ServeConfig:

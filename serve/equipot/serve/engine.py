@@ -22,7 +22,7 @@ from equipot.model.sharding import check_divisible
 from equipot.model.skin import SkinnedNeighbors
 from equipot.model.validate import check_supported
 from equipot.serve.card import ModelCard
-from equipot.serve.config import RequestLimits
+from equipot.serve.config import RequestLimits, Workers
 from equipot.serve.errors import CallError, Fault, ServeError
 from equipot.serve.preparation import Preparation
 from equipot.serve.ranks import Ranks
@@ -154,6 +154,7 @@ class LocalEngine:
         threads: int | None = None,
         deterministic: bool = False,
         tensor_parallel: int = 1,
+        workers: Workers | None = None,
     ) -> LocalEngine:
         """Loads and verifies a bundle.
 
@@ -166,6 +167,7 @@ class LocalEngine:
                 at most.
             deterministic: whether a structure must get the same bits in any batch, at whatever cost.
             tensor_parallel: over how many processes to spread the weights; they share the threads.
+            workers: other machines that take their share of these processes.
 
         Raises:
             BundleError: it is missing, damaged, or of a newer version.
@@ -179,8 +181,11 @@ class LocalEngine:
                 check_divisible(card.config, tensor_parallel)
             except ModelError as error:
                 raise ServeError(f"{path}: --tensor-parallel {tensor_parallel}: {error}") from None
-            each = max(1, (threads or torch.get_num_threads()) // tensor_parallel)
-            potential = Ranks(path, size=tensor_parallel, dtype=dtype, device=device, threads=each)
+            here = tensor_parallel // (workers.hosts + 1 if workers else 1)
+            each = max(1, (threads or torch.get_num_threads()) // here)
+            potential = Ranks(
+                path, size=tensor_parallel, dtype=dtype, device=device, threads=each, workers=workers
+            )
         else:
             whole, card = load_potential(path, dtype=_DTYPES[dtype] if dtype else None, device=device)
             potential = FrozenPotential(whole)

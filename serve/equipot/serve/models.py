@@ -165,6 +165,7 @@ def load_bundle(path: Path, config: ServeConfig, *, name: str = "", version: str
         threads=config.threads,
         deterministic=config.deterministic,
         tensor_parallel=config.tensor_parallel,
+        workers=config.workers,
     )
     capacity = measure(engine, config.budget, calibrate=config.calibrate, device=config.device)
     model = ServedModel(engine, name or engine.card.name, capacity, version)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,8 @@ class RankConfig:
         dtype: what to compute in, as `equipot.serve.engine` names it; None is as stored.
         device: as torch names its kind; of several GPUs each rank takes its own.
         rank, size: its place.
+        local: its place among the ranks of its machine.
+        leader: address of the first rank's machine, as seen from this one.
         port: on which the first rank lets the others find it.
         threads: that compute in this rank.
     """
@@ -47,6 +50,12 @@ class RankConfig:
     size: int
     port: int
     threads: int
+    local: int
+    leader: str = "127.0.0.1"
+
+    def on(self, leader: str) -> Self:
+        """The same on a machine that sees the leader under this address."""
+        return replace(self, leader=leader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +96,9 @@ def main(config: RankConfig, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(
         RANK=str(config.rank),
-        LOCAL_RANK=str(config.rank),
+        LOCAL_RANK=str(config.local),
         WORLD_SIZE=str(config.size),
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=config.leader,
         MASTER_PORT=str(config.port),
     )
     if config.device == "cpu":
@@ -97,7 +106,7 @@ def main(config: RankConfig, pipe: Connection) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(config.threads)
-    device = torch.device("cpu" if config.device == "cpu" else f"{config.device}:{config.rank}")
+    device = torch.device("cpu" if config.device == "cpu" else f"{config.device}:{config.local}")
     group = _join(device)
     try:
         dtype = getattr(torch, config.dtype) if config.dtype else None

@@ -1,4 +1,4 @@
-"""A model spread over ranks on this machine: starts them, feeds them, and starts them again if one dies.
+"""A model spread over ranks, here or on several machines: starts, feeds, and starts them again if one dies.
 
 A rank that dies takes the others with it, as they would wait for it; what they computed is lost, and callers
 are told when to come back.
@@ -23,7 +23,9 @@ import torch
 from equipot.model.batch import SystemBatch
 from equipot.model.potential import Prediction
 from equipot.serve import rank
+from equipot.serve.config import Workers
 from equipot.serve.errors import NotReady, ServeError
+from equipot.serve.hosts import Hosts, RemoteRank
 
 LONGEST_PAUSE = 30.0
 """Seconds between two attempts to start ranks that keep dying."""
@@ -44,19 +46,25 @@ class RankError(Exception):
 class _Generation:
     """One set of processes that found each other; it is up, and then it is gone for good."""
 
-    def __init__(self, configs: Sequence[rank.RankConfig]) -> None:
+    def __init__(self, configs: Sequence[rank.RankConfig], hosts: Hosts | None) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
-        self.processes: list[BaseProcess] = []
-        for config in configs:
+        self.processes: list[BaseProcess | RemoteRank] = []
+        here = len(configs) // (1 if hosts is None else hosts.count + 1)
+        if hosts is not None:
+            # First, as nothing here is worth starting before all have come.
+            for remote in hosts.place(list(configs[here:])):
+                self.pipes.append(remote.pipe)
+                self.processes.append(remote)
+        for place, config in enumerate(configs[:here]):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=rank.main, args=(config, theirs), name=f"equipot-rank-{config.rank}", daemon=True
             )
             process.start()
             theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
+            self.pipes.insert(place, ours)
+            self.processes.insert(place, process)
 
     def wait_until_ready(self) -> None:
         """Returns when every rank has loaded its part.
@@ -139,7 +147,16 @@ class Ranks:
     way = "tensor-parallel"
     batch_invariant = False
 
-    def __init__(self, bundle: Path, *, size: int, dtype: str | None, device: str, threads: int) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        *,
+        size: int,
+        dtype: str | None,
+        device: str,
+        threads: int,
+        workers: Workers | None = None,
+    ) -> None:
         """Starts the ranks and returns when they are ready.
 
         Args:
@@ -148,17 +165,21 @@ class Ranks:
             dtype: what to compute in; None is as stored.
             device: as torch names its kind.
             threads: of each rank.
+            workers: other machines that take their share of the ranks.
 
         Raises:
             ServeError: the model cannot be loaded so.
         """
         self.size = size
+        self._hosts = Hosts(workers) if workers else None
+        each = size // (workers.hosts + 1 if workers else 1)
         self._make: Callable[[], _Generation] = lambda: _Generation(
             [
-                rank.RankConfig(bundle, dtype, device, place, size, port, threads)
+                rank.RankConfig(bundle, dtype, device, place, size, port, threads, place % each)
                 for port in [_free_port()]
                 for place in range(size)
-            ]
+            ],
+            self._hosts,
         )
         self._name = bundle.name
         self._closing = threading.Event()
@@ -209,6 +230,8 @@ class Ranks:
     def close(self) -> None:
         """Ends the ranks."""
         self._closing.set()
+        if self._hosts is not None:
+            self._hosts.close()
         if self._up is not None:
             self._up.leave()
 
@@ -244,7 +267,9 @@ class Ranks:
         while not self._closing.wait(pause):
             try:
                 again = self._start()
-            except (RankError, ServeError) as error:
+            except (RankError, ServeError, OSError) as error:
+                if self._closing.is_set():
+                    return None
                 logger.error("%s: %s", self._name, error)
                 pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
                 continue

@@ -1,0 +1,254 @@
+"""Ranks of a model on other machines: they come to the one that leads, and look like processes to it.
+
+`equipot join` on each of the others keeps one connection open that waits for work; each rank takes one.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from equipot.serve import rank
+from equipot.serve.config import Workers
+from equipot.serve.errors import ServeError
+from equipot.serve.wire import Wire, WireError, read_key
+
+INTRODUCTION_SECONDS = 10.0
+"""Whoever has not shown the key by then is a stranger."""
+
+PATIENCE_SECONDS = 2.0
+"""Between two tries to reach the leader."""
+
+logger = logging.getLogger(__name__)
+
+
+class Hosts:
+    """Who has come to help. Closed with the ranks that use it.
+
+    Attributes:
+        port: on which it waits.
+
+    Raises:
+        ServeError: the port is in use, or the key cannot be used.
+    """
+
+    def __init__(self, workers: Workers) -> None:
+        self.count = workers.hosts
+        self._key = read_key(workers.key)
+        self._idle: dict[str, list[Wire]] = {}
+        self._change = threading.Condition()
+        self._closed = False
+        try:
+            self._listener = socket.create_server((workers.host, workers.port))
+        except OSError as error:
+            raise ServeError(f"cannot wait for workers on port {workers.port}: {error.strerror}") from error
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._welcome, name="equipot-hosts", daemon=True).start()
+
+    def place(self, configs: list[rank.RankConfig]) -> list[RemoteRank]:
+        """Starts ranks on the other machines, the same number on each; waits until all have come.
+
+        Raises:
+            WireError: closed meanwhile, or one has left.
+        """
+        each = len(configs) // self.count
+        used: list[str] = []
+        ranks = []
+        for place, config in enumerate(configs):
+            name = self._next(used) if place % each == 0 else used[-1]
+            ranks.append(RemoteRank(self._take(name), config))
+        return ranks
+
+    def close(self) -> None:
+        """Lets everybody go."""
+        with self._change:
+            self._closed = True
+            idle = [wire for wires in self._idle.values() for wire in wires]
+            self._change.notify_all()
+        self._listener.close()
+        for wire in idle:
+            wire.close()
+
+    def _next(self, used: list[str]) -> str:
+        told = False
+        with self._change:
+            while True:
+                if self._closed:
+                    raise WireError("the server stops")
+                fresh = [name for name, wires in self._idle.items() if wires and name not in used]
+                if fresh:
+                    used.append(fresh[0])
+                    return fresh[0]
+                if not told:
+                    logger.info("waiting for workers on port %d: %d of %d", self.port, len(used), self.count)
+                    told = True
+                self._change.wait(1.0)
+
+    def _take(self, name: str) -> Wire:
+        with self._change:
+            if not self._change.wait_for(lambda: self._idle.get(name) or self._closed, INTRODUCTION_SECONDS):
+                raise WireError(f"worker {name} has left")
+            if self._closed:
+                raise WireError("the server stops")
+            return self._idle[name].pop()
+
+    def _welcome(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._meet, args=(connection,), daemon=True).start()
+
+    def _meet(self, connection: socket.socket) -> None:
+        connection.settimeout(INTRODUCTION_SECONDS)
+        wire = Wire(connection)
+        try:
+            name = wire.introduce(self._key, leads=True)
+        except OSError as error:
+            logger.warning("somebody on the workers' port was turned away: %s", error)
+            wire.close()
+            return
+        connection.settimeout(None)
+        with self._change:
+            # A machine that came again has nothing to do with what is left of its former connections.
+            self._idle.setdefault(name, []).append(wire)
+            self._change.notify_all()
+
+
+class RemoteRank:
+    """A rank on another machine, as much of a process as `_Generation` needs, with its pipe.
+
+    Attributes:
+        pipe: takes jobs and gives answers, as a local rank's does.
+        sentinel: becomes ready when the rank is gone.
+    """
+
+    exitcode: int | None = None
+
+    def __init__(self, wire: Wire, config: rank.RankConfig) -> None:
+        self._wire = wire
+        self.pipe, self._inner = multiprocessing.Pipe()
+        self.sentinel, self._alive = os.pipe()
+        self._ended = threading.Event()
+        self._once = threading.Lock()
+        wire.send(config)
+        for target in (self._to, self._from):
+            threading.Thread(target=target, name=f"equipot-remote-rank-{config.rank}", daemon=True).start()
+
+    def is_alive(self) -> bool:
+        """Whether its connection stands."""
+        return not self._ended.is_set()
+
+    def kill(self) -> None:
+        """Ends the connection; the other machine then ends the rank."""
+        self._end()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits until it is gone."""
+        self._ended.wait(timeout)
+
+    def _to(self) -> None:
+        try:
+            while True:
+                self._wire.send(self._inner.recv())
+        except (EOFError, OSError):
+            self._end()
+
+    def _from(self) -> None:
+        try:
+            while True:
+                self._inner.send(self._wire.receive())
+        except (EOFError, OSError):
+            self._end()
+
+    def _end(self) -> None:
+        with self._once:
+            if not self._ended.is_set():
+                self._ended.set()
+                self._wire.close()
+                self._inner.close()
+                os.close(self._alive)
+
+
+def join(
+    leader: str, port: int, key: Path, *, announce: Callable[[str], None], stop: threading.Event
+) -> None:
+    """Lends this machine to a leader until `stop`; comes again whenever the leader does.
+
+    Raises:
+        ServeError: the key cannot be used.
+    """
+    known = read_key(key)
+    name = f"{socket.gethostname()}-{os.getpid()}"
+    announced = False
+    while not stop.is_set():
+        try:
+            connection = socket.create_connection((leader, port), INTRODUCTION_SECONDS)
+            wire = Wire(connection)
+            wire.introduce(known, leads=False, name=name)
+            connection.settimeout(None)
+        except OSError as error:
+            if announced or not isinstance(error, ConnectionRefusedError | socket.gaierror | TimeoutError):
+                logger.warning("no leader on %s:%d: %s", leader, port, error)
+            announced = False
+            stop.wait(PATIENCE_SECONDS)
+            continue
+        if not announced:
+            announce(f"joined {leader}:{port} as {name}")
+            announced = True
+        waker = threading.Thread(target=lambda held=wire: (stop.wait(), held.close()), daemon=True)
+        waker.start()
+        try:
+            config = wire.receive()
+        except OSError:
+            wire.close()
+            continue
+        if not isinstance(config, rank.RankConfig):
+            wire.close()
+            continue
+        config = config.on(leader)
+        threading.Thread(
+            target=_run, args=(wire, config), name=f"equipot-rank-{config.rank}", daemon=True
+        ).start()
+
+
+def _run(wire: Wire, config: rank.RankConfig) -> None:
+    """One rank in a process of its own, from its first message to its end or its leader's."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=rank.main, args=(config, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    logger.info("rank %d of %d of %s begins", config.rank, config.size, config.bundle)
+    threading.Thread(target=_answers, args=(ours, wire), daemon=True).start()
+    try:
+        while True:
+            ours.send(wire.receive())
+    except (EOFError, OSError):
+        pass
+    finally:
+        # Closing the pipe lets an idle rank end by itself; one that computes for nobody is not waited for.
+        process.join(0.0)
+        process.kill()
+        process.join()
+        wire.close()
+        logger.info("rank %d of %s has ended", config.rank, config.bundle)
+
+
+def _answers(pipe: Connection, wire: Wire) -> None:
+    try:
+        while True:
+            wait([pipe])
+            wire.send(pipe.recv())
+    except (EOFError, OSError):
+        # The rank is gone: its leader must hear of it.
+        wire.close()
+        time.sleep(0)
