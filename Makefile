@@ -8,15 +8,17 @@ OUT ?= demo-run
 # Threads that spin while they wait starve the other ranks and processes of a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-slow lint format protos bench clean
+.PHONY: help setup demo test test-slow test-pods lint format protos chart bench clean
 
 help:
 	@echo "make demo       import real data, train, export, serve, predict: the whole product in minutes"
 	@echo "make test       set up and run every check and test but the slow ones"
 	@echo "make test-slow  the tests that take minutes to hours"
+	@echo "make test-pods  builds the image and runs the chart's pods; needs podman and root"
 	@echo "make bench      the benchmarks, as JSON"
 	@echo "make format     rewrite the code in the house's style"
 	@echo "make protos     regenerate the protobuf code"
+	@echo "make chart      regenerate the Helm chart's README, schema and copies"
 	@echo "make clean      remove what was set up and made here"
 
 setup: $(SETUP)
@@ -42,10 +44,16 @@ lint: $(SETUP)
 # Two at once, each with one thread: what tests wait for is start-up more than computing. Tests of slow things
 # measure and kill, so they go one by one.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not pods" -n 2 --dist worksteal
 
 test-slow: $(SETUP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not pods"
+
+test-pods: $(SETUP)
+	$(BIN)/python -m pytest -m pods tests/helm
+
+chart: $(SETUP)
+	$(BIN)/python scripts/chart_docs.py
 
 bench: $(SETUP)
 	@for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
