@@ -8,7 +8,7 @@ import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import grpc
 from tests.serve.conftest import Inside, ask, inside, molecule, read
@@ -70,7 +70,9 @@ class Serving:
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path | str, **settings: Any) -> AsyncIterator[Serving]:
+async def serving(
+    folder: Path | str, *, dtype: Literal["float32", "float64"] = "float64", **settings: Any
+) -> AsyncIterator[Serving]:
     """Looks at the repository when told, unless `poll` is given."""
     values = {"poll": 0.0, "unload_after": 0.0} | settings
     config = ServeConfig(
@@ -78,7 +80,7 @@ async def serving(folder: Path | str, **settings: Any) -> AsyncIterator[Serving]
         admins=("*",),
         port=0,
         metrics_port=None,
-        dtype="float64",
+        dtype=dtype,
         threads=1,
     )
     async with inside(config) as there, grpc.aio.insecure_channel(there.address) as channel:

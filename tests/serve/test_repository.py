@@ -11,14 +11,17 @@ import shutil
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import grpc
+import numpy as np
 import pytest
 from tests.serve.conftest import ask, molecule, run, write_tiny
-from tests.serve.repository_helpers import label, put, serving
+from tests.serve.repository_helpers import MOLECULE, label, put, serving
 
+from equipot.serve import shadow
 from equipot.serve.errors import ServeError
 from equipot.serve.registry import share
 from equipot.serve.repository.labels import LabelError, parse
@@ -601,5 +604,62 @@ class TestAdmin:
                     assert caught.value.code() is code
                     assert message in str(caught.value.details())
                     assert await there.version() == "2"
+
+        run(test())
+
+
+class TestShadow:
+    def test_what_was_answered_is_answered_again_by_the_version_on_trial(
+        self, model: Path, three: tuple[Path, ...], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        label(model, "stable = 1\n[shadow]\nversion = 2\nweight = 0.5")
+        names = {"model": "tiny", "version": "1", "shadow": "2"}
+
+        async def test() -> None:
+            async with serving(model.parent, unload_after=60.0) as there:
+                energies = [await there.energy() for _ in range(8)]
+                assert {reference.version for _, reference in energies} == {"1"}
+                count = "shadow_energy_difference_ev_per_atom_count"
+                await there.inside.until(lambda: there.inside.value(count, **names) == 4)
+                other, _ = await there.energy("tiny@shadow")
+                expected = abs(other - energies[0][0]) / len(MOLECULE.positions)
+                total = there.inside.value("shadow_energy_difference_ev_per_atom_sum", **names)
+                assert total == pytest.approx(4 * expected, rel=1e-9)
+                assert there.inside.value("shadow_force_difference_ev_per_angstrom_count", **names) == 4
+                assert there.inside.value("shadow_requests_total", **names, outcome="ok") == 4
+                # A structure that the stable version refuses has nothing to be compared with.
+                gold = replace(molecule(1), atomic_numbers=np.full(6, 79))
+                await there.inside.stub.Predict(ask([gold, MOLECULE], model="tiny"))
+                await there.inside.stub.Predict(ask([gold, MOLECULE], model="tiny"))
+                await there.inside.until(lambda: there.inside.value(count, **names) == 5)
+                assert there.inside.value("shadow_structures_failed_total", **names) == 0
+
+        run(test())
+        (line,) = [one.message for one in caplog.records if one.message.startswith("shadow ")]
+        assert line.startswith("shadow tiny@2 against tiny@1: 1 structures, energy differs by ")
+
+    def test_a_shadow_that_fails_or_lags_behind_harms_nobody(
+        self, model: Path, three: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        put(write_tiny(model.parent.parent / "sick", "tiny", poison=8, seed=2), model / "3")
+        label(model, "stable = 1\n[shadow]\nversion = 3")
+        monkeypatch.setattr(shadow, "MOST_WAITING", 2)
+        names = {"model": "tiny", "version": "1", "shadow": "3"}
+        oxygen = molecule(1, elements=(8,))
+
+        async def test() -> None:
+            # In float32 the weights of version 3 overflow for oxygen.
+            async with serving(model.parent, dtype="float32") as there:
+                answers = await asyncio.gather(
+                    *(there.inside.stub.Predict(ask([oxygen], model="tiny")) for _ in range(40))
+                )
+                assert not any(answer.failures for answer in answers)
+                value = functools.partial(there.inside.value, "shadow_requests_total", **names)
+                await there.inside.until(lambda: value(outcome="ok") + value(outcome="dropped") == 40)
+                assert value(outcome="dropped") > 0
+                assert (
+                    there.inside.value("shadow_structures_failed_total", **names) == value(outcome="ok") > 0
+                )
 
         run(test())

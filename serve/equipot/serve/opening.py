@@ -11,14 +11,16 @@ from equipot.serve.metrics import Metrics
 from equipot.serve.model_metrics import ModelMetrics
 from equipot.serve.registry import Registry
 from equipot.serve.repository.keeper import Keeper
+from equipot.serve.shadow import Shadow
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What is served, and what keeps it current; None without a repository."""
+    """What is served; and without a repository None: what keeps it current, and who answers on trial."""
 
     registry: Registry
-    keeper: Keeper | None
+    keeper: Keeper | None = None
+    shadow: Shadow | None = None
 
     @property
     def busy(self) -> bool:
@@ -29,6 +31,8 @@ class Opened:
         """Ends what the models hold besides memory."""
         if self.keeper is not None:
             self.keeper.close()
+        if self.shadow is not None:
+            self.shadow.close()
         for model in self.registry:
             model.engine.close()
 
@@ -46,8 +50,8 @@ async def open_models(config: ServeConfig, metrics: Metrics) -> Opened:
     counts = ModelMetrics(metrics.registry)
     counts.watch(registry)
     metrics.watch_gpu(lambda: gpu_bytes(config.device))
-    keeper = None
-    if config.repository is not None:
-        keeper = Keeper(config.repository, registry, config, counts)
-        await keeper.start()
-    return Opened(registry, keeper)
+    if config.repository is None:
+        return Opened(registry)
+    keeper = Keeper(config.repository, registry, config, counts)
+    await keeper.start()
+    return Opened(registry, keeper, Shadow(registry, metrics.registry))

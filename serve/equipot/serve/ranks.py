@@ -183,6 +183,7 @@ class Ranks:
         )
         self._name = bundle.name
         self._closing = threading.Event()
+        self._asking = threading.Lock()
         self._load_seconds = 0.0
         try:
             first = self._start()
@@ -223,7 +224,9 @@ class Ranks:
             raise self._not_ready()
         fields = {name: getattr(batch, name).numpy() for name in SystemBatch.__slots__}
         try:
-            return generation.compute(rank.Job(fields, forces, stress))
+            # Answers come in the order of questions, whoever asks.
+            with self._asking:
+                return generation.compute(rank.Job(fields, forces, stress))
         except (EOFError, OSError):
             raise self._not_ready() from None
 

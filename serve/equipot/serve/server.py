@@ -162,7 +162,7 @@ class GrpcServer:
 
     def open(self, opened: Opened) -> None:
         """Serves these models."""
-        self._gate.open(opened.registry)
+        self._gate.open(opened.registry, opened.shadow)
         if opened.keeper is not None:
             self._admin.open(opened.keeper)
         self._health.set(serving=opened.registry.ready)

@@ -18,6 +18,7 @@ from equipot.serve.job import Answer, Key, Work
 from equipot.serve.metrics import NO_MODEL, OK, Metrics, ModelCounts
 from equipot.serve.models import ServedModel
 from equipot.serve.registry import Registry
+from equipot.serve.shadow import Shadow
 from equipot.serve.shares import Priority
 from equipot.serve.status import Context, guarded
 from equipot.wire.v1 import potential_pb2 as pb
@@ -42,16 +43,17 @@ class Gate:
     """Lets calls in while the server serves."""
 
     def __init__(self) -> None:
+        self.shadow: Shadow | None = None
         self._registry: Registry | None = None
         self._refusal = ("the server is starting", RETRY_STARTING)
 
-    def open(self, registry: Registry) -> None:
-        """From now on calls are answered by these models."""
-        self._registry = registry
+    def open(self, registry: Registry, shadow: Shadow | None = None) -> None:
+        """From now on calls are answered by these models, and those on trial see what was answered."""
+        self._registry, self.shadow = registry, shadow
 
     def close(self) -> None:
         """From now on calls are refused."""
-        self._registry = None
+        self._registry = self.shadow = None
         self._refusal = ("the server is shutting down", RETRY_DRAINING)
 
     def registry(self) -> Registry:
@@ -105,7 +107,10 @@ class PotentialServicer:
             outcome = OK
             # Once the answer has left: nobody waits for what is learnt of it.
             seconds = time.perf_counter() - started
-            asyncio.get_running_loop().call_soon(_note_answer, counts, work, answer, seconds)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(_note_answer, counts, work, answer, seconds)
+            if self._gate.shadow is not None:
+                loop.call_soon(self._gate.shadow.offer, work, answer)
             return response
         except CallError as error:
             outcome = error.reason.lower()
