@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.serve.certificates import HERE, Authority, Files
 from tests.serve.conftest import Bundles, Process, launch, molecule, running
+from tests.serve.conftest import ask as request_of
 
 from equipot.cli.main import main
 from equipot.client import AsyncClient, Client, ClientError, NotTrusted, RetryPolicy, Structure, Tls
 from equipot.serve.errors import ServeError
 from equipot.serve.reread import POLL_SECONDS
 from equipot.serve.tls import Certificates, TlsFiles
+from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 ONCE = RetryPolicy(attempts=1)
 SYSTEM = molecule(1)
@@ -72,16 +76,22 @@ def secured(workshop: Workshop, bundles: Bundles, files: Files, *words: object) 
 
 
 @pytest.fixture(scope="module")
-def tls(workshop: Workshop, bundles: Bundles) -> Iterator[Process]:
-    with secured(workshop, bundles, workshop.ours.issue("server")) as process:
+def files(workshop: Workshop) -> Files:
+    """The certificate of the server without client certificates."""
+    return workshop.ours.issue("server")
+
+
+@pytest.fixture(scope="module")
+def tls(workshop: Workshop, bundles: Bundles, files: Files) -> Iterator[Process]:
+    with secured(workshop, bundles, files) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
 def mtls(workshop: Workshop, bundles: Bundles) -> Iterator[Process]:
-    with secured(
-        workshop, bundles, workshop.ours.issue("strict"), "--tls-client-ca", workshop.ours.file
-    ) as process:
+    closed = ["--no-reflection", "--log-structures", "--metrics-host", "localhost"]
+    files = workshop.ours.issue("strict")
+    with secured(workshop, bundles, files, "--tls-client-ca", workshop.ours.file, *closed) as process:
         yield process
 
 
@@ -158,6 +168,27 @@ def test_a_callers_files_are_checked_at_once(workshop: Workshop) -> None:
         Tls(ca=ann.key)
 
 
+def test_what_is_closed_is_closed(mtls: Process, workshop: Workshop) -> None:
+    assert "http://localhost:" in mtls.lines[0]
+    own = workshop.ours.issue("operator")
+    trust = Tls(ca=workshop.ours.file, cert=own.cert, key=own.key)
+    with grpc.secure_channel(mtls.address, trust.channel_credentials()) as channel:
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        with pytest.raises(grpc.RpcError) as error:
+            next(reflection.ServerReflectionInfo(iter([question]), timeout=20))
+        assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        # A name that would be a line of its own, and a structure that the operator wants to see.
+        forged = "tiny\n2026-01-01 00:00:00,000 INFO equipot.access: Predict identity=root"
+        stub = PotentialServiceStub(channel)
+        with pytest.raises(grpc.RpcError):
+            stub.Predict(request_of([molecule(1)], model=forged), timeout=20)
+        stub.Predict(request_of([molecule(9)]), timeout=20)
+    position = repr(molecule(9).positions.tolist()[0][0])
+    until(lambda: any(position in line and " contents=" in line for line in mtls.log().splitlines()))
+    assert "identity=root" not in mtls.log()
+
+
 def test_a_probe_and_the_command_line(
     tls: Process, workshop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,8 +222,8 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.05)
 
 
-def test_rotation_while_a_client_calls(workshop: Workshop, bundles: Bundles) -> None:
-    files = workshop.ours.issue("rotated")
+def test_rotation_while_a_client_calls(workshop: Workshop, tls: Process, files: Files) -> None:
+    process = tls
     first = files.cert.read_text()
     failures: list[Exception] = []
     n_calls = 0
@@ -205,13 +236,11 @@ def test_rotation_while_a_client_calls(workshop: Workshop, bundles: Bundles) -> 
                 # A connection of its own each time, so that handshakes meet every moment of the change.
                 ask_blocking(process.address, tls=Tls(ca=workshop.ours.file))
                 n_calls += 1
+                time.sleep(0.05)
             except Exception as error:
                 failures.append(error)
 
-    with (
-        secured(workshop, bundles, files) as process,
-        Client(process.address, tls=Tls(ca=workshop.ours.file)) as lasting,
-    ):
+    with Client(process.address, tls=Tls(ca=workshop.ours.file)) as lasting:
         before = lasting.predict(STRUCTURE).energy[0]
         caller = threading.Thread(target=call)
         caller.start()
@@ -288,6 +317,7 @@ def test_files_that_cannot_be_used_are_named(workshop: Workshop, how: str) -> No
         Certificates(broken(workshop, how))
 
 
+@pytest.mark.slow
 def test_a_server_does_not_start_with_them(workshop: Workshop, bundles: Bundles, tmp_path: Path) -> None:
     files = broken(workshop, "expired")
     words = ["--port", 0, "--no-metrics", "--tls-cert", files.certificate, "--tls-key", files.key]

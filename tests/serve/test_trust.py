@@ -399,27 +399,6 @@ def test_nothing_of_a_structure_is_logged(guarded: Process, stub: PotentialServi
     assert ANN not in guarded.log()
 
 
-def test_what_is_closed_is_closed(bundles: Bundles, tmp_path: Path) -> None:
-    words = ["--no-reflection", "--log-structures", "--metrics-host", "localhost", "--threads", 1]
-    with running(bundles.tiny, *words, stderr=tmp_path / "log") as process:
-        assert "http://localhost:" in process.lines[0]
-        with grpc.insecure_channel(process.address) as channel:
-            question = reflection_pb2.ServerReflectionRequest(list_services="")
-            reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
-            with pytest.raises(grpc.RpcError) as error:
-                next(reflection.ServerReflectionInfo(iter([question]), timeout=20))
-            assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
-            # A name that would be a line of its own, and a structure that the operator wants to see.
-            forged = "tiny\n2026-01-01 00:00:00,000 INFO equipot.access: Predict identity=root"
-            with pytest.raises(grpc.RpcError):
-                PotentialServiceStub(channel).Predict(ask([molecule(1)], model=forged), timeout=20)
-            PotentialServiceStub(channel).Predict(ask([molecule(9)]), timeout=20)
-        until(lambda: "contents=" in process.log())
-        (line,) = [line for line in process.log().splitlines() if "contents=" in line]
-        assert repr(molecule(9).positions.tolist()[0][0]) in line
-        assert "identity=root" not in process.log()
-
-
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 PING = bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"12345678"
 GOAWAY = 7
