@@ -153,6 +153,30 @@ def test_a_callers_certificate_that_has_expired(mtls: Process, workshop: Worksho
         ask(mtls.address, tls=Tls(ca=workshop.ours.file, cert=own.cert, key=own.key))
 
 
+def test_a_caller_whose_certificate_is_renewed(mtls: Process, workshop: Workshop) -> None:
+    own = workshop.ours.issue("renewed")
+    trust = Tls(ca=workshop.ours.file, cert=own.cert, key=own.key)
+
+    async def both() -> None:
+        async with AsyncClient(mtls.address, tls=trust) as patient:
+            with Client(mtls.address, tls=trust) as client:
+                for _ in range(3):
+                    assert client.predict(STRUCTURE).energy[0] == (await patient.predict(STRUCTURE)).energy[0]
+                    before, retiring = client._channel, patient._channel
+                    # First the certificate alone, which with the old key is of no use: the old pair goes on.
+                    fresh = workshop.ours.issue("fresh")
+                    own.cert.write_bytes(fresh.cert.read_bytes())
+                    client.predict(STRUCTURE)
+                    assert client._channel is before
+                    own.key.write_bytes(fresh.key.read_bytes())
+                    client.predict(STRUCTURE)
+                    await patient.predict(STRUCTURE)
+                    assert client._channel is not before
+                    assert patient._channel is not retiring
+
+    asyncio.run(both())
+
+
 def test_a_callers_files_are_checked_at_once(workshop: Workshop) -> None:
     ann, bob = workshop.ours.issue("ann"), workshop.ours.issue("bob")
     locked = workshop.ours.issue("locked", password=b"secret")

@@ -17,7 +17,7 @@ import grpc.aio
 
 from equipot.client.batches import Part, Priority, Wish, cut, gone_meanwhile
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
-from equipot.client.credentials import Credentials, Tls, TokenSource
+from equipot.client.credentials import Credentials, FileState, Tls, TokenSource
 from equipot.client.errors import ClientError, LimitExceeded, ModelNotFound, from_rpc_error
 from equipot.client.explanation import Explanation, explained, together
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
@@ -79,6 +79,9 @@ class AsyncClient:
         )
         self._token = TokenSource(self._settings.credentials)
         self._channel: grpc.aio.Channel | None = None
+        # One that drops out, two renewals later, closes itself.
+        self._retired: deque[grpc.aio.Channel] = deque(maxlen=2)
+        self._files: FileState = ()
         self._stub: PotentialServiceAsyncStub | None = None
         self._closed = False
         self._limits: dict[str, Limits] = {}
@@ -108,7 +111,9 @@ class AsyncClient:
         """Closes the connection; requests under way are cancelled."""
         self._closed = True
         if self._channel is not None:
-            await self._channel.close(None)
+            for channel in (*self._retired, self._channel):
+                await channel.close(None)
+        self._retired.clear()
         self._channel = self._stub = None
 
     async def predict(
@@ -271,9 +276,15 @@ class AsyncClient:
     def _connected(self) -> PotentialServiceAsyncStub:
         if self._closed:
             raise ClientError(f"the client of {self.address} is closed: make another one")
+        credentials = self._settings.credentials
+        if self._channel is not None and credentials.is_renewed(self._files):
+            # Calls under way end on the connection they began on.
+            self._retired.append(self._channel)
+            self._channel = self._stub = None
         if self._stub is None:
             options = channel_options(self.address, self._settings.max_message_bytes)
-            self._channel = self._settings.credentials.open_aio(self.address, options)
+            self._files = credentials.state()
+            self._channel = credentials.open_aio(self.address, options)
             self._stub = cast("PotentialServiceAsyncStub", PotentialServiceStub(self._channel))
         return self._stub
 

@@ -18,6 +18,7 @@ from equipot.client.tracing import aio_interceptors, traced
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 Options = list[tuple[str, int | str]]
+FileState = tuple[tuple[int, ...], ...]
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
@@ -31,6 +32,8 @@ class Tls:
         cert: PEM file of the client's own certificate, for servers that ask for one.
         key: PEM file of its private key.
         name: in the server's certificate, if it is another than that in the address.
+
+    A client looks for new files before each call, and connects anew with a pair that has changed.
 
     Raises:
         ClientError: a file cannot be read or used, or certificate and key do not belong together.
@@ -110,6 +113,25 @@ class Credentials:
                 " --allow-plaintext-token)"
             )
 
+    def state(self) -> FileState:
+        """Which files of certificates there are now, to be compared with those of another time."""
+        if self.tls is None:
+            return ()
+        return tuple(
+            _signature(path) for path in (self.tls.ca, self.tls.cert, self.tls.key) if path is not None
+        )
+
+    def is_renewed(self, since: FileState) -> bool:
+        """Whether there are other files than at that time, and they can be used."""
+        if self.tls is None or self.state() == since:
+            return False
+        try:
+            self.tls.context()
+        except ClientError:
+            # Half of a new pair: the other half is on its way.
+            return False
+        return True
+
     def open(self, address: str, options: Options) -> grpc.Channel:
         """A channel to this address."""
         if self.tls is None:
@@ -152,10 +174,9 @@ class TokenSource:
         if self._file is None:
             return self._headers
         try:
-            state = os.stat(self._file)  # noqa: PTH116  # a path as it was given
+            seen = _stat(self._file)
         except OSError as error:
             raise ClientError(f"token file {os.fspath(self._file)}: {error.strerror}") from error
-        seen = state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
         with self._lock:
             if seen != self._seen:
                 place = f"token file {os.fspath(self._file)}"
@@ -176,6 +197,18 @@ def is_local(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _stat(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    state = os.stat(path)  # noqa: PTH116  # a path as it was given
+    return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def _signature(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    try:
+        return _stat(path)
+    except OSError:
+        return ()
 
 
 def _headers(token: str) -> Metadata:

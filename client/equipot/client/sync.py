@@ -17,7 +17,7 @@ import grpc
 
 from equipot.client.batches import Part, Priority, Wish, cut, gone_meanwhile
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
-from equipot.client.credentials import Credentials, Tls, TokenSource
+from equipot.client.credentials import Credentials, FileState, Tls, TokenSource
 from equipot.client.errors import ClientError, LimitExceeded, ModelNotFound, from_rpc_error
 from equipot.client.explanation import Explanation, explained, together
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
@@ -121,6 +121,8 @@ class Client:
         self._token = TokenSource(settings.credentials)
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
+        self._retired: deque[grpc.Channel] = deque()
+        self._files: FileState = ()
         self._stub: PotentialServiceStub | None = None
         self._process = 0
         self._closed = False
@@ -157,7 +159,9 @@ class Client:
         with self._lock:
             self._closed = True
             if self._channel is not None and self._process == os.getpid():
-                self._channel.close()
+                for channel in (*self._retired, self._channel):
+                    channel.close()
+            self._retired.clear()
             self._channel = self._stub = None
 
     def predict(
@@ -397,9 +401,17 @@ class Client:
         with self._lock:
             if self._closed:
                 raise ClientError(f"the client of {self.address} is closed: make another one")
+            credentials = self._settings.credentials
+            if self._channel is not None and credentials.is_renewed(self._files):
+                # Calls under way end on the connection they began on; those of two renewals ago are over.
+                self._retired.append(self._channel)
+                if len(self._retired) > 1:
+                    self._retired.popleft().close()
+                self._channel = self._stub = None
             if self._stub is None:
                 options = channel_options(self.address, self._settings.max_message_bytes)
-                self._channel = self._settings.credentials.open(self.address, options)
+                self._files = credentials.state()
+                self._channel = credentials.open(self.address, options)
                 self._stub = PotentialServiceStub(self._channel)
                 self._process = os.getpid()
             elif self._process != os.getpid():
