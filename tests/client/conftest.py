@@ -31,6 +31,7 @@ from equipot.wire.v1.codec import (
     PredictionArrays,
     StructureArrays,
     decode_structures,
+    encode_failures,
     encode_predictions,
 )
 
@@ -81,6 +82,8 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
     tamper: Callable[[pb.PredictResponse], None] = lambda response: None
     seen: list[Seen] = field(default_factory=list)
     skip_number: int = 0
+    relaxed: list[pb.RelaxRequest] = field(default_factory=list)
+    faults_after: list[tuple[grpc.StatusCode, list[Any]]] = field(default_factory=list)
     opened: list[pb.SessionOpen] = field(default_factory=list)
     model_calls: int = 0
     most_at_once: int = 0
@@ -156,6 +159,32 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
             del asked.properties[:]
             asked.properties.extend(step.properties or opened.properties)
             yield pb.SessionReply(number=step.number + self.skip_number, answer=self.Predict(asked, context))
+
+    def Relax(self, request: pb.RelaxRequest, context: Any) -> Iterator[pb.RelaxReply]:
+        """Moves nothing: each structure is answered where it is, the last one first, as ordered."""
+        self.relaxed.append(request)
+        arrays = decode_structures(request.structures)
+        offsets = arrays.offsets
+        predicted = self._compute(arrays, [pb.PROPERTY_FORCES])
+        failures = {failure.index: failure for failure in encode_failures(predicted.failures)}
+        reference = pb.ModelReference(name="lennard-jones", digest=self.digest, level_of_theory="LJ")
+        assert predicted.forces is not None
+        for index in reversed(range(len(arrays))):
+            if self.faults:
+                abort(context, *self.faults.pop(0))
+            part = slice(offsets[index], offsets[index + 1])
+            if request.progress_every:
+                yield pb.RelaxReply(progress=pb.RelaxProgress(index=index, step=1, energy=-1.0))
+            result = pb.RelaxResult(
+                index=index, converged=True, steps=3, positions=arrays.positions[part].tobytes(),
+                cell=arrays.cell[index].tobytes(), energy=predicted.energy[index],
+                forces=predicted.forces[part].tobytes(), model=reference,
+            )  # fmt: skip
+            if index in failures:
+                result.failure.CopyFrom(failures[index])
+            yield pb.RelaxReply(result=result)
+            self.faults += self.faults_after[:1]
+            del self.faults_after[:1]
 
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._model()])

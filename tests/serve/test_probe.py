@@ -67,6 +67,9 @@ class Liar(potential_pb2_grpc.PotentialServiceServicer):
     def Session(self, requests: Iterator[pb.SessionRequest], context: object) -> Iterator[pb.SessionReply]:
         return iter(())
 
+    def Relax(self, request: pb.RelaxRequest, context: object) -> Iterator[pb.RelaxReply]:
+        return iter(())
+
     def Predict(self, request: pb.PredictRequest, context: object) -> pb.PredictResponse:
         reply = self._stub.Predict(request)
         numbers = np.frombuffer(getattr(reply, self._spoil), dtype="<f8").copy()

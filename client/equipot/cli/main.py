@@ -42,6 +42,7 @@ VERBS: dict[str, Verb] = {
     "token": Verb("make a bearer token for a server's callers", "equipot.cli.token", "app", ""),
     "doctor": Verb("say what this machine and installation have", "equipot.cli.doctor", "app", ""),
     "predict": Verb("predict every frame of a file", "equipot.client.cli", "predict_app", "ase"),
+    "relax": Verb("relax every frame of a file on a server", "equipot.client.cli_relax", "app", "ase"),
 }
 
 

@@ -22,6 +22,7 @@ from equipot.client.errors import (
     Unauthenticated,
 )
 from equipot.client.explanation import Explanation
+from equipot.client.relax import Relaxed
 from equipot.client.results import Limits, ModelInfo, ModelReference, Prediction, Predictions
 from equipot.client.retry import RetryPolicy
 from equipot.client.session import Session
@@ -53,6 +54,7 @@ __all__ = [
     "NotTrusted",
     "Prediction",
     "Predictions",
+    "Relaxed",
     "RetryPolicy",
     "ServerError",
     "ServerUnavailable",

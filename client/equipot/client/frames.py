@@ -15,6 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import iread, write
 
 from equipot.client.errors import FileError, describe
+from equipot.client.relax import Relaxed
 from equipot.client.results import Prediction
 from equipot.wire.v1.codec import FloatArray
 
@@ -76,21 +77,32 @@ class FrameReader:
 class FrameWriter:
     """An extxyz file that gets its name when it is complete; what an interruption leaves is in `partial`.
 
+    Args:
+        path: the file.
+        resume: whether the whole frames of a partial file are kept and written after.
+
     Raises:
         FileError: it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.n_written = 0
+        self._resume = resume
         self._complete = 0
         self._file: FileIO | None = None
 
     def __enter__(self) -> Self:
         """Opens the partial file."""
         try:
-            self._file = self.partial.open("wb", buffering=0)
+            if self._resume and self.partial.exists():
+                self.n_written, self._complete = whole_frames(self.partial)
+                self._file = self.partial.open("r+b", buffering=0)
+                self._file.truncate(self._complete)
+                self._file.seek(self._complete)
+            else:
+                self._file = self.partial.open("wb", buffering=0)
         except OSError as error:
             raise FileError(f"cannot write {self.partial}: {error.strerror}") from error
         return self
@@ -130,6 +142,18 @@ class FrameWriter:
                 self.partial.unlink()
         except OSError as broken:
             raise FileError(f"cannot write {self.path}: {broken.strerror}") from broken
+
+
+def whole_frames(path: Path) -> tuple[int, int]:
+    """How many whole frames an extxyz file begins with, and the bytes that they take."""
+    count = end = 0
+    with path.open("rb") as file:
+        while (line := file.readline()).strip().isdigit():
+            lines = [file.readline() for _ in range(int(line) + 1)]
+            if not lines[-1].endswith(b"\n"):
+                break
+            count, end = count + 1, file.tell()
+    return count, end
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,6 +209,18 @@ def with_results(frame: Atoms, prediction: Prediction) -> Atoms:
         results["stress"] = prediction.stress
     frame.calc = SinglePointCalculator(frame, **results)
     return frame
+
+
+def with_relaxed(frame: Atoms, relaxed: Relaxed) -> Atoms:
+    """A copy of the frame where it came to rest, with its results; or as it was, with the reason why not."""
+    prediction = Prediction(relaxed.energy, relaxed.forces, relaxed.stress, relaxed.failure, relaxed.model)
+    moved = frame.copy()
+    if relaxed.failure is None:
+        moved.set_cell(relaxed.cell)
+        moved.set_positions(relaxed.positions, apply_constraint=False)
+        moved.info["equipot_converged"] = relaxed.converged
+        moved.info["equipot_steps"] = relaxed.steps
+    return with_results(moved, prediction)
 
 
 class Comparison:

@@ -27,6 +27,7 @@ from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
 from equipot.serve.inference_protocol import InferenceServicer
 from equipot.serve.metrics import Metrics, MetricsEndpoint
+from equipot.serve.motion.servicer import MotionServicer
 from equipot.serve.opening import Opened, open_models
 from equipot.serve.registry import Registry
 from equipot.serve.reread import keep_current
@@ -128,6 +129,8 @@ class GrpcServer:
         servicer.add_to(self._server)
         self._sessions = SessionServicer(servicer, self._dispatcher, metrics, config.sessions)
         self._sessions.add_to(self._server)
+        self._motion = MotionServicer(servicer, self._dispatcher, metrics)
+        self._motion.add_to(self._server)
         InferenceServicer(servicer, ready=lambda: self._health.serving).add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.admins:
@@ -185,6 +188,7 @@ class GrpcServer:
         logger.info("draining: new calls are refused, accepted ones have %g s", seconds)
         self._gate.close()
         self._sessions.drain()
+        self._motion.drain()
         self._admin.close()
         try:
             await asyncio.wait_for(self._dispatcher.quiet(), seconds)
@@ -200,6 +204,7 @@ class GrpcServer:
             self._keeping.cancel()
         self._health.close()
         await self._server.stop(LAST_ANSWERS_SECONDS)
+        self._motion.close()
         self._dispatcher.close()
         logger.info("stopped")
 

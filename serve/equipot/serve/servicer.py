@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import cast
+from typing import TypeAlias, cast
 
 import grpc
 
@@ -31,6 +31,9 @@ from equipot.wire.v1.codec import (
 )
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PotentialService"].full_name
+
+Naming: TypeAlias = pb.PredictRequest | pb.SessionOpen | pb.RelaxRequest
+"""Requests that name a model to compute with."""
 
 RETRY_STARTING = 2.0
 """Seconds after which a server that loads may be ready."""
@@ -158,7 +161,7 @@ class PotentialServicer:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
-    def find(self, request: pb.PredictRequest | pb.SessionOpen, context: Context) -> ServedModel:
+    def find(self, request: Naming, context: Context) -> ServedModel:
         """The model that a request names.
 
         Raises:
@@ -212,7 +215,7 @@ class PotentialServicer:
         return structures
 
 
-def _session(request: pb.PredictRequest | pb.GetModelRequest | pb.SessionOpen, context: Context) -> str:
+def _session(request: Naming | pb.GetModelRequest, context: Context) -> str:
     """Whose calls belong together."""
     return request.session or current_call().identity or str(context.peer())
 

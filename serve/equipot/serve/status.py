@@ -150,6 +150,29 @@ def guarded_stream(
     )
 
 
+def guarded_reply_stream(
+    method: Callable[[RequestT, Context], AsyncIterator[Message]], request_type: type[RequestT]
+) -> grpc.RpcMethodHandler[bytes, Message]:
+    """As `guarded`, of a method that answers one request by a stream."""
+
+    async def answer(raw: bytes, context: Context) -> AsyncIterator[Message]:
+        try:
+            async for reply in method(_parse(request_type, raw), context):
+                yield reply
+            return
+        except CallError as error:
+            failure = error
+        except Exception:
+            logger.exception("%s failed", request_type.__name__)
+            failure = CallError("the server failed on this request; its log has the reason")
+        await refuse(context, failure)
+
+    behaviour: Any = answer
+    return grpc.unary_stream_rpc_method_handler(
+        behaviour, request_deserializer=None, response_serializer=lambda message: message.SerializeToString()
+    )
+
+
 def _parse(request_type: type[RequestT], raw: bytes) -> RequestT:
     try:
         return request_type.FromString(raw)

@@ -244,6 +244,18 @@ def decode_step(step: pb.SessionStep, before: StructureArrays) -> StructureArray
     return replace(before, positions=positions, cell=cell)
 
 
+def decode_flags(field: str, raw: bytes, n_atoms: int) -> BoolArray:
+    """(n_atoms,) bool from bytes of 0 and 1; all False where there are none.
+
+    Raises:
+        CodecError: another length, or another number.
+    """
+    flags = _from_bytes(field, raw, np.uint8, (n_atoms,), optional=True)
+    if raw and int(flags.max(initial=0)) > 1:
+        raise CodecError(field, f"holds {int(flags.max())}", "send one byte for each atom, 0 or 1")
+    return flags.view(np.bool_)
+
+
 def encode_predictions(arrays: PredictionArrays, response: pb.PredictResponse) -> None:
     """Writes energy, forces, stress and failures into the response; its other fields are left alone."""
     response.energy = _to_bytes(arrays.energy, np.float64)

@@ -101,6 +101,54 @@ FAILURE_REASON_INTERNAL: FailureReason.ValueType  # 5
 """The server failed on it."""
 global___FailureReason = FailureReason
 
+class _Optimizer:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _OptimizerEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Optimizer.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    OPTIMIZER_UNSPECIFIED: _Optimizer.ValueType  # 0
+    """FIRE."""
+    OPTIMIZER_FIRE: _Optimizer.ValueType  # 1
+    OPTIMIZER_LBFGS: _Optimizer.ValueType  # 2
+
+class Optimizer(_Optimizer, metaclass=_OptimizerEnumTypeWrapper): ...
+
+OPTIMIZER_UNSPECIFIED: Optimizer.ValueType  # 0
+"""FIRE."""
+OPTIMIZER_FIRE: Optimizer.ValueType  # 1
+OPTIMIZER_LBFGS: Optimizer.ValueType  # 2
+global___Optimizer = Optimizer
+
+class _CellMotion:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CellMotionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CellMotion.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CELL_MOTION_UNSPECIFIED: _CellMotion.ValueType  # 0
+    """Fixed."""
+    CELL_MOTION_FIXED: _CellMotion.ValueType  # 1
+    CELL_MOTION_FULL: _CellMotion.ValueType  # 2
+    """Every component."""
+    CELL_MOTION_ISOTROPIC: _CellMotion.ValueType  # 3
+    """Its volume alone."""
+    CELL_MOTION_CONSTANT_VOLUME: _CellMotion.ValueType  # 4
+    """Its shape alone."""
+
+class CellMotion(_CellMotion, metaclass=_CellMotionEnumTypeWrapper): ...
+
+CELL_MOTION_UNSPECIFIED: CellMotion.ValueType  # 0
+"""Fixed."""
+CELL_MOTION_FIXED: CellMotion.ValueType  # 1
+CELL_MOTION_FULL: CellMotion.ValueType  # 2
+"""Every component."""
+CELL_MOTION_ISOTROPIC: CellMotion.ValueType  # 3
+"""Its volume alone."""
+CELL_MOTION_CONSTANT_VOLUME: CellMotion.ValueType  # 4
+"""Its shape alone."""
+global___CellMotion = CellMotion
+
 class _ModelState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -410,6 +458,166 @@ class SessionReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["answer", b"answer", "number", b"number"]) -> None: ...
 
 global___SessionReply = SessionReply
+
+@typing.final
+class RelaxRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    STRUCTURES_FIELD_NUMBER: builtins.int
+    LEVEL_OF_THEORY_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    OPTIMIZER_FIELD_NUMBER: builtins.int
+    FMAX_FIELD_NUMBER: builtins.int
+    MAX_STEPS_FIELD_NUMBER: builtins.int
+    MAX_STEP_FIELD_NUMBER: builtins.int
+    CELL_FIELD_NUMBER: builtins.int
+    PRESSURE_FIELD_NUMBER: builtins.int
+    FIXED_FIELD_NUMBER: builtins.int
+    PROGRESS_EVERY_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """As in PredictRequest."""
+    level_of_theory: builtins.str
+    session: builtins.str
+    priority: global___Priority.ValueType
+    optimizer: global___Optimizer.ValueType
+    fmax: builtins.float
+    """eV/Å: the largest force of a relaxed structure, the cell's included; 0: 0.05."""
+    max_steps: builtins.int
+    """After which a structure is given up; 0: 500."""
+    max_step: builtins.float
+    """Å that an atom moves at most in a step; 0: 0.2."""
+    cell: global___CellMotion.ValueType
+    pressure: builtins.float
+    """eV/Å³, from outside upon a cell whose volume moves."""
+    fixed: builtins.bytes
+    """uint8[N], 1 for an atom that stays where it is; empty: all move."""
+    progress_every: builtins.int
+    """How many steps apart progress is told; 0: never."""
+    @property
+    def structures(self) -> global___Structures: ...
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        structures: global___Structures | None = ...,
+        level_of_theory: builtins.str = ...,
+        session: builtins.str = ...,
+        priority: global___Priority.ValueType = ...,
+        optimizer: global___Optimizer.ValueType = ...,
+        fmax: builtins.float = ...,
+        max_steps: builtins.int = ...,
+        max_step: builtins.float = ...,
+        cell: global___CellMotion.ValueType = ...,
+        pressure: builtins.float = ...,
+        fixed: builtins.bytes = ...,
+        progress_every: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["structures", b"structures"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "fixed", b"fixed", "fmax", b"fmax", "level_of_theory", b"level_of_theory", "max_step", b"max_step", "max_steps", b"max_steps", "model", b"model", "optimizer", b"optimizer", "pressure", b"pressure", "priority", b"priority", "progress_every", b"progress_every", "session", b"session", "structures", b"structures"]) -> None: ...
+
+global___RelaxRequest = RelaxRequest
+
+@typing.final
+class RelaxReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: builtins.int
+    RESULT_FIELD_NUMBER: builtins.int
+    @property
+    def progress(self) -> global___RelaxProgress: ...
+    @property
+    def result(self) -> global___RelaxResult: ...
+    def __init__(
+        self,
+        *,
+        progress: global___RelaxProgress | None = ...,
+        result: global___RelaxResult | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["kind", b"kind", "progress", b"progress", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "progress", b"progress", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["progress", "result"] | None: ...
+
+global___RelaxReply = RelaxReply
+
+@typing.final
+class RelaxProgress(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    ENERGY_FIELD_NUMBER: builtins.int
+    LARGEST_FORCE_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """The structure's index in the request."""
+    step: builtins.int
+    energy: builtins.float
+    """eV."""
+    largest_force: builtins.float
+    """eV/Å, of the atoms that move."""
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        step: builtins.int = ...,
+        energy: builtins.float = ...,
+        largest_force: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["energy", b"energy", "index", b"index", "largest_force", b"largest_force", "step", b"step"]) -> None: ...
+
+global___RelaxProgress = RelaxProgress
+
+@typing.final
+class RelaxResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    CONVERGED_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    POSITIONS_FIELD_NUMBER: builtins.int
+    CELL_FIELD_NUMBER: builtins.int
+    ENERGY_FIELD_NUMBER: builtins.int
+    FORCES_FIELD_NUMBER: builtins.int
+    STRESS_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """The structure's index in the request."""
+    converged: builtins.bool
+    """Whether its forces are below fmax; if not, and there is no failure, max_steps were not enough."""
+    steps: builtins.int
+    positions: builtins.bytes
+    """float64[n, 3] in Å and float64[3, 3] in Å: where it came to rest, or where it was when it failed."""
+    cell: builtins.bytes
+    energy: builtins.float
+    """There: eV, float64[n, 3] in eV/Å, float64[3, 3] in eV/Å³ if the cell moves. NaN or empty if it failed."""
+    forces: builtins.bytes
+    stress: builtins.bytes
+    @property
+    def failure(self) -> global___Failure:
+        """Present if it could not go on; its index is that of this result."""
+
+    @property
+    def model(self) -> global___ModelReference: ...
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        converged: builtins.bool = ...,
+        steps: builtins.int = ...,
+        positions: builtins.bytes = ...,
+        cell: builtins.bytes = ...,
+        energy: builtins.float = ...,
+        forces: builtins.bytes = ...,
+        stress: builtins.bytes = ...,
+        failure: global___Failure | None = ...,
+        model: global___ModelReference | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "converged", b"converged", "energy", b"energy", "failure", b"failure", "forces", b"forces", "index", b"index", "model", b"model", "positions", b"positions", "steps", b"steps", "stress", b"stress"]) -> None: ...
+
+global___RelaxResult = RelaxResult
 
 @typing.final
 class ModelReference(google.protobuf.message.Message):

@@ -49,6 +49,11 @@ class PotentialServiceStub(object):
                 request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SessionRequest.SerializeToString,
                 response_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SessionReply.FromString,
                 _registered_method=True)
+        self.Relax = channel.unary_stream(
+                '/equipot.wire.v1.PotentialService/Relax',
+                request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxRequest.SerializeToString,
+                response_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxReply.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/equipot.wire.v1.PotentialService/ListModels',
                 request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.ListModelsRequest.SerializeToString,
@@ -96,6 +101,15 @@ class PotentialServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Relax(self, request, context):
+        """Moves each structure to where its forces vanish, by an optimiser on the server, in batches with everybody
+        else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
+        answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """The models that this server serves, one entry for each version.
         """
@@ -127,6 +141,11 @@ def add_PotentialServiceServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SessionRequest.FromString,
                     response_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SessionReply.SerializeToString,
+            ),
+            'Relax': grpc.unary_stream_rpc_method_handler(
+                    servicer.Relax,
+                    request_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxRequest.FromString,
+                    response_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxReply.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -220,6 +239,33 @@ class PotentialService(object):
             '/equipot.wire.v1.PotentialService/Session',
             equipot_dot_wire_dot_v1_dot_potential__pb2.SessionRequest.SerializeToString,
             equipot_dot_wire_dot_v1_dot_potential__pb2.SessionReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Relax(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/equipot.wire.v1.PotentialService/Relax',
+            equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxRequest.SerializeToString,
+            equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,15 @@ class PotentialServiceStub:
     open again at the same step.
     """
 
+    Relax: grpc.UnaryStreamMultiCallable[
+        equipot.wire.v1.potential_pb2.RelaxRequest,
+        equipot.wire.v1.potential_pb2.RelaxReply,
+    ]
+    """Moves each structure to where its forces vanish, by an optimiser on the server, in batches with everybody
+    else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
+    answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet.
+    """
+
     ListModels: grpc.UnaryUnaryMultiCallable[
         equipot.wire.v1.potential_pb2.ListModelsRequest,
         equipot.wire.v1.potential_pb2.ListModelsResponse,
@@ -98,6 +107,15 @@ class PotentialServiceAsyncStub:
     `open`; each `step` after it gets one reply, in order. The next step may be sent when the last one's reply is
     there. A call error, as of Predict, ends the session; UNAVAILABLE (also for a session left idle) is safe to
     open again at the same step.
+    """
+
+    Relax: grpc.aio.UnaryStreamMultiCallable[
+        equipot.wire.v1.potential_pb2.RelaxRequest,
+        equipot.wire.v1.potential_pb2.RelaxReply,
+    ]
+    """Moves each structure to where its forces vanish, by an optimiser on the server, in batches with everybody
+    else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
+    answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet.
     """
 
     ListModels: grpc.aio.UnaryUnaryMultiCallable[
@@ -149,6 +167,17 @@ class PotentialServiceServicer(metaclass=abc.ABCMeta):
         `open`; each `step` after it gets one reply, in order. The next step may be sent when the last one's reply is
         there. A call error, as of Predict, ends the session; UNAVAILABLE (also for a session left idle) is safe to
         open again at the same step.
+        """
+
+    @abc.abstractmethod
+    def Relax(
+        self,
+        request: equipot.wire.v1.potential_pb2.RelaxRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[equipot.wire.v1.potential_pb2.RelaxReply], collections.abc.AsyncIterator[equipot.wire.v1.potential_pb2.RelaxReply]]:
+        """Moves each structure to where its forces vanish, by an optimiser on the server, in batches with everybody
+        else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
+        answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet.
         """
 
     @abc.abstractmethod
