@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.build import molecule
-from tests.serve.conftest import running, write_tiny
+from tests.serve.conftest import Bundles, Process, running, write_tiny
 from tests.serve.repository_helpers import label, put
 
+from equipot.cli.main import main
 from equipot.client import Client, EquipotCalculator, ModelChanged
 
 
@@ -129,3 +130,60 @@ def test_a_calculator_stays_with_its_digest_or_says_that_it_is_gone(tmp_path: Pa
         assert calculator.model_reference.version == "1"
         with pytest.raises(ModelChanged, match="no longer serves tiny@sha256"):
             elsewhere.get_potential_energy()
+
+
+def test_the_command_line_does_what_an_operator_does(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = tmp_path / "repository" / "tiny"
+    for seed in (1, 2):
+        put(write_tiny(tmp_path / f"bundle{seed}", "tiny", seed=seed), folder / str(seed))
+    words = ["--repository", folder.parent, "--repository-poll", 0, "--admin", "*", "--threads", 1]
+
+    with running(*words, stderr=tmp_path / "log") as process:
+
+        def admin(*words: str) -> tuple[int, str, str]:
+            capfd.readouterr()
+            code = main(["admin", "--address", process.address, *words])
+            out, errors = capfd.readouterr()
+            return code, " ".join(out.split()), " ".join(errors.split())
+
+        code, out, _ = admin("load", "tiny@1")
+        assert (code, out.startswith("tiny@1 answers (sha256:")) == (0, True)
+        assert admin("label", "tiny@1", "stable")[0] == 0
+        assert admin("label", "tiny@2", "canary", "--weight", "0.25")[0] == 0
+        code, out, _ = admin("status")
+        assert code == 0
+        assert "canary 0.25" in out
+        assert "stable, plain name" in out
+        assert main(["models", "--address", process.address]) == 0
+        assert "tiny@1 (stable, default)" in " ".join(capfd.readouterr().out.split())
+        code, _, errors = admin("unload", "tiny@1")
+        assert code == 2
+        assert "tiny@1 is stable: let the label name another version first" in errors
+        assert admin("unlabel", "tiny", "stable")[0] == admin("unlabel", "tiny", "canary")[0] == 0
+        assert admin("unload", "tiny@1")[:2] == (0, "unloaded: tiny@1")
+        code, _, errors = admin("load", "tiny@7")
+        assert (code, "no version '7'" in errors) == (2, True)
+        assert admin("refresh")[0] == 0
+
+
+def test_without_being_told_who_may_nobody_administers(
+    tmp_path: Path, bundles: Bundles, server: Process, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["admin", "--address", server.address, "status"]) == 2
+    assert "UNIMPLEMENTED" in capfd.readouterr().err
+    put(bundles.tiny, tmp_path / "repository" / "tiny" / "1")
+    tokens, ann, bob = tmp_path / "tokens", tmp_path / "ann", tmp_path / "bob"
+    tokens.write_text("ann: " + "a" * 40 + "\nbob: " + "b" * 40 + "\n")
+    ann.write_text("a" * 40)
+    bob.write_text("b" * 40)
+    words = ["--repository", tmp_path / "repository", "--tokens", tokens, "--admin", "ann", "--threads", 1]
+    with running(*words, stderr=tmp_path / "log") as process:
+        asked = ["admin", "--address", process.address, "--token-file"]
+        assert main([*asked, str(ann), "status"]) == 0
+        assert main([*asked, str(bob), "status"]) == 2
+        assert "'bob' is not among those whom this server's --admin names" in " ".join(
+            capfd.readouterr().err.split()
+        )

@@ -39,6 +39,7 @@ VERBS: dict[str, Verb] = {
     "models": Verb("list the models of a server", "equipot.client.cli", "models_app", ""),
     "probe": Verb("ask for a server's health, or check its answer", "equipot.client.cli_probe", "app", ""),
     "fetch": Verb("fetch a bundle from a URL, by checksum", "equipot.model.cli_fetch", "app", "model"),
+    "admin": Verb("load, unload and label a server's models", "equipot.client.cli_admin", "app", ""),
     "token": Verb("make a bearer token for a server's callers", "equipot.cli.token", "app", ""),
     "doctor": Verb("say what this machine and installation have", "equipot.cli.doctor", "app", ""),
     "predict": Verb("predict every frame of a file", "equipot.client.cli", "predict_app", "ase"),

@@ -51,20 +51,29 @@ class Checked:
 
 
 def check(channel: grpc.Channel, *, timeout: float, metadata: Metadata) -> Iterator[Checked]:
-    """Asks every served model for the same cluster in two orientations.
+    """Asks every model in memory for the same cluster in two orientations.
+
+    What does not say which elements it knows, or knows no clusters, is left out: so are some potentials that
+    are no bundles of ours.
 
     Raises:
         grpc.RpcError: a call failed.
     """
     stub = PotentialServiceStub(channel)
     for model in stub.ListModels(pb.ListModelsRequest(), timeout=timeout, metadata=metadata).models:
+        if model.state not in (pb.MODEL_STATE_READY, pb.MODEL_STATE_UNSPECIFIED) or not model.elements:
+            continue
         numbers = np.resize(np.array(model.elements, dtype=np.int32), 5)
         request = pb.PredictRequest(
             structures=encode_structures(_two_orientations(numbers, _charge(model))),
-            model=model.name,
+            model=f"{model.name}@{model.digest}",
             level_of_theory=model.levels_of_theory[0] if model.levels_of_theory else "",
         )
         reply = stub.Predict(request, timeout=timeout, metadata=metadata)
+        if reply.failures and all(
+            failure.reason == pb.FAILURE_REASON_UNSUPPORTED for failure in reply.failures
+        ):
+            continue
         yield _judged(model, numbers, reply)
 
 

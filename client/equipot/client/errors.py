@@ -85,6 +85,10 @@ class ModelChanged(ClientError):
     """Another bundle answers than the one that answered first."""
 
 
+class Refused(ClientError):
+    """What is asked for cannot be done as things stand, or not by this caller."""
+
+
 class ServerError(ClientError):
     """The server failed, or its answer does not fit the request.
 
@@ -216,6 +220,8 @@ def _typed(call: _FailedCall, status: status_pb2.Status | None, address: str) ->
             return Unauthenticated(f"{address} refuses the call: {message}")
         case grpc.StatusCode.NOT_FOUND:
             return ModelNotFound(message)
+        case grpc.StatusCode.FAILED_PRECONDITION | grpc.StatusCode.PERMISSION_DENIED:
+            return Refused(message)
         case _:
             return ServerError(f"{address} failed: {code.name}: {message}", code=code.name)
 
