@@ -66,6 +66,7 @@ def ranks_of(pid: int) -> list[psutil.Process]:
     return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
 
 
+@pytest.mark.slow
 def test_two_machines_answer_as_one_process_and_one_that_is_lost_is_waited_for(
     bundles: Bundles, key: Path, server: Process, tmp_path: Path
 ) -> None:
