@@ -178,16 +178,30 @@ GOOD: dict[str, Values] = {
         FETCHED, TLS, GROUPS, {"replicaCount": 2, "server": {"device": "cuda"}, "tls": {"mutual": True}}
     ),
     "groups by keda": merged(BAKED, GROUPS, {"autoscaling": {"kind": "keda"}}),
-    "ray": merged(FETCHED, RAY, {"monitoring": {"kind": "podMonitor", "rules": True}}),
+    "ray": merged(FETCHED, RAY, {"monitoring": {"kind": "podMonitor"}}),
     "ray fixed": merged(
         BAKED,
         {
             "mode": "rayService",
             "replicaCount": 5,
             "rayService": {"replicasPerNode": 2},
-            "server": {"device": "cuda", "tensorParallel": 2},
+            "server": {
+                "device": "cuda",
+                "tensorParallel": 2,
+                "dtype": "float32",
+                "threads": 2,
+                "maxAtoms": 5000,
+                "maxEdges": 50_000_000,
+                "maxBatchEdges": 100_000,
+                "maxQueueEdges": 40_000_000,
+                "maxMessageMb": 128,
+            },
+            "auth": {"tokensSecret": "tokens", "allowPlaintext": True, "identityLimits": "[default]\n"},
             "grpcRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]},
         },
+    ),
+    "ray of a repository": merged(
+        RAY, {"repository": {"url": "s3://models/live"}, "storage": {"kind": "none"}}
     ),
     "bare": merged(
         BAKED,
@@ -202,7 +216,17 @@ GOOD: dict[str, Values] = {
     ),
 }
 
-FAST = ("baked", "everything", "hpa", "keda", "cert-manager", "groups of gpus", "ray", "ray fixed")
+FAST = (
+    "baked",
+    "everything",
+    "repository",
+    "hpa",
+    "keda",
+    "cert-manager",
+    "groups of gpus",
+    "ray",
+    "ray fixed",
+)
 """Rendered in the fast suite; the others in the slow one."""
 
 BAD: dict[str, tuple[Values, str]] = {
@@ -260,6 +284,16 @@ BAD: dict[str, tuple[Values, str]] = {
         "needs ingress.tlsSecret",
     ),
     "route from nowhere": (merged(BAKED, {"grpcRoute": {"enabled": True}}), "needs grpcRoute.parentRefs"),
+    "alerts of ray": (merged(BAKED, RAY, {"monitoring": {"rules": True}}), "on a fixed port"),
+    "calls of ray": (
+        merged(BAKED, RAY, {"autoscaling": {"metric": "inFlightRequests"}}),
+        "are counted by edges",
+    ),
+    "words for ray": (merged(BAKED, RAY, {"server": {"extraArgs": ["--x"]}}), "rayService.extraConfig"),
+    "a group of many": (
+        merged(BAKED, GROUPS, {"models": [{"name": "a", "path": "/a"}, {"name": "b", "path": "/b"}]}),
+        "spreads one model",
+    ),
     "tls of ray": (merged(BAKED, RAY, TLS), "without TLS"),
     "a typo": (merged(BAKED, {"replicas": 3}), "replicas"),
     "a typo below": (merged(BAKED, {"server": {"tensor_parallel": 3}}), "tensor_parallel"),

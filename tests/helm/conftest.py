@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+
+from equipot.cli.main import VERBS
 
 from .cases import GOOD, Values
 
@@ -119,3 +123,12 @@ def pods(objects: list[Object]) -> dict[str, Object]:
         elif item["kind"] == "Pod":
             found["test"] = item
     return found
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """The parameters that the command line makes of words; nothing is run."""
+    verb = VERBS[words[0]]
+    app = getattr(importlib.import_module(verb.module), verb.app)
+    command = typer.main.get_command(app)
+    context = command.make_context(words[0], list(words[1:]), resilient_parsing=False)
+    return dict(context.params)

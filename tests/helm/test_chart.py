@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
 
 import pytest
-import typer
+import yaml
 
 from equipot.serve.config import ServeConfig
 
 from .cases import BAKED, FAST, merged
-from .conftest import CHART, HELMS, Helm, Object, Render, load, one, pods
+from .conftest import CHART, HELMS, Helm, Object, Render, load, one, parsed, pods
 
 NAME = "lab-equipot"
 
@@ -243,13 +244,27 @@ class TestModels:
         assert "helm.sh/resource-policy" not in claim["metadata"].get("annotations", {})
 
     def test_ray_is_told_what_to_serve(self, render: Render) -> None:
-        import yaml
-
         config = yaml.safe_load(one(render("helm3", "ray"), "RayService")["spec"]["serveConfigV2"])
         (application,) = config["applications"]
         assert application["import_path"] == "equipot.serve.ray_app:build"
         assert application["args"]["bundles"] == ["/models/far"]
+        assert application["args"]["ray"] == {"replicas": 2, "max_replicas": 6, "open_edges": 200000}
         assert config["proxy_location"] == "EveryNode"
+
+    @pytest.mark.parametrize("case", ["ray", "ray fixed", "ray of a repository"])
+    def test_what_ray_is_told_is_a_configuration(self, case: str, render: Render) -> None:
+        told = yaml.safe_load(one(render("helm3", case), "RayService")["spec"]["serveConfigV2"])
+        arguments = told["applications"][0]["args"]
+        config = ServeConfig.from_mapping(
+            {key: value for key, value in arguments.items() if key != "ray"}, base=Path("/")
+        )
+        assert config.metrics_port is None
+        if case == "ray fixed":
+            assert (config.limits.structure_edges, config.limits.message_bytes) == (50_000_000, 128 * 2**20)
+            assert (config.budget.batch_edges, config.budget.queue_edges) == (100_000, 40_000_000)
+        settings = pytest.importorskip("equipot.serve.ray_app.settings", reason="no Ray application here yet")
+        _, spread = settings.split(arguments, base=Path("/"))
+        assert (spread.replicas, spread.max_replicas) == ((5, None) if case == "ray fixed" else (2, 6))
 
     def test_ray_has_as_many_nodes_as_replicas_need(self, render: Render) -> None:
         (scaled,) = one(render("helm3", "ray"), "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
@@ -276,19 +291,6 @@ def words_of(objects: list[Object]) -> list[list[str]]:
     ]
 
 
-def parsed(words: list[str]) -> dict[str, Any]:
-    """The parameters that the command line makes of words; nothing is run."""
-    import importlib
-
-    from equipot.cli.main import VERBS
-
-    verb = VERBS[words[0]]
-    app = getattr(importlib.import_module(verb.module), verb.app)
-    command = typer.main.get_command(app)
-    context = command.make_context(words[0], list(words[1:]), resilient_parsing=False)
-    return dict(context.params)
-
-
 @pytest.mark.parametrize("case", FAST)
 def test_every_word_that_is_rendered_is_known_to_the_command_line(case: str, render: Render) -> None:
     seen = words_of(render("helm3", case))
@@ -304,12 +306,8 @@ def test_a_word_that_is_not_known_is_noticed() -> None:
 
 def test_the_servers_own_limits_are_the_schemas() -> None:
     """What the schema lets through must not stop the server when it starts."""
-    import json
-
     properties = json.loads((CHART / "values.schema.json").read_text())["properties"]
     ranks = properties["server"]["properties"]["tensorParallel"]
-    from pathlib import Path
-
     for value in (ranks["minimum"], ranks["maximum"]):
         ServeConfig(bundles=(Path("x"),), tensor_parallel=value)
     linger = properties["termination"]["properties"]["lingerSeconds"]

@@ -4,8 +4,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from .conftest import CHART, ROOT
+import yaml
+
+from .conftest import CHART, ROOT, parsed
 
 
 def check(*words: str) -> subprocess.CompletedProcess[str]:
@@ -36,3 +39,19 @@ def test_the_schema_closes_our_own_keys_and_opens_those_of_kubernetes() -> None:
         assert closed(schema["properties"][own]), own
     for passed in ("affinity", "resources", "podSecurityContext", "containerSecurityContext", "nodeSelector"):
         assert not closed(schema["properties"][passed]), passed
+
+
+def test_compose_starts_the_server_with_words_that_it_knows() -> None:
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    service = compose["services"]["serve"]
+    assert parsed(service["command"])["bundles"] == [Path("/models/bundle")]
+    assert parsed(service["healthcheck"]["test"][2:])["service"] == "equipot.readiness"
+    words = dict(word[2:].split("=") for word in service["command"] if "=" in word)
+    assert int(service["stop_grace_period"][:-1]) > sum(
+        int(words[f"{x}-seconds"]) for x in ("linger", "drain")
+    )
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert (ROOT / compose["configs"]["rules"]["file"]).is_file()
+    scrape = yaml.safe_load(compose["configs"]["prometheus"]["content"])["scrape_configs"]
+    assert scrape[0]["dns_sd_configs"][0]["names"] == ["serve"]

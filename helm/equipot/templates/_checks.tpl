@@ -93,6 +93,18 @@
 {{- fail "tls.enabled: Ray's proxies listen without TLS; end it at the Gateway or in a mesh in mode rayService" }}
 {{- end }}
 {{- if and (eq $v.mode "rayService") (eq $v.monitoring.kind "serviceMonitor") }}
-{{- fail "monitoring.kind is serviceMonitor: Ray's pods have their metrics on a port of the pods, use podMonitor in mode rayService" }}
+{{- fail "monitoring.kind is serviceMonitor: Ray's own metrics are on a port of each pod, use podMonitor in mode rayService" }}
+{{- end }}
+{{- if and (eq $v.mode "rayService") (or $v.monitoring.rules $v.monitoring.dashboard) }}
+{{- fail "monitoring.rules and monitoring.dashboard read the server's own metrics, which replicas under Ray do not have on a fixed port: turn them off in mode rayService" }}
+{{- end }}
+{{- if and (eq $v.autoscaling.kind "serve") (ne $v.autoscaling.metric "queuedEdges") }}
+{{- fail "autoscaling.metric is inFlightRequests, but replicas under Ray are counted by edges: choose queuedEdges" }}
+{{- end }}
+{{- if and (eq $v.mode "rayService") $v.server.extraArgs }}
+{{- fail "server.extraArgs are words of a command line, which mode rayService has not: use rayService.extraConfig" }}
+{{- end }}
+{{- if and (eq $v.mode "leaderWorkerSet") (ne (len $v.models) 1) }}
+{{- fail (printf "mode leaderWorkerSet spreads one model over its pods, %d are given: install a release for each" (len $v.models)) }}
 {{- end }}
 {{- end -}}

@@ -566,20 +566,61 @@ volumes:
 {{/* What Ray Serve runs: our application's builder with the server's configuration as its arguments. */}}
 {{- define "equipot.serveConfig" -}}
 {{- $server := .Values.server -}}
+{{- $args := dict "device" $server.device "tensor_parallel" (int $server.tensorParallel) "deterministic" $server.deterministic -}}
+{{- if .Values.repository.url -}}
+{{- $_ := set $args "repository" (dict "url" .Values.repository.url "poll" (int .Values.repository.pollSeconds)) -}}
+{{- else -}}
 {{- $bundles := list -}}
 {{- range .Values.models }}{{ $bundles = append $bundles (include "equipot.modelPath" .) }}{{ end -}}
+{{- $_ := set $args "bundles" $bundles -}}
+{{- end -}}
+{{- with $server.dtype }}{{ $_ := set $args "dtype" . }}{{ end -}}
+{{- with $server.threads }}{{ $_ := set $args "threads" (int .) }}{{ end -}}
+{{- $limits := dict -}}
+{{- with $server.maxAtoms }}{{ $_ := set $limits "structure_atoms" (int64 .) }}{{ end -}}
+{{- with $server.maxEdges }}{{ $_ := set $limits "structure_edges" (int64 .) }}{{ end -}}
+{{- with $server.maxMessageMb }}{{ $_ := set $limits "message_bytes" (mul (int64 .) 1048576) }}{{ end -}}
+{{- with $limits }}{{ $_ := set $args "limits" . }}{{ end -}}
+{{- $budget := dict -}}
+{{- with $server.maxBatchEdges }}{{ $_ := set $budget "batch_edges" (int64 .) }}{{ end -}}
+{{- with $server.maxQueueEdges }}{{ $_ := set $budget "queue_edges" (int64 .) }}{{ end -}}
+{{- with $budget }}{{ $_ := set $args "budget" . }}{{ end -}}
+{{- $_ := set $args "log_format" $server.logFormat -}}
+{{- $_ := set $args "reflection" $server.reflection -}}
+{{- $_ := set $args "drain_seconds" (int .Values.termination.drainSeconds) -}}
+{{- $_ := set $args "metrics_port" false -}}
+{{- if .Values.auth.tokensSecret -}}
+{{- $_ := set $args "tokens" (printf "/etc/equipot/tokens/%s" .Values.auth.tokensKey) -}}
+{{- $_ := set $args "allow_plaintext_tokens" true -}}
+{{- end -}}
+{{- if .Values.auth.identityLimits -}}
+{{- $_ := set $args "identity_limits" "/etc/equipot/limits/limits.toml" -}}
+{{- end -}}
+{{- $ray := dict "replicas" (int (.Values.replicaCount | default 1)) -}}
+{{- if eq .Values.autoscaling.kind "serve" -}}
+{{- $ray = dict "replicas" (int .Values.autoscaling.minReplicas) "max_replicas" (int .Values.autoscaling.maxReplicas) "open_edges" (int64 .Values.autoscaling.target) -}}
+{{- end -}}
+{{- with .Values.rayService.cpusPerRank }}{{ $_ := set $ray "cpus" (int .) }}{{ end -}}
+{{- $_ := set $args "ray" $ray -}}
 proxy_location: EveryNode
 http_options: {host: 0.0.0.0, port: 8000}
 grpc_options:
   port: 9000
-  grpc_servicer_functions:
-    - equipot.wire.v1.potential_pb2_grpc.add_PotentialServiceServicer_to_server
+  grpc_servicer_functions: [equipot.serve.ray_app.replica.mount]
 applications:
   - name: equipot
     route_prefix: /
     import_path: equipot.serve.ray_app:build
     args:
-      bundles: {{ toJson $bundles }}
-      device: {{ $server.device }}
-      tensor_parallel: {{ $server.tensorParallel }}
+      {{- toYaml (mergeOverwrite $args .Values.rayService.extraConfig) | nindent 6 }}
+{{- end -}}
+
+{{/* HAProxy before Ray's replicas: the default proxy costs some 8 ms a call. Its files lie where we may write. */}}
+{{- define "equipot.rayEnv" -}}
+- {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
+- {name: RAY_SERVE_HAPROXY_CONFIG_FILE_LOC, value: /tmp/haproxy/haproxy.cfg}
+- {name: RAY_SERVE_HAPROXY_SOCKET_PATH, value: /tmp/haproxy/admin.sock}
+- {name: RAY_SERVE_HAPROXY_SERVER_STATE_BASE, value: /tmp/haproxy}
+- {name: RAY_SERVE_HAPROXY_SERVER_STATE_FILE, value: /tmp/haproxy/server-state}
+{{ include "equipot.env" . }}
 {{- end -}}
