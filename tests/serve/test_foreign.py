@@ -272,6 +272,7 @@ def test_two_potentials_of_one_name_are_refused() -> None:
         Registry.load(ServeConfig(calculators=(spec, replace(spec, arguments={"asap_cutoff": True}))))
 
 
+@pytest.mark.slow
 def test_another_environments_python_serves_too(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
