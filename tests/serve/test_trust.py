@@ -115,8 +115,8 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 
 
 def entries(process: Process) -> list[dict[str, Any]]:
-    """The log, each line of which must be JSON."""
-    return [json.loads(line) for line in process.log().splitlines()]
+    """The log, each line of which must be JSON; the last one may be half written yet."""
+    return [json.loads(line) for line in process.log().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def entry(process: Process, request_id: str) -> dict[str, Any]:
