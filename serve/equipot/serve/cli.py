@@ -20,6 +20,7 @@ from equipot.serve.config import (
     ServeConfig,
 )
 from equipot.serve.config_file import overlay, read_toml
+from equipot.serve.errors import ServeError
 from equipot.serve.foreign.spec import calculators
 from equipot.serve.logs import configure
 from equipot.serve.repository.settings import Preload
@@ -50,6 +51,9 @@ def _edges_or_auto(word: str) -> int | None:
         raise typer.BadParameter(f"{word!r} is neither a number nor auto") from None
 
 
+RAY = "ray"
+"""The table of a configuration that is about replicas under Ray."""
+
 TABLES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "max_atoms": ("limits", "structure_atoms"),
@@ -66,6 +70,8 @@ TABLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "unload_after": ("repository", "unload_after"),
         "cache": ("repository", "cache"),
         "default_model": ("repository", "default"),
+        "replicas": (RAY, "replicas"),
+        "max_replicas": (RAY, "max_replicas"),
     }
 )
 """Options that have another name in a configuration: its table and key. All others are called alike."""
@@ -121,6 +127,19 @@ def serve(
     admin: Annotated[
         list[str] | None,
         typer.Option(help="Identity that may load, unload and label models; '*' lets anyone. Repeatable."),
+    ] = None,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray", help="Serve as a Ray Serve application, in a Ray of its own or of RAY_ADDRESS."
+        ),
+    ] = False,
+    mii: Annotated[
+        bool, typer.Option("--mii", help="Serve through DeepSpeed-MII's server, for MII's clients alone.")
+    ] = False,
+    replicas: Annotated[int, typer.Option(help="How many servers: under Ray at least, under MII.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="How many servers under Ray there may be while there is work.")
     ] = None,
     host: Annotated[str, typer.Option(help="Name or address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the gRPC service; 0 takes any free one.")] = 50051,
@@ -224,23 +243,38 @@ def serve(
     ] = 0.0,
 ) -> None:
     """Serve bundles over gRPC, with health, reflection and Prometheus metrics, until SIGTERM."""
-    config = configuration(config_file, said(context))
+    if ray and mii:
+        raise ServeError("--ray and --mii exclude each other")
+    mapping, base = configuration(config_file, said(context))
+    # Only below: torch and Ray take seconds to import, and neither help nor a wrong word should wait for it.
+    if ray:
+        configure(LogStyle.TEXT.value)
+        from equipot.serve.ray_app.local import run as run_under_ray
+
+        run_under_ray(mapping, base=base, announce=typer.echo)
+        return
+    mapping.pop(RAY, None)
+    config = ServeConfig.from_mapping(mapping, base=base)
     configure(config.log_format)
-    # Only now: torch takes seconds to import, and neither help nor a wrong word should wait for it.
+    if mii:
+        from equipot.serve.mii_front.server import run as run_under_mii
+
+        run_under_mii(config, replicas=replicas, announce=typer.echo)
+        return
     from equipot.serve.server import run
 
     asyncio.run(run(config, typer.echo))
 
 
-def configuration(file: Path | None, words: Mapping[str, object]) -> ServeConfig:
-    """What the file and, before it, the words say; paths in the file start from its folder.
+def configuration(file: Path | None, words: Mapping[str, object]) -> tuple[dict[str, object], Path]:
+    """What the file and, before it, the words say, and the folder that relative paths in it start from.
 
     Raises:
-        ServeError: something of it cannot be.
+        ServeError: the file cannot be read.
     """
     if file is None:
-        return ServeConfig.from_mapping(words, base=Path())
-    return ServeConfig.from_mapping(overlay(read_toml(file), words), base=file.parent)
+        return dict(words), Path()
+    return overlay(read_toml(file), words), file.absolute().parent
 
 
 def said(context: typer.Context) -> dict[str, object]:
@@ -266,7 +300,7 @@ def said(context: typer.Context) -> dict[str, object]:
 def _setting(option: str, value: object) -> dict[str, object]:
     """One option in the words of a configuration."""
     match option, value:
-        case "config_file", _:
+        case "config_file" | "ray" | "mii", _:
             return {}
         case "no_metrics", _:
             return {"metrics_port": None}

@@ -71,6 +71,7 @@ class Dispatcher:
         metrics.watch_queue(lambda: self._batcher.depth)
         self._jobs: dict[int, Job] = {}
         self._computing = False
+        self._computing_edges = 0
         self._together = -ALONE_SECONDS
         self._calls = 0
         self._last_left = -math.inf
@@ -83,6 +84,11 @@ class Dispatcher:
     def computing(self) -> bool:
         """Whether a batch is in the engine; it cannot be interrupted."""
         return self._computing
+
+    @property
+    def open_edges(self) -> int:
+        """Edges that wait or are computed, those that open requests still expect to add included."""
+        return self._batcher.backlog + self._computing_edges
 
     async def predict(self, work: Work) -> Answer:
         """Answers one request; cancelling the call takes it out of the queue.
@@ -247,7 +253,7 @@ class Dispatcher:
             graphs.append(job.graphs.pop(item.index))
             job.waited(now - item.arrival)
             job.room.set()
-        self._computing = True
+        self._computing, self._computing_edges = True, batch.n_edges
         if self._is_for_an_only_caller(batch, now):
             self._finish(*self._run(batch, graphs, now))
         else:
@@ -293,7 +299,7 @@ class Dispatcher:
         started: float,
         seconds: float,
     ) -> None:
-        self._computing = False
+        self._computing, self._computing_edges = False, 0
         self._batcher.finished(batch, seconds)
         if exhausted := key.model.engine.exhausted:
             limit = key.model.capacity.limit

@@ -23,6 +23,7 @@ from equipot.serve.admin import AdminServicer
 from equipot.serve.call import Call
 from equipot.serve.config import ServeConfig
 from equipot.serve.dispatcher import Dispatcher
+from equipot.serve.door import Door
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
 from equipot.serve.inference_protocol import InferenceServicer
@@ -105,12 +106,30 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
         leave(0)
 
 
+def _behind_a_port(door: Door, config: ServeConfig) -> grpc.aio.Server:
+    return grpc.aio.server(interceptors=[door], options=server_options(config))
+
+
 class GrpcServer:
     """The gRPC side: our service, health and reflection on one port."""
 
     def __init__(
-        self, config: ServeConfig, metrics: Metrics, *, on_done: Callable[[Call], None] | None = None
+        self,
+        config: ServeConfig,
+        metrics: Metrics,
+        *,
+        on_done: Callable[[Call], None] | None = None,
+        make_server: Callable[[Door, ServeConfig], grpc.aio.Server] = _behind_a_port,
     ) -> None:
+        """Registers what is answered.
+
+        Args:
+            config: what to serve, where and how.
+            metrics: what is counted.
+            on_done: told each call when its answer has left; None if nobody wants to know.
+            make_server: what the services are registered with, every call behind the door; by default a
+                server of our own for `start`.
+        """
         self._config = config
         self._gate = Gate()
         self._health = health.Health([SERVICE])
@@ -122,7 +141,7 @@ class GrpcServer:
             share_of=self._trust.quotas.share_of,
         )
         self._admin = AdminServicer(config.admins, config.limits)
-        self._server = grpc.aio.server(interceptors=[self._trust.door], options=server_options(config))
+        self._server = make_server(self._trust.door, config)
         servicer = PotentialServicer(
             self._gate, self._dispatcher, metrics, config.limits, log_structures=config.log_structures
         )
@@ -160,8 +179,17 @@ class GrpcServer:
         except RuntimeError as error:
             raise ServeError(f"cannot listen on {_address(host, port)}: {error}") from error
         await self._server.start()
-        self._keeping = asyncio.create_task(keep_current(self._trust.changing))
+        self.keep_current()
         return bound
+
+    def keep_current(self) -> None:
+        """Looks at the files of certificates, tokens and limits now and then, until `stop`."""
+        self._keeping = asyncio.create_task(keep_current(self._trust.changing))
+
+    @property
+    def open_edges(self) -> int:
+        """Edges of requests that are let in and not answered; an estimate for those not prepared yet."""
+        return self._dispatcher.open_edges
 
     def open(self, opened: Opened) -> None:
         """Serves these models."""

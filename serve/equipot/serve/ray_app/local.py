@@ -1,0 +1,270 @@
+"""`equipot serve --ray`: a Ray Serve application from the first process to the last answer.
+
+Starts a Ray of its own, with all that it writes in a folder of its own, unless RAY_ADDRESS names one to join.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from equipot.model.bundle import read_card
+from equipot.serve.config import ServeConfig
+from equipot.serve.errors import ServeError
+from equipot.serve.ray_app.settings import RaySettings, split
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+LOOK_SECONDS = 0.5
+"""How often the application's state is asked for while it starts."""
+
+DEREGISTER_SECONDS = "5"
+"""How long a replica that leaves still answers, so that proxies of this machine hear of it."""
+
+logger = logging.getLogger(__name__)
+
+
+def run(mapping: Mapping[str, object], *, base: Path, announce: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then lets replicas answer what they accepted; a second signal ends it.
+
+    Args:
+        mapping: a configuration, as a file holds it.
+        base: the folder that its relative paths start from.
+        announce: called with each line for the operator: the way there, and when calls are answered.
+
+    Raises:
+        ServeError: it cannot be done as asked.
+        BundleError: a bundle of this machine cannot be loaded.
+    """
+    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("fastapi") is None:
+        raise ServeError("--ray needs Ray Serve: pip install 'equipot[serve]'")
+    config, settings = split(mapping, base=base)
+    port = config.port or free_port()
+    check_free(config.host, port)
+    if not os.environ.get("RAY_ADDRESS"):
+        # Else replicas would be tried many times, each time in vain.
+        for bundle in config.bundles:
+            read_card(bundle)
+    stop = threading.Event()
+    with ray_cluster(config, settings, announce):
+        on_signals(stop)
+        from ray import serve
+
+        from equipot.serve.ray_app.application import application
+
+        joined_serve = bool(serve.status().applications)
+        try:
+            start_serve(config.host, port)
+            if _deploy(application(mapping, base=base), settings, stop, announce):
+                announce(f"serving {_names(config.host, port, stop)} on {config.host}:{port}")
+                stop.wait()
+        finally:
+            announce("draining")
+            with contextlib.suppress(Exception):
+                serve.delete(settings.name)
+            if not joined_serve:
+                serve.shutdown()
+    announce("stopped")
+
+
+@contextlib.contextmanager
+def ray_cluster(
+    config: ServeConfig, settings: RaySettings, announce: Callable[[str], None]
+) -> Iterator[None]:
+    """A Ray for the length of the block: that of RAY_ADDRESS, or one of this machine alone."""
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        announce(f"joining Ray at {os.environ['RAY_ADDRESS']}")
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    # A short path: sockets' names are limited to some hundred characters.
+    folder = Path(tempfile.mkdtemp(prefix="equipot-", dir="/tmp"))
+    for name, value in environment(folder, config).items():
+        os.environ.setdefault(name, value)
+    # Only now: Ray Serve reads its environment while it is imported.
+    import ray
+
+    cores = os.cpu_count() or 1
+    wanted = (settings.max_replicas or settings.replicas) * config.tensor_parallel
+    each = float(config.threads or 1) if settings.cpus is None else settings.cpus
+    announce(f"starting Ray in {folder}")
+    try:
+        ray.init(
+            address="local",
+            # One machine was asked for so many: they share its cores if there are not enough.
+            num_cpus=max(cores, round(wanted * each)),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            _temp_dir=str(folder),
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_serve(host: str, port: int) -> None:
+    """Starts Ray Serve and its proxy, with our services on this port.
+
+    Raises:
+        ServeError: it does not start.
+    """
+    from ray import serve
+    from ray.exceptions import RayError
+
+    from equipot.serve.ray_app.application import MOUNT
+
+    try:
+        serve.start(
+            http_options={"host": host, "port": free_port()},
+            grpc_options={"port": port, "grpc_servicer_functions": [MOUNT]},
+        )
+    except RayError as error:
+        raise ServeError(f"Ray Serve does not start: {error}") from error
+
+
+def environment(folder: Path, config: ServeConfig) -> dict[str, str]:
+    """What a Ray of our own is told: HAProxy before the replicas, and no file or port shared with another."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "h" / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "h" / "a.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder / "h"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "h" / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DEREGISTER_SECONDS,
+        "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1000",
+        "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "1000",
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.limits.message_bytes),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _deploy(
+    target: Application, settings: RaySettings, stop: threading.Event, announce: Callable[[str], None]
+) -> bool:
+    """Runs the application and tells how far it is; False if it was told to stop meanwhile.
+
+    Raises:
+        ServeError: no replica could start.
+    """
+    from ray import serve
+
+    failure: list[BaseException] = []
+
+    def deploy() -> None:
+        try:
+            serve.run(target, name=settings.name)
+        except BaseException as error:  # told to the operator below
+            failure.append(error)
+
+    thread = threading.Thread(target=deploy, name="equipot-deploy", daemon=True)
+    thread.start()
+    before = ""
+    while thread.is_alive() and not stop.is_set():
+        thread.join(LOOK_SECONDS)
+        now = _progress(settings.name)
+        if now and now != before:
+            announce(now)
+            before = now
+    if stop.is_set():
+        return False
+    if failure:
+        why = _reason(settings.name) or str(failure[0])
+        raise ServeError(f"no replica could start: {why}") from failure[0]
+    return True
+
+
+def _progress(name: str) -> str:
+    application = _status(name)
+    if application is None:
+        return ""
+    states = [
+        f"{count} {state.lower()}"
+        for deployment in application.deployments.values()
+        for state, count in deployment.replica_states.items()
+        if count
+    ]
+    return f"replicas: {', '.join(states)}" if states else ""
+
+
+def _reason(name: str) -> str:
+    """What Ray says of a deployment that failed: the last line of the replica's own error."""
+    application = _status(name)
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    lines = [line.strip() for message in messages for line in message.splitlines() if "Error" in line]
+    return lines[-1].partition("Error: ")[2] or lines[-1] if lines else ""
+
+
+def _status(name: str) -> Any:  # noqa: ANN401  # Ray has no types here
+    from ray import serve
+
+    return serve.status().applications.get(name)
+
+
+def _names(host: str, port: int, stop: threading.Event) -> str:
+    """The models, asked for at the port that callers use: it answers, then."""
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        while not stop.is_set():
+            with contextlib.suppress(grpc.RpcError):
+                models = PotentialServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5).models
+                return ", ".join(model.name for model in models)
+            time.sleep(LOOK_SECONDS)
+    return ""
+
+
+def on_signals(stop: threading.Event) -> None:
+    """The first SIGTERM or SIGINT sets the event, the second one ends the process."""
+
+    def received(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, received)
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises ServeError if the port is in use or may not be used."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose --port"
+        ) from error

@@ -1,0 +1,426 @@
+"""The server as a Ray Serve application, on a real Ray with HAProxy: answers, statuses, changing replicas."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from equipot.client import Client
+from equipot.serve.config import ServeConfig
+from equipot.serve.errors import ServeError
+from equipot.serve.ray_app import local
+from equipot.serve.ray_app.scaling import ByOpenEdges
+from equipot.serve.ray_app.settings import RaySettings, split
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
+
+from .conftest import Bundles, Process, ask, crystal, launch, molecule, running, write_tiny
+
+SYSTEMS = [molecule(1), crystal(2), molecule(3, 9), crystal(4, 12)]
+LIMITS = {
+    "structure_atoms": 200,
+    "structure_edges": 20_000,
+    "request_structures": 300,
+    "request_atoms": 5_000,
+    "message_bytes": 2**20,
+}
+
+
+class TestSettings:
+    def test_the_table_is_about_replicas_and_the_rest_about_each(self, tmp_path: Path) -> None:
+        config, settings = split({"bundles": ["a"], "ray": {"replicas": 2, "max_replicas": 3}}, base=tmp_path)
+        assert config.bundles == (tmp_path / "a",)
+        assert (settings.replicas, settings.max_replicas) == (2, 3)
+
+    @pytest.mark.parametrize(
+        ("mapping", "message"),
+        [
+            ({"ray": {"replica": 2}}, "ray.replica is no setting; do you mean replicas?"),
+            ({"ray": {"replicas": 0}}, "replicas is 0, allowed are 1 to 1000"),
+            ({"ray": {"replicas": 3, "max_replicas": 2}}, "max-replicas is 2, allowed are 3"),
+            ({"ray": 3}, "ray is 3; it takes a table"),
+            ({"tls_cert": "c", "tls_key": "k"}, "Ray's proxy listens without TLS"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, mapping: Mapping[str, object], message: str) -> None:
+        with pytest.raises(ServeError) as caught:
+            split({"bundles": ["a"], **mapping}, base=Path())
+        assert message in str(caught.value)
+
+
+class Reports:
+    """Ray's context of an autoscaling policy, made by hand."""
+
+    def __init__(self, running: int, *edges: float) -> None:
+        self.current_num_replicas = self.target_num_replicas = running
+        self.aggregated_metrics: Mapping[str, Mapping[object, float]] | None = (
+            {"open_edges": dict(enumerate(edges))} if edges else {}
+        )
+
+
+@pytest.mark.parametrize(
+    ("running", "edges", "wanted"),
+    [
+        (1, [0.0], 1),
+        (1, [100.0], 1),
+        (1, [101.0], 2),
+        (1, [1000.0], 10),
+        (3, [0.0, 0.0, 0.0], 1),
+        (2, [150.0, 150.0], 3),
+        (2, [150.0], 3),  # one has not reported yet
+        (2, [], 2),  # nobody has
+    ],
+)
+def test_as_many_replicas_as_open_edges_ask_for(running: int, edges: list[float], wanted: int) -> None:
+    assert ByOpenEdges(open_edges=100)(Reports(running, *edges))[0] == wanted
+
+
+# ---- a real Ray from here on
+
+
+class Cluster:
+    """A Ray of our own whose port serves whatever was deployed last."""
+
+    def __init__(self, port: int) -> None:
+        self.address = f"127.0.0.1:{port}"
+
+    def deploy(self, *bundles: Path, ray: Mapping[str, object] | None = None, **config: object) -> None:
+        """Returns when calls are answered by it."""
+        from ray import serve
+
+        from equipot.serve.ray_app import build
+
+        mapping = {"bundles": [str(path) for path in bundles], "metrics_port": False, "threads": 1, **config}
+        # Each takes a tenth of a core for Ray's part, so that several find room on a small machine.
+        serve.run(build({**mapping, "ray": {"cpus": 0.1, **(ray or {})}}), name="equipot")
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes that serve."""
+        mine = psutil.Process().children(recursive=True)
+        return [child for child in mine if "ServeReplica" in "".join(child.cmdline()[:1])]
+
+    def running(self) -> int:
+        from ray import serve
+
+        (deployment,) = serve.status().applications["equipot"].deployments.values()
+        return int(deployment.replica_states.get("RUNNING", 0))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    from ray import serve
+
+    before = dict(os.environ)
+    port = local.free_port()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    config = ServeConfig(bundles=(Path("none"),), limits=ServeConfig(bundles=(Path("none"),)).limits)
+    try:
+        with local.ray_cluster(config, RaySettings(replicas=4), print):
+            local.start_serve("127.0.0.1", port)
+            yield Cluster(port)
+            serve.shutdown()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def like_standalone(cluster: Cluster, bundles: Bundles) -> Cluster:
+    """Deployed as the fixture `server` is launched."""
+    cluster.deploy(bundles.tiny, bundles.direct, dtype="float64", limits=LIMITS)
+    return cluster
+
+
+@contextlib.contextmanager
+def stub(address: str) -> Iterator[PotentialServiceStub]:
+    with grpc.insecure_channel(address) as channel:
+        yield PotentialServiceStub(channel)
+
+
+def eventually(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+class TestAsStandalone:
+    @pytest.mark.parametrize("model", ["tiny", "direct"])
+    def test_answers_are_the_same_to_the_last_bit(
+        self, server: Process, like_standalone: Cluster, model: str
+    ) -> None:
+        wanted = [pb.PROPERTY_ENERGY, pb.PROPERTY_FORCES, *[pb.PROPERTY_STRESS] * (model == "tiny")]
+        request = ask(SYSTEMS, *wanted, model=model, level_of_theory="PBE")
+        answers = []
+        for address in (server.address, like_standalone.address):
+            with stub(address) as service:
+                answers.append(service.Predict(request, timeout=60))
+        here, there = answers
+        assert there.energy == here.energy
+        assert there.forces == here.forces
+        assert there.stress == here.stress
+        assert there.model == here.model
+
+    def test_models_are_described_alike(self, server: Process, like_standalone: Cluster) -> None:
+        with stub(server.address) as here, stub(like_standalone.address) as there:
+            assert there.ListModels(pb.ListModelsRequest()) == here.ListModels(pb.ListModelsRequest())
+            named = pb.GetModelRequest(model="direct")
+            assert there.GetModel(named) == here.GetModel(named)
+            estimate = there.Explain(ask(SYSTEMS, model="tiny"), timeout=20)
+            assert list(estimate.n_edges) == list(here.Explain(ask(SYSTEMS, model="tiny")).n_edges)
+
+    @pytest.mark.parametrize(
+        "request_bytes",
+        [
+            b"\xff\xff\xff",
+            b"",
+            ask(SYSTEMS, model="none").SerializeToString(),
+            ask(SYSTEMS, model="tiny@sha256:xyz").SerializeToString(),
+            ask(SYSTEMS, model="direct").SerializeToString(),
+            ask(SYSTEMS, model="direct", level_of_theory="HF").SerializeToString(),
+            ask(SYSTEMS, pb.PROPERTY_STRESS, model="direct", level_of_theory="PBE").SerializeToString(),
+            pb.PredictRequest(structures=pb.Structures(n_atoms=[1], positions=b"x")).SerializeToString(),
+            ask([molecule(1, 2)] * 301).SerializeToString(),
+            ask([molecule(1, 100)] * 60).SerializeToString(),
+        ],
+        ids=lambda raw: f"{len(raw)}-bytes",
+    )
+    def test_refusals_are_alike_to_the_last_detail(
+        self, server: Process, like_standalone: Cluster, request_bytes: bytes
+    ) -> None:
+        here, there = (
+            refusal(address, "/equipot.wire.v1.PotentialService/Predict", request_bytes)
+            for address in (server.address, like_standalone.address)
+        )
+        assert there == here
+
+    @pytest.mark.parametrize("method", ["/equipot.wire.v1.PotentialService/Nothing", "/no.Such/Service"])
+    def test_methods_that_are_none(self, server: Process, like_standalone: Cluster, method: str) -> None:
+        assert refusal(like_standalone.address, method, b"")[0] is grpc.StatusCode.UNIMPLEMENTED
+
+    def test_a_bad_structure_is_answered_alone(self, server: Process, like_standalone: Cluster) -> None:
+        systems = [molecule(1), molecule(2, elements=(79,)), molecule(3, 201)]
+        failures = []
+        for address in (server.address, like_standalone.address):
+            with stub(address) as service:
+                failures.append(list(service.Predict(ask(systems, model="tiny"), timeout=20).failures))
+        assert failures[0] == failures[1]
+        assert [failure.index for failure in failures[1]] == [1, 2]
+
+    def test_a_message_over_the_limit(self, like_standalone: Cluster) -> None:
+        code = refusal(
+            like_standalone.address, "/equipot.wire.v1.PotentialService/Predict", bytes(2**20 + 1000)
+        )[0]
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def test_health_and_the_inference_protocol(self, like_standalone: Cluster) -> None:
+        from equipot.wire.inference import open_inference_pb2 as oip
+        from equipot.wire.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
+
+        with grpc.insecure_channel(like_standalone.address) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            for service in ("", "equipot.wire.v1.PotentialService", "equipot.readiness"):
+                reply = check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            watch.cancel()
+            assert GRPCInferenceServiceStub(channel).ServerReady(oip.ServerReadyRequest(), timeout=10).ready
+
+    def test_deadlines_and_cancelled_calls_reach_the_queue(self, like_standalone: Cluster) -> None:
+        long = ask([molecule(seed, 60) for seed in range(80)], model="tiny")
+        with stub(like_standalone.address) as service:
+            with pytest.raises(grpc.RpcError) as caught:
+                service.Predict(long, timeout=0.05)
+            assert isinstance(caught.value, grpc.Call)
+            assert caught.value.code() in (
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,  # refused at the door: it could not be met
+            )
+            pending = [service.Predict.future(long, timeout=120) for _ in range(20)]
+            eventually(lambda: service.Explain(ask(SYSTEMS[:1], model="tiny")).queue_seconds > 0, 20)
+            for call in pending:
+                call.cancel()
+            eventually(lambda: service.Explain(ask(SYSTEMS[:1], model="tiny")).queue_seconds == 0, 5)
+
+
+Refusal = tuple[grpc.StatusCode, str, list[Any]]
+
+
+def refusal(address: str, method: str, raw: bytes) -> Refusal:
+    """How a call is refused: code, message and details, but for the id of the call."""
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary(method, request_serializer=None, response_deserializer=None)
+        with pytest.raises(grpc.RpcError) as caught:
+            call(raw, timeout=30)
+    error = caught.value
+    assert isinstance(error, grpc.Call)
+    status = rpc_status.from_call(error)
+    details = [] if status is None else list(status.details)
+    kinds = (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo)
+    told = []
+    for detail in details:
+        for kind in kinds:
+            if detail.Is(kind.DESCRIPTOR):
+                told.append(kind.FromString(detail.value))
+    return error.code(), error.details() or "", told
+
+
+class Load:
+    """Clients that ask one thing after the other, and note every answer and every failure."""
+
+    def __init__(self, address: str, n_clients: int, n_structures: int = 1) -> None:
+        self.digests: Counter[str] = Counter()
+        self.failures: list[BaseException] = []
+        self._stop = threading.Event()
+        self._systems = [molecule(seed, 12, elements=(1, 6)) for seed in range(n_structures)]
+        self._threads = [threading.Thread(target=self._run, args=(address,)) for _ in range(n_clients)]
+
+    def _run(self, address: str) -> None:
+        from ase import Atoms
+
+        atoms = [Atoms(system.atomic_numbers, positions=system.positions) for system in self._systems]
+        with Client(address, timeout=120) as client:
+            while not self._stop.is_set():
+                try:
+                    answer = client.predict(atoms, model="tiny")
+                    assert np.isfinite(answer.energy).all()
+                    assert answer.model is not None
+                    self.digests[answer.model.digest] += 1
+                except BaseException as error:
+                    self.failures.append(error)
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+class TestReplicas:
+    def test_another_bundle_takes_over_and_no_call_fails(
+        self, cluster: Cluster, bundles: Bundles, tmp_path: Path
+    ) -> None:
+        cluster.deploy(bundles.tiny, ray={"replicas": 2})
+        after = write_tiny(tmp_path / "other", "tiny", forces="conservative", levels=("PBE",), poison=8)
+        with Load(cluster.address, 4) as load:
+            eventually(lambda: load.digests.total() > 50, 60)
+            (before,) = load.digests
+            cluster.deploy(after, ray={"replicas": 2})
+            eventually(lambda: len(load.digests) == 2, 60)
+            # Those who answered before are leaving meanwhile.
+            eventually(lambda: len(cluster.replicas()) == 2, 90)
+            seen = load.digests[before]
+            time.sleep(3.0)
+            assert load.digests[before] == seen
+        assert load.failures == []
+
+    def test_a_killed_replica_costs_no_call(self, cluster: Cluster, bundles: Bundles) -> None:
+        cluster.deploy(bundles.tiny, ray={"replicas": 2})
+        eventually(lambda: len(cluster.replicas()) == 2, 90)
+        with Load(cluster.address, 4) as load:
+            eventually(lambda: load.digests.total() > 50, 60)
+            victim = cluster.replicas()[0]
+            victim.send_signal(signal.SIGKILL)
+            now = load.digests.total()
+            eventually(lambda: load.digests.total() > now + 200, 60)
+            eventually(lambda: len(cluster.replicas()) == 2 and victim not in cluster.replicas(), 90)
+        assert load.failures == []
+
+    def test_work_makes_replicas_and_idleness_takes_them_away(
+        self, cluster: Cluster, bundles: Bundles
+    ) -> None:
+        cluster.deploy(
+            bundles.tiny,
+            ray={"max_replicas": 2, "open_edges": 2_000, "upscale_seconds": 1, "downscale_seconds": 3},
+        )
+        eventually(lambda: cluster.running() == 1, 90)
+        with Load(cluster.address, 6, n_structures=100) as load:
+            eventually(lambda: cluster.running() == 2, 90)
+        assert load.failures == []
+        eventually(lambda: cluster.running() == 1, 90)
+
+    def test_a_replica_may_be_several_ranks_that_ray_knows_of(
+        self, cluster: Cluster, bundles: Bundles, server: Process
+    ) -> None:
+        import ray
+
+        cluster.deploy(bundles.tiny, bundles.direct, dtype="float64", tensor_parallel=2)
+        request = ask(SYSTEMS, model="tiny")
+        with stub(server.address) as here, stub(cluster.address) as there:
+            one, two = here.Predict(request, timeout=60), there.Predict(request, timeout=60)
+        assert two.model.tensor_parallel == 2
+        energies = [np.frombuffer(answer.energy) for answer in (one, two)]
+        np.testing.assert_allclose(energies[1], energies[0], rtol=1e-10)
+        groups = ray.util.placement_group_table().values()
+        (group,) = [group for group in groups if group["state"] == "CREATED"]
+        assert sum(bundle["CPU"] for bundle in group["bundles"].values()) == pytest.approx(0.2)
+
+    def test_tokens_are_asked_for(self, cluster: Cluster, bundles: Bundles, tmp_path: Path) -> None:
+        (tmp_path / "tokens").write_text("alice: secret-secret-secret-secret\n")
+        cluster.deploy(bundles.tiny, tokens=str(tmp_path / "tokens"))
+        method = "/equipot.wire.v1.PotentialService/ListModels"
+        assert refusal(cluster.address, method, b"")[0] is grpc.StatusCode.UNAUTHENTICATED
+        with stub(cluster.address) as service:
+            shown = (("authorization", "Bearer secret-secret-secret-secret"),)
+            assert service.ListModels(pb.ListModelsRequest(), metadata=shown, timeout=10).models
+
+
+def test_the_recipe_for_a_cluster_is_understood() -> None:
+    yaml = pytest.importorskip("yaml", reason="comes with Ray")
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "serve" / "recipes" / "ray.yaml").read_text())
+    (application,) = recipe["applications"]
+    config, settings = split(application["args"], base=Path("/"))
+    assert config.bundles == (Path("/models/alcohols"),)
+    assert settings.max_replicas == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+class TestCommandLine:
+    def test_it_starts_answers_and_lets_accepted_calls_finish(self, bundles: Bundles, tmp_path: Path) -> None:
+        systems = [molecule(seed, 60) for seed in range(300)]
+        words = [bundles.tiny, "--ray", "--replicas", 1, "--max-batch-edges", 1000]
+        with running(*words, stderr=tmp_path / "log", port=local.free_port()) as process:
+            (folder,) = [Path(line.split()[-1]) for line in process.lines if line.startswith("starting Ray")]
+            started = psutil.Process(process.popen.pid).children(recursive=True)
+            with stub(process.address) as service:
+                pending = service.Predict.future(ask(systems), timeout=120)
+                time.sleep(0.3)
+                assert not pending.done()
+                process.popen.send_signal(signal.SIGTERM)
+                assert not pending.result(timeout=120).failures
+            assert process.popen.wait(timeout=90) == 0
+        eventually(lambda: not any(child.is_running() for child in started), 20)
+        assert not folder.exists()
+
+    def test_a_bundle_that_is_none_is_named(self, tmp_path: Path) -> None:
+        process = launch(tmp_path / "none", "--ray", "--port", local.free_port(), stderr=tmp_path / "log")
+        assert process.wait(timeout=240) == 2
+        assert process.stdout is not None
+        process.stdout.close()
+        assert f"{tmp_path / 'none'}" in (tmp_path / "log").read_text()
+        assert "Traceback" not in (tmp_path / "log").read_text()
