@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from equipot.model.blocks import BlockedEdges, block_edges
-from equipot.model.radial import bessel_basis, envelope
+from equipot.model.radial import bessel_basis, bessel_slope, envelope, envelope_slope
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +24,8 @@ class Edges:
     n_atoms: int
     blocked: BlockedEdges | None
     """the same senders and receivers in blocks, for the forms of the messages that work by blocks"""
+    pulled_once: bool = False
+    """whether gradients by radial and envelope are taken by one pass, with create_graph, and no other wants any"""
 
 
 def edge_lengths(vectors: Tensor) -> Tensor:
@@ -52,6 +54,17 @@ def make_edges(
         n_atoms=n_atoms,
         blocked=block_edges(senders, receivers, n_atoms) if blocked else None,
     )
+
+
+def pull_of_lengths(lengths: Tensor, cutoff: float, by_radial: Tensor, by_envelope: Tensor) -> Tensor:
+    """∂E/∂d (E,) in the lengths' dtype, from the gradients by the radial basis (E, R) and the envelope (E, 1).
+
+    What it is made of is linear in the gradients, so a derivative of it reaches them and stops there: autograd
+    would go on through second derivatives of the basis, to gradients by positions that nobody asked for.
+    """
+    by_radial, by_envelope = by_radial.to(lengths.dtype), by_envelope.to(lengths.dtype)
+    slopes = bessel_slope(lengths, cutoff, by_radial.shape[-1])
+    return (by_radial * slopes).sum(-1) + by_envelope.squeeze(-1) * envelope_slope(lengths, cutoff)
 
 
 def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:

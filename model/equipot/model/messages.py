@@ -99,7 +99,8 @@ class MessageSum(nn.Module):
             others = edges.radial, edges.envelope, self.up.radial.weight, self.down.weight, self.down.bias
             # Under autocast the linears above decide the dtype, and everything else has to follow.
             inputs = Inputs(at_receiver, at_sender, *(t.to(at_receiver.dtype) for t in others))
-            return sum_messages(inputs, edges.blocked, keep=EDGE_TENSORS[self.up.form])
+            keep = EDGE_TENSORS[self.up.form]
+            return sum_messages(inputs, edges.blocked, keep=keep, pulled_once=edges.pulled_once)
         hidden = functional.silu(self.up(h, edges))
         messages = functional.silu(self.down(hidden)) * edges.envelope
         return sum_by_index(messages, edges.receivers, edges.n_atoms)

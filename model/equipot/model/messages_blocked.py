@@ -66,6 +66,7 @@ class _Job:
 
     edges: BlockedEdges
     keep: int
+    pulled_once: bool
     stash: _Stash
     sweeps: Sweeps
 
@@ -80,7 +81,9 @@ class _Context(FunctionCtx):
     next_functions: tuple[tuple[Any, int], ...]
 
 
-def sum_messages(x: Inputs, edges: BlockedEdges, *, keep: Literal[0, 1, 3]) -> Tensor:
+def sum_messages(
+    x: Inputs, edges: BlockedEdges, *, keep: Literal[0, 1, 3], pulled_once: bool = False
+) -> Tensor:
     """Σ_j m_ij (N, H) in float32 or wider.
 
     Args:
@@ -88,12 +91,14 @@ def sum_messages(x: Inputs, edges: BlockedEdges, *, keep: Literal[0, 1, 3]) -> T
         edges: its edges.
         keep: how many edge tensors (E, H) to keep between the passes, each for a matrix product less per
             pass that needs it. First derivatives alone have use for one.
+        pulled_once: whether gradients by ρ and e are wanted of passes under create_graph alone; others then
+            leave them out.
 
     Raises:
         RuntimeError: in a backward pass that asks for what is not provided: third derivatives, second ones
             where the first were by parameters, or a pass after one that ended halfway.
     """
-    job = _Job(edges, keep, _Stash(), sweeps_for(x))
+    job = _Job(edges, keep, pulled_once, _Stash(), sweeps_for(x))
     out: Tensor = _Messages.apply(job, *x)[0]  # type: ignore[no-untyped-call]
     return out
 
@@ -118,6 +123,8 @@ class _Messages(torch.autograd.Function):
         if not torch.is_grad_enabled():
             x = Inputs(*tensors)
             by = Wanted._make([*wanted[:5], any(wanted[5:])])
+            if ctx.job.pulled_once:
+                by = by._replace(radial=False, envelope=False)
             return (None, *_without_autocast(x, lambda: _sum_up(ctx.job, x, y, g_out, by)))
         if any(wanted[4:]):
             raise RuntimeError(

@@ -14,7 +14,7 @@ from equipot.model.config import ModelConfig
 from equipot.model.duals import dual, parts_of
 from equipot.model.egnn import EGNN
 from equipot.model.errors import ModelError
-from equipot.model.geometry import Edges, edge_lengths, make_edges, sum_by_index
+from equipot.model.geometry import Edges, edge_lengths, make_edges, pull_of_lengths, sum_by_index
 from equipot.model.heads import Embedding, EnergyHead, ForceHead
 from equipot.model.messages import BLOCKED_FORMS
 from equipot.model.references import References
@@ -140,10 +140,7 @@ class Potential(nn.Module):
         Forces and stress are linear in the pull: see :meth:`prediction_of`.
         """
         with torch.enable_grad():
-            vectors = batch.edge_vectors().detach().requires_grad_()
-            edges, _ = self._edges(batch, vectors)
-            energy, _ = self._energy_and_features(batch, edges)
-            (pull,) = torch.autograd.grad(energy.sum(), vectors, materialize_grads=True)
+            energy, pull = self._energy_and_pull(batch, batch.edge_vectors(), differentiable=False)
         return energy.detach(), pull
 
     def energy_along(self, batch: SystemBatch, direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,16 +194,11 @@ class Potential(nn.Module):
 
     def _predict(self, batch: SystemBatch, forces: bool, stress: bool, differentiable: bool) -> Prediction:
         vectors = batch.edge_vectors()
-        by_gradient = stress or (forces and self.force_head is None)
-        if by_gradient:
-            vectors = vectors.detach().requires_grad_()
+        if stress or (forces and self.force_head is None):
+            energy, pull = self._energy_and_pull(batch, vectors, differentiable=differentiable)
+            return self.prediction_of(batch, energy, pull, forces=forces, stress=stress)
         edges, lengths = self._edges(batch, vectors)
         energy, h = self._energy_and_features(batch, edges)
-        if by_gradient:
-            (pull,) = torch.autograd.grad(
-                energy.sum(), vectors, create_graph=differentiable, materialize_grads=True
-            )
-            return self.prediction_of(batch, energy, pull, forces=forces, stress=stress)
         if not forces or self.force_head is None:
             return Prediction(energy=energy, forces=None, stress=None)
         _, scale = self.references_on(batch.positions.device)
@@ -214,6 +206,21 @@ class Potential(nn.Module):
         strengths = self.force_head(h, edges, vectors / lengths.unsqueeze(-1), edge_level)
         scale_N1 = scale[batch.level_idx][batch.system_idx].unsqueeze(-1)
         return Prediction(energy=energy, forces=(strengths * scale_N1).to(vectors.dtype), stress=None)
+
+    def _energy_and_pull(
+        self, batch: SystemBatch, vectors: Tensor, *, differentiable: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Energies (S,), and ∂E/∂r (E, 3), which can be differentiated by parameters if so asked."""
+        vectors = vectors.detach()
+        edges, lengths = self._edges(batch, vectors)
+        radial, envelope = edges.radial.requires_grad_(), edges.envelope.requires_grad_()
+        edges = replace(edges, pulled_once=differentiable)
+        energy, _ = self._energy_and_features(batch, edges)
+        grads = torch.autograd.grad(
+            energy.sum(), (radial, envelope), create_graph=differentiable, materialize_grads=True
+        )
+        along = pull_of_lengths(lengths, self.config.cutoff, *grads)
+        return energy, vectors * (along / lengths).unsqueeze(-1)
 
     def _energy_and_features(self, batch: SystemBatch, edges: Edges) -> tuple[Tensor, Tensor]:
         element_idx = self.embedding.elements(batch.atomic_numbers)
