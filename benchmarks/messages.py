@@ -1,6 +1,6 @@
 """Time and memory of a step in each form of the message function, against the plain one, in one process.
 
-    python benchmarks/messages.py [--widths 256 1024] [--repeats 5] [--threads 1] [--out FILE]
+    python benchmarks/messages.py [--widths 256 1024] [--only "fast, compiled"] [--repeats 5] [--out FILE]
 
 Rounds go through all variants in turn, and the least CPU-seconds of each count: on a machine with other
 work the ratios hold where times do not. Activations are the most bytes alive during a step beyond those
@@ -199,7 +199,8 @@ def compare(width: int, task: str, args: argparse.Namespace) -> list[dict[str, A
     variants = {
         name: variant
         for name, variant in VARIANTS.items()
-        if (available() or not variant.compiled)
+        if (not args.only or name in args.only or name == "plain")
+        and (available() or not variant.compiled)
         and ((has_bf16() and task != "inference") or not variant.bf16)
     }
     steps = {
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=["direct", "conservative"], help="and inference; what a step does"
     )
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these variants beside plain; default all")
     parser.add_argument("--systems", type=int, default=16)
     parser.add_argument("--atoms", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)

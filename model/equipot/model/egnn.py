@@ -13,6 +13,7 @@ from torch.nn import functional
 from equipot.model.config import MessageForm, ModelConfig
 from equipot.model.geometry import Edges
 from equipot.model.messages import MessageSum
+from equipot.model.node_linear import NodeLinear
 from equipot.model.norm import LayerNorm
 
 RunLayer = Callable[[nn.Module, Tensor, Edges], Tensor]
@@ -32,9 +33,9 @@ class EGNNLayer(nn.Module):
         width = config.width
         self.norm = LayerNorm(width) if config.normalisation == "layer" else nn.Identity()
         self.messages = MessageSum(width, config.radial, form=form)
-        self.own = nn.Linear(width, width)
-        self.gathered = nn.Linear(width, width, bias=False)
-        self.down = nn.Linear(width, width)
+        self.own = NodeLinear(width, width)
+        self.gathered = NodeLinear(width, width, bias=False)
+        self.down = NodeLinear(width, width)
         self.residual = config.residual
         # The root keeps a sum of n independent messages at the size of one; dividing by n instead left a
         # quarter more force error after the same training.
@@ -42,10 +43,11 @@ class EGNNLayer(nn.Module):
 
     def forward(self, stream: Tensor, edges: Edges) -> Tensor:
         """New features (N, H) from old; both in float32 or wider, the work in the weights' dtype."""
-        dtype = edges.radial.dtype
+        dtype, put_off = edges.radial.dtype, edges.put_off
         h = self.norm(stream.to(dtype))
         gathered = (self.messages(h, edges) * self.message_scale).to(dtype)
-        update: Tensor = self.down(functional.silu(self.own(h) + self.gathered(gathered))).to(stream.dtype)
+        hidden = functional.silu(self.own(h, put_off) + self.gathered(gathered, put_off))
+        update: Tensor = self.down(hidden, put_off).to(stream.dtype)
         return stream + update if self.residual else update
 
 

@@ -27,6 +27,11 @@ class Edges:
     pulled_once: bool = False
     """whether gradients by radial and envelope are taken by one pass, with create_graph, and no other wants any"""
 
+    @property
+    def put_off(self) -> bool:
+        """Whether work of second derivatives is to wait for that of first ones."""
+        return self.pulled_once and self.blocked is not None
+
 
 def edge_lengths(vectors: Tensor) -> Tensor:
     """Lengths (E,) of edge vectors (E, 3), in their unit."""

@@ -18,6 +18,7 @@ from equipot.model.heads import Embedding, EnergyHead, ForceHead, Lookup
 from equipot.model.inference_compiled import CompiledPotential, packed_bytes
 from equipot.model.inference_torch import edge_gradients
 from equipot.model.messages import MessageSum, PairLinear
+from equipot.model.node_linear import NodeLinear
 from equipot.model.norm import LayerNorm
 from equipot.model.potential import Potential, Prediction, join_predictions, stress_from_virial
 
@@ -30,7 +31,7 @@ PACK_BYTES = 2 * 2**30
 # What the analytic ways differentiate by hand. Anything else in a model, a part replaced or spread over ranks
 # included, goes by autograd.
 _KNOWN = {Potential, Embedding, Lookup, EGNN, EGNNLayer, MessageSum, PairLinear, EnergyHead, ForceHead}
-_KNOWN |= {nn.Embedding, nn.Linear, LayerNorm, nn.Identity, nn.ModuleList}
+_KNOWN |= {nn.Embedding, nn.Linear, NodeLinear, LayerNorm, nn.Identity, nn.ModuleList}
 
 Way = Literal["compiled", "analytic", "autograd"]
 

@@ -73,7 +73,7 @@ std::vector<Maybe> reverse(const Graph<S>& g, const Tensor& g_out_any, const May
   Sums<S> sums(g, wanted, 1);
   const Operand<S> hidden(g.room, g.padded), g_y(g.room, g.padded);
   const Operand<T> slope(g.room, g.padded);
-  const Packed<S> up = g.up(), down = g.down();
+  const Packed<S> up = y_any ? Packed<S>() : g.up(), down = g.down();
   Tensor kept = keep ? g.per_edge() : Tensor();
   S* g_kept = keep ? kept.mutable_data_ptr<S>() : nullptr;
   const S* y_kept = pointer<S>(y_any);

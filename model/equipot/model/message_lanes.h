@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace equipot {
 
 // All columns come in panels of this many: every loop over columns has a length the compiler knows.
@@ -58,11 +62,32 @@ inline T sum_of(Vector<T> v) {
   return sum;
 }
 
+// Between two bounds; what is no number stays none.
+inline Vector<float> clamped(Vector<float> x, float least, float most) {
+#ifdef __AVX512F__
+  return _mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(least), x));
+#else
+  const Vector<float> low = Vector<float>{} + least, high = Vector<float>{} + most;
+  x = x < low ? low : x;
+  return x > high ? high : x;
+#endif
+}
+
+// 1 / x to 1 ulp, for 1 ≤ x < 2^126. A division takes three times as long as a guess and a step of Newton's.
+inline Vector<float> reciprocal(Vector<float> x) {
+#ifdef __AVX512F__
+  const Vector<float> guess = _mm512_rcp14_ps(x);
+  return guess + guess * (1.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
+inline Vector<double> reciprocal(Vector<double> x) { return 1.0 / x; }
+
 // Cephes' polynomial, accurate to 2 ulp.
 inline Vector<float> exponential(Vector<float> x) {
-  const Vector<float> least = Vector<float>{} - 87.0f, most = Vector<float>{} + 88.0f;
-  x = x < least ? least : x;
-  x = x > most ? most : x;
+  x = clamped(x, -87.0f, 87.0f);
   const Vector<float> shifted = x * 1.44269504088896341f + 12582912.0f;
   const Vector<float> n = shifted - 12582912.0f;
   const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -90,7 +115,7 @@ template <typename T>
 struct Silu {
   Vector<T> sigmoid, value;
 
-  explicit Silu(Vector<T> u) : sigmoid(T(1) / (T(1) + exponential(-u))), value(u * sigmoid) {}
+  explicit Silu(Vector<T> u) : sigmoid(reciprocal(T(1) + exponential(-u))), value(u * sigmoid) {}
 
   Vector<T> slope() const { return value + sigmoid * (T(1) - value); }
   Vector<T> curve() const { return (T(1) - sigmoid) * (T(2) * slope() - value); }

@@ -91,6 +91,13 @@ inline void store(double* to, const double* from) { std::memcpy(to, from, kPanel
 inline void store(at::BFloat16* to, const float* from) {
   uint16_t* bits = reinterpret_cast<uint16_t*>(to);
   const uint32_t* in = reinterpret_cast<const uint32_t*>(from);
+#ifdef __AVX512BF16__
+  for (int64_t k = 0; k < kPanel; k += 16) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + k));
+    std::memcpy(bits + k, &narrow, sizeof narrow);
+  }
+  return;
+#endif
 #pragma omp simd
   for (int64_t k = 0; k < kPanel; ++k) {
     const uint32_t x = in[k], rounded = (x + 0x7FFFu + ((x >> 16) & 1u)) >> 16;
@@ -107,6 +114,16 @@ inline const float* load(const at::BFloat16* from, float* room) {
 #pragma omp simd
   for (int64_t k = 0; k < kPanel; ++k) out[k] = static_cast<uint32_t>(bits[k]) << 16;
   return room;
+}
+
+template <typename S>
+void transpose(int64_t rows, int64_t columns, const S* from, int64_t ld_from, S* to, int64_t ld_to) {
+  if constexpr (in_pairs<S>) {
+    at::native::utils::transpose<uint16_t>(rows, columns, reinterpret_cast<const uint16_t*>(from), ld_from,
+                                           reinterpret_cast<uint16_t*>(to), ld_to);
+  } else {
+    at::native::utils::transpose<S>(rows, columns, from, ld_from, to, ld_to);
+  }
 }
 
 // Rows of operands of products, and no power of two apart: those would share a few sets of the caches.
@@ -128,40 +145,48 @@ struct Operand {
 template <typename S>
 struct Packed {
   Tensor data;
-  int64_t k;
+  int64_t k = 0;
+
+  // Of nothing, where no product needs it.
+  Packed() = default;
 
   // From w (rows, columns), or its transpose; k and n are the padded sizes.
   Packed(const Tensor& w, bool transposed, int64_t k_padded, int64_t n_padded) : k(k_padded) {
-    const Tensor b = (transposed ? w.t() : w).contiguous();
+    const Tensor b = w.contiguous();
     data = at::zeros({n_padded / kPanel, k, kPanel}, b.options());
     const S* from = b.const_data_ptr<S>();
     S* to = data.template mutable_data_ptr<S>();
-    const int64_t rows = b.size(0), columns = b.size(1);
+    const int64_t rows = b.size(transposed ? 1 : 0), columns = b.size(transposed ? 0 : 1), ld = b.size(1);
+    // A few lines at once, and no transpose of all: that would be a tensor as large as the weights.
+    S lines[kLines * kPanel];
     for (int64_t c = 0; c < columns; c += kPanel, to += k * kPanel) {
       const int64_t n = std::min(kPanel, columns - c);
-      for (int64_t r = 0; r < rows; ++r) {
-        const S* line = from + r * columns + c;
-        if constexpr (in_pairs<S>) {
-          S* pair = to + (r / 2) * 2 * kPanel + r % 2;
-          for (int64_t i = 0; i < n; ++i) pair[2 * i] = line[i];
+      for (int64_t r = 0; r < rows; r += kLines) {
+        const int64_t m = std::min(kLines, rows - r);
+        if (transposed) {
+          transpose(n, m, from + c * ld + r, ld, lines, kPanel);
         } else {
-          std::memcpy(to + r * kPanel, line, n * sizeof(S));
+          for (int64_t i = 0; i < m; ++i) std::memcpy(lines + i * kPanel, from + (r + i) * ld + c, n * sizeof(S));
         }
+        for (int64_t i = 0; i < m; ++i) put_line(to, r + i, lines + i * kPanel, n);
       }
     }
   }
 
-  const S* panel(int64_t p) const { return data.template const_data_ptr<S>() + p * k * kPanel; }
-};
+  static constexpr int64_t kLines = 32;
 
-template <typename S>
-void transpose(int64_t rows, int64_t columns, const S* from, int64_t ld_from, S* to, int64_t ld_to) {
-  if constexpr (in_pairs<S>) {
-    at::native::utils::transpose<uint16_t>(rows, columns, reinterpret_cast<const uint16_t*>(from), ld_from,
-                                           reinterpret_cast<uint16_t*>(to), ld_to);
-  } else {
-    at::native::utils::transpose<S>(rows, columns, from, ld_from, to, ld_to);
+  static void put_line(S* panel, int64_t r, const S* line, int64_t n) {
+    if constexpr (in_pairs<S>) {
+      S* pair = panel + (r / 2) * 2 * kPanel + r % 2;
+      for (int64_t i = 0; i < n; ++i) pair[2 * i] = line[i];
+    } else {
+      std::memcpy(panel + r * kPanel, line, n * sizeof(S));
+    }
   }
-}
+
+  const S* panel(int64_t p) const {
+    return data.defined() ? data.template const_data_ptr<S>() + p * k * kPanel : nullptr;
+  }
+};
 
 }  // namespace equipot

@@ -97,7 +97,8 @@ struct ReversePush {
       : g(graph), t(direction), g_out(g_out_any ? Maybe(g.on_panels(*g_out_any)) : Maybe()),
         g_push(g.on_panels(g_push_any)), y_kept(pointer<S>(y)), t_y_kept(pointer<S>(t_y)),
         g_hidden_kept(pointer<S>(g_hidden)), sums(g, wanted, 2), tall(2 * g.room, g.padded),
-        tall_g(2 * g.room, g.padded), slope(g.room, g.padded), curve(g.room, g.padded), up(g.up()), down(g.down()),
+        tall_g(2 * g.room, g.padded), slope(g.room, g.padded), curve(g.room, g.padded),
+        up(y && t_y ? Packed<S>() : g.up()), down(g.down()),
         gs(pointer<T>(g_out)), gp(g_push.template const_data_ptr<T>()) {}
 
   void run() {

@@ -27,6 +27,7 @@ from equipot.model.config import MessageForm
 from equipot.model.geometry import Edges, sum_by_index
 from equipot.model.kernels import compiled_for
 from equipot.model.messages_blocked import sum_messages
+from equipot.model.node_linear import NodeLinear
 from equipot.model.strengths_blocked import strengths_of_edges
 
 BLOCKED_FORMS = ("fast", "balanced", "lean")
@@ -52,8 +53,8 @@ class PairLinear(nn.Module):
 
     def __init__(self, width: int, radial: int, *, form: MessageForm) -> None:
         super().__init__()
-        self.receiver = nn.Linear(width, width)
-        self.sender = nn.Linear(width, width, bias=False)
+        self.receiver = NodeLinear(width, width)
+        self.sender = NodeLinear(width, width, bias=False)
         self.radial = nn.Linear(radial, width, bias=False)
         self.form = form
 
@@ -95,7 +96,8 @@ class MessageSum(nn.Module):
         """Sums (N, H), in float32 or wider, from the atoms' features (N, H)."""
         if self.up.by_blocks(h, edges):
             assert edges.blocked is not None
-            at_receiver, at_sender = self.up.receiver(h), self.up.sender(h)
+            put_off = edges.put_off
+            at_receiver, at_sender = self.up.receiver(h, put_off), self.up.sender(h, put_off)
             others = edges.radial, edges.envelope, self.up.radial.weight, self.down.weight, self.down.bias
             # Under autocast the linears above decide the dtype, and everything else has to follow.
             inputs = Inputs(at_receiver, at_sender, *(t.to(at_receiver.dtype) for t in others))

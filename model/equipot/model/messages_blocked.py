@@ -3,12 +3,12 @@
 `sum_messages` can be differentiated once by everything, and twice where the first time was by h, the radial
 basis and the envelope alone, as conservative forces are. For the second time the work is put off. The first
 backward pass, under ``create_graph``, runs `_Pull`; the final one reaches `_Pull` first, which hands on a
-derivative and leaves the direction it was given in a `_Stash`; when it reaches `_Messages`, one sweep serves
+derivative and leaves the direction it was given in a `Stash`; when it reaches `_Messages`, one sweep serves
 both.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -19,10 +19,9 @@ from equipot.model.block_work import Inputs, Wanted, without_autocast
 from equipot.model.blocks import BlockedEdges
 from equipot.model.kernels import Sweeps, sweeps_for
 from equipot.model.message_sweeps import Direction
+from equipot.model.stash import REMEDY, Stash, is_wanted
 
 T = TypeVar("T")
-
-_REMEDY = "build the model with messages = 'split', which autograd differentiates without limits"
 
 
 class _Deferred(NamedTuple):
@@ -34,32 +33,6 @@ class _Deferred(NamedTuple):
     g_hidden_kept: Tensor | None
 
 
-@dataclass(eq=False)
-class _Stash:
-    """What `_Pull` leaves for `_Messages` within one backward pass."""
-
-    backward_pass: int = -1
-    entries: list[_Deferred] = field(default_factory=list)
-
-    def put(self, entry: _Deferred) -> None:
-        self._check()
-        self.backward_pass = torch._C._current_graph_task_id()
-        self.entries.append(entry)
-
-    def take(self) -> list[_Deferred]:
-        self._check()
-        entries, self.entries = self.entries, []
-        return entries
-
-    def _check(self) -> None:
-        if self.entries and self.backward_pass != torch._C._current_graph_task_id():
-            raise RuntimeError(
-                "messages: an earlier backward pass through forces ended before it reached the messages "
-                "they came from (it failed, or was restricted to some inputs); its share would be added to "
-                f"this one: {_REMEDY}"
-            )
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
     """What belongs to one call and is no tensor to differentiate by."""
@@ -67,7 +40,7 @@ class _Job:
     edges: BlockedEdges
     keep: int
     pulled_once: bool
-    stash: _Stash
+    stash: Stash[_Deferred]
     sweeps: Sweeps
 
 
@@ -98,7 +71,7 @@ def sum_messages(
         RuntimeError: in a backward pass that asks for what is not provided: third derivatives, second ones
             where the first were by parameters, or a pass after one that ended halfway.
     """
-    job = _Job(edges, keep, pulled_once, _Stash(), sweeps_for(x))
+    job = _Job(edges, keep, pulled_once, Stash(), sweeps_for(x))
     out: Tensor = _Messages.apply(job, *x)[0]  # type: ignore[no-untyped-call]
     return out
 
@@ -119,7 +92,7 @@ class _Messages(torch.autograd.Function):
     def backward(ctx: _Context, g_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, y, link = ctx.saved_tensors
         edges = zip(ctx.needs_input_grad[1:], ctx.next_functions, strict=True)
-        wanted = [_is_wanted(needed, edge) for needed, edge in edges]
+        wanted = [is_wanted(needed, edge) for needed, edge in edges]
         if not torch.is_grad_enabled():
             x = Inputs(*tensors)
             by = Wanted._make([*wanted[:5], any(wanted[5:])])
@@ -129,7 +102,7 @@ class _Messages(torch.autograd.Function):
         if any(wanted[4:]):
             raise RuntimeError(
                 "messages: gradients of parameters cannot be differentiated again, and create_graph=True "
-                f"asked for that; {_REMEDY}"
+                f"asked for that; {REMEDY}"
             )
         if g_out is None:
             return (None,) * 8
@@ -164,7 +137,7 @@ class _Pull(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *t: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(f"messages: third derivatives are not provided; {_REMEDY}")
+            raise RuntimeError(f"messages: third derivatives are not provided; {REMEDY}")
         g_push, g_hidden, y, *tensors = ctx.saved_tensors
         x, direction, job = Inputs(*tensors), Direction(*t), ctx.job
         pushed, t_y = _without_autocast(
@@ -196,17 +169,6 @@ def _sum_up(
         more, _ = job.sweeps.reverse(x, job.edges, g_out, wanted, y_kept=y)
         total = [_add(a, b) for a, b in zip(total, more, strict=True)]
     return total
-
-
-def _is_wanted(needed: bool, edge: tuple[Any, int]) -> bool:
-    """Whether the running backward pass wants a gradient; `needed` alone says that some pass might."""
-    if not needed:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(edge[0])
-    except RuntimeError:
-        # Torch refuses the question for a leaf that autograd.grad was asked for by name.
-        return True
 
 
 def _without_autocast(x: Inputs, sweep: Callable[[], T]) -> T:

@@ -78,7 +78,8 @@ class ShapeSweeps:
         g_hidden_kept: Tensor | None = None,
     ) -> Gradients:
         """See `message_sweeps.reverse_push`."""
-        room = self._room(x, weights=2, blocks=6, atoms=6)
+        again_y = y_kept is None or t_y_kept is None
+        room = self._room(x, weights=1 + again_y, blocks=6, atoms=6)
         grads = Sums(x, wanted).result(x)
         again = sum(kept is None for kept in (y_kept, t_y_kept, g_hidden_kept))
         self._work(x, products=1 + again + 2 * wanted.down, passes=24)
