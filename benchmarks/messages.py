@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=["direct", "conservative"], help="and inference; what a step does"
     )
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these variants beside plain; default all")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these beside plain; default all")
     parser.add_argument("--systems", type=int, default=16)
     parser.add_argument("--atoms", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)

@@ -25,7 +25,7 @@ class Edges:
     blocked: BlockedEdges | None
     """the same senders and receivers in blocks, for the forms of the messages that work by blocks"""
     pulled_once: bool = False
-    """whether gradients by radial and envelope are taken by one pass, with create_graph, and no other wants any"""
+    """whether gradients by radial and envelope are taken once, with create_graph, and no later pass wants any"""
 
     @property
     def put_off(self) -> bool:
@@ -62,10 +62,10 @@ def make_edges(
 
 
 def pull_of_lengths(lengths: Tensor, cutoff: float, by_radial: Tensor, by_envelope: Tensor) -> Tensor:
-    """∂E/∂d (E,) in the lengths' dtype, from the gradients by the radial basis (E, R) and the envelope (E, 1).
+    """∂E/∂d (E,) in the lengths' dtype, from gradients by the radial basis (E, R) and the envelope (E, 1).
 
-    What it is made of is linear in the gradients, so a derivative of it reaches them and stops there: autograd
-    would go on through second derivatives of the basis, to gradients by positions that nobody asked for.
+    It is linear in the gradients, so a derivative of it reaches them and stops there: autograd would go on
+    through second derivatives of the basis, to gradients by positions that nobody asked for.
     """
     by_radial, by_envelope = by_radial.to(lengths.dtype), by_envelope.to(lengths.dtype)
     slopes = bessel_slope(lengths, cutoff, by_radial.shape[-1])

@@ -25,11 +25,15 @@ from equipot.model.block_work import (
     Wanted,
     add_rows,
     first_of,
+    multiply,
     per_edge,
     rows_of,
     silu_and_slope,
     slope_and_curve,
+    wide_dtype,
+    wide_rows,
     wide_zeros,
+    widened,
 )
 from equipot.model.blocks import Block, BlockedEdges
 
@@ -47,12 +51,12 @@ def forward(x: Inputs, edges: BlockedEdges, *, keep: bool = False) -> tuple[Tens
     """S (N, H) in float32 or wider, and y (E, H) when it is to be kept."""
     out = wide_zeros(x.at_receiver)
     kept = per_edge(x) if keep else None
+    x = widened(x)
     room = Room(x, edges)
     for block in edges.blocks:
         hidden, message, y = room.cut(block, 3)
         functional.silu(first_of(x, edges, block, hidden), inplace=True)
-        y = y if kept is None else rows_of(kept, block)
-        torch.addmm(x.b_down, hidden, x.w_down.t(), out=y)
+        y = multiply(hidden, x.w_down.t(), y, bias=x.b_down, kept=_rows(kept, block))
         torch.sigmoid(y, out=message).mul_(y).mul_(rows_of(x.envelope, block))
         add_rows(out, rows_of(edges.receivers, block), message)
     return out, kept
@@ -79,22 +83,26 @@ def reverse(
     """
     grads = Sums(x, wanted)
     kept = per_edge(x) if keep else None
+    narrow, x = x, widened(x)
     g_out = g_out.to(x.at_receiver.dtype)
     room = Room(x, edges)
     for block in edges.blocks:
         hidden, slope_z, y, slope_y, g = room.cut(block, 5)
         silu_and_slope(first_of(x, edges, block, hidden), hidden, slope_z)
-        if y_kept is None:
-            torch.addmm(x.b_down, hidden, x.w_down.t(), out=y)
         value = y
-        silu_and_slope(y if y_kept is None else rows_of(y_kept, block), value, slope_y)
+        if y_kept is None:
+            y = multiply(hidden, x.w_down.t(), y, bias=x.b_down)
+        else:
+            y = wide_rows(y_kept, block, y)
+        silu_and_slope(y, value, slope_y)
         torch.index_select(g_out, 0, rows_of(edges.receivers, block), out=g)
         g_y = slope_y.mul_(g).mul_(rows_of(x.envelope, block))
         grads.add_envelope(block, value.mul_(g))
-        grads.add_down(g_y, hidden)
-        g_hidden = torch.mm(g_y, x.w_down, out=g if kept is None else rows_of(kept, block))
+        g_y_narrow = g_y.to(x.w_down.dtype)
+        grads.add_down(g_y_narrow, hidden, bias_rows=g_y)
+        g_hidden = multiply(g_y_narrow, x.w_down, g, kept=_rows(kept, block))
         grads.add_first(x, edges, block, torch.mul(g_hidden, slope_z, out=value))
-    return grads.result(x), kept
+    return grads.result(narrow), kept
 
 
 def push(
@@ -108,6 +116,7 @@ def push(
     """The derivative (N, H) of S along t, and the derivative of y (E, H) when it is to be kept."""
     out = wide_zeros(x.at_receiver)
     kept = per_edge(x) if keep else None
+    x, t = widened(x), _widened_direction(t)
     room = Room(x, edges)
     for block in edges.blocks:
         tall, tall_y = room.pair(block, 0), room.pair(block, 1)
@@ -116,14 +125,13 @@ def push(
         value, slope_y = room.cut(block, 2)
         _push_first(x, edges, block, t, hidden, t_hidden, slope_y)
         if y_kept is None:
-            torch.mm(tall, x.w_down.t(), out=tall_y)
+            multiply(tall, x.w_down.t(), tall_y)
             y.add_(x.b_down)
             if kept is not None:
                 rows_of(kept, block).copy_(t_y)
         else:
-            y = rows_of(y_kept, block)
-            t_y = t_y if kept is None else rows_of(kept, block)
-            torch.mm(t_hidden, x.w_down.t(), out=t_y)
+            y = wide_rows(y_kept, block, y)
+            t_y = multiply(t_hidden, x.w_down.t(), t_y, kept=_rows(kept, block))
         silu_and_slope(y, value, slope_y)
         message = slope_y.mul_(t_y).mul_(rows_of(x.envelope, block))
         if t.envelope is not None:
@@ -158,6 +166,7 @@ def reverse_push(
         g_hidden_kept: the gradient of ⟨G, S⟩ by a (E, H), if `reverse` kept it.
     """
     grads = Sums(x, wanted)
+    narrow, x, t = x, widened(x), _widened_direction(t)
     g_push = g_push.to(x.at_receiver.dtype)
     g_out = None if g_out is None else g_out.to(x.at_receiver.dtype)
     room = Room(x, edges)
@@ -173,15 +182,17 @@ def reverse_push(
         slope_and_curve(hidden, work, slope_z, curve_z)
         torch.mul(_first_direction(x, edges, block, t, t_z, work), slope_z, out=t_hidden)
         # Only one of the two may be kept: then the other's product is half as tall.
+        tall_narrow = tall.to(x.w_down.dtype)
+        hidden_narrow, t_hidden_narrow = tall_narrow.chunk(2)
         if y_kept is None and t_y_kept is None:
-            torch.mm(tall, x.w_down.t(), out=tall_y)
+            multiply(tall_narrow, x.w_down.t(), tall_y)
             y.add_(x.b_down)
         elif y_kept is None:
-            torch.addmm(x.b_down, hidden, x.w_down.t(), out=y)
+            multiply(hidden_narrow, x.w_down.t(), y, bias=x.b_down)
         elif t_y_kept is None:
-            torch.mm(t_hidden, x.w_down.t(), out=t_y)
-        y = y if y_kept is None else rows_of(y_kept, block)
-        t_y = t_y if t_y_kept is None else rows_of(t_y_kept, block)
+            multiply(t_hidden_narrow, x.w_down.t(), t_y)
+        y = y if y_kept is None else wide_rows(y_kept, block, y)
+        t_y = t_y if t_y_kept is None else wide_rows(t_y_kept, block, t_y)
 
         value, slope_y, curve_y, g = room.cut(block, 4, first=4)
         torch.sigmoid(y, out=work)
@@ -202,17 +213,27 @@ def reverse_push(
             g_y.addcmul_(g, envelope)
         g_y.mul_(slope_y).add_(curve_y)
         grads.add_envelope(block, by_envelope)
-        grads.add_down(tall_g, tall, bias_rows=g_y)
+        tall_g_narrow = tall_g.to(x.w_down.dtype)
+        grads.add_down(tall_g_narrow, tall_narrow, bias_rows=g_y)
 
         if g_hidden_kept is None:
-            g_hidden, g_t_hidden = torch.mm(tall_g, x.w_down, out=tall).chunk(2)
+            g_hidden, g_t_hidden = multiply(tall_g_narrow, x.w_down, tall).chunk(2)
         else:
-            g_hidden, g_t_hidden = torch.mm(g_y, x.w_down, out=hidden), rows_of(g_hidden_kept, block)
+            g_hidden = multiply(tall_g_narrow.chunk(2)[0], x.w_down, hidden)
+            g_t_hidden = wide_rows(g_hidden_kept, block, t_hidden)
         g_z = g_hidden.mul_(slope_z).addcmul_(curve_z.mul_(t_z), g_t_hidden)
         grads.add_first(x, edges, block, g_z)
         if t.radial is not None:
             grads.add_radial_weight(torch.mul(g_t_hidden, slope_z, out=work), rows_of(t.radial, block))
-    return grads.result(x)
+    return grads.result(narrow)
+
+
+def _rows(kept: Tensor | None, block: Block) -> Tensor | None:
+    return None if kept is None else rows_of(kept, block)
+
+
+def _widened_direction(t: Direction) -> Direction:
+    return Direction(*(None if one is None else one.to(wide_dtype(one)) for one in t))
 
 
 def _first_direction(

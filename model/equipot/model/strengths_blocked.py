@@ -19,6 +19,7 @@ from equipot.model.block_work import (
     rows_of,
     silu_and_slope,
     wide_zeros,
+    widened,
     without_autocast,
 )
 from equipot.model.blocks import BlockedEdges
@@ -69,11 +70,12 @@ class _Strengths(torch.autograd.Function):
 
 def _forward(x: Inputs, w_out: Tensor, edges: BlockedEdges) -> Tensor:
     out: Tensor = x.radial.new_empty(x.radial.shape[0], w_out.shape[0])
+    x = widened(x)
     room = Room(x, edges)
     for block in edges.blocks:
         hidden, slope = room.cut(block, 2)
         silu_and_slope(first_of(x, edges, block, hidden), hidden, slope)
-        torch.mm(hidden, w_out.t(), out=rows_of(out, block))
+        torch.mm(hidden.to(w_out.dtype), w_out.t(), out=rows_of(out, block))
     return out
 
 
@@ -82,14 +84,16 @@ def _reverse(
 ) -> tuple[Tensor | None, ...]:
     sums = Sums(x, wanted)
     g_w_out = wide_zeros(w_out)
+    narrow, x = x, widened(x)
+    w_wide, g_out = w_out.to(g_w_out.dtype), g_out.to(g_w_out.dtype)
     room = Room(x, edges)
     for block in edges.blocks:
         hidden, slope, g_z = room.cut(block, 3)
         silu_and_slope(first_of(x, edges, block, hidden), hidden, slope)
         g_rows = rows_of(g_out, block)
         add_product(g_w_out, g_rows, hidden)
-        sums.add_first(x, edges, block, torch.mm(g_rows, w_out, out=g_z).mul_(slope))
-    grads = sums.result(x)
+        sums.add_first(x, edges, block, torch.mm(g_rows, w_wide, out=g_z).mul_(slope))
+    grads = sums.result(narrow)
     return grads.at_receiver, grads.at_sender, grads.radial, grads.w_radial, g_w_out.to(w_out.dtype)
 
 
