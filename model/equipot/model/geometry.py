@@ -25,7 +25,7 @@ class Edges:
     blocked: BlockedEdges | None
     """the same senders and receivers in blocks, for the forms of the messages that work by blocks"""
     pulled_once: bool = False
-    """whether gradients by radial and envelope are taken once, with create_graph, and no later pass wants any"""
+    """whether gradients by radial and envelope are taken once, with create_graph, and never again"""
 
     @property
     def put_off(self) -> bool:
