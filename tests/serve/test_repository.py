@@ -158,6 +158,27 @@ class TestStart:
 
         run(test())
 
+    def test_a_model_must_be_named_where_there_are_several_unless_one_is_the_default(
+        self, tmp_path: Path, three: tuple[Path, ...]
+    ) -> None:
+        for name in ("one", "two"):
+            put(three[0], tmp_path / "repository" / name / "1")
+
+        async def test() -> None:
+            async with serving(tmp_path / "repository") as there:
+                code, message = await there.refused("")
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+                assert "name a model: one@1 (sha256:" in message
+            async with serving(tmp_path / "repository", default="two") as there:
+                assert (await there.energy(""))[1].name == "two"
+                assert (await there.listed())["two@1"].is_default
+            async with serving(tmp_path / "repository", default="three") as there:
+                code, message = await there.refused("")
+                assert code is NOT_FOUND
+                assert "no model of the default name three" in message
+
+        run(test())
+
 
 class TestVersions:
     def test_the_newest_answers_and_others_when_they_are_asked_for(

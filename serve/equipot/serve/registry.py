@@ -249,7 +249,8 @@ class Registry:
             name = self.default
         family = self.families.get(name)
         if family is None:
-            raise self._not_served(f"no model {wanted[:200]!r} is served here", None)
+            which = f"model {wanted[:200]!r}" if wanted else f"model of the default name {name}"
+            raise self._not_served(f"no {which} is served here", None)
         if not at:
             version = family.meant(session)
             if version is None or version not in family.slots:

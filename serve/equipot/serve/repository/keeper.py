@@ -83,6 +83,8 @@ class Keeper:
                 observed = await self._stock.in_thread(self._observer.look)
             except SourceError as error:
                 raise ServeError(f"{error}; give a folder or URL that holds NAME/VERSION/ bundles") from error
+            if self._others and self._settings.default:
+                raise ServeError("--default-model is for a repository alone: the first bundle is the default")
             if clash := sorted(self._others & set(observed.places)):
                 raise ServeError(f"{clash[0]!r} is in the repository and given beside it, too: rename one")
             await self._follow(observed)
