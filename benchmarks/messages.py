@@ -233,7 +233,7 @@ def compare(width: int, task: str, args: argparse.Namespace) -> list[dict[str, A
         seconds = min(times[name])
         on_atoms = (3 if form == "plain" else 5) * ATOM_PASSES[task] * LAYERS
         on_atoms -= (1 if form == "plain" else 3) * LEFT_OUT_PASSES[task]
-        products = EDGE_PRODUCTS[task][form] * LAYERS + HEAD_PRODUCTS[task] * (form == "plain")
+        products = float(EDGE_PRODUCTS[task][form] * LAYERS) + HEAD_PRODUCTS[task] * (form == "plain")
         products += on_atoms * batch.n_atoms / batch.n_edges
         row = {
             "task": task,
