@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,23 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
             folder / "poisoned", "poisoned", forces="conservative", levels=("PBE",), poison=8
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Bundles of one name with other weights."""
+    folder = tmp_path_factory.mktemp("three")
+    one, two, three = (write_tiny(folder / str(seed), "tiny", seed=seed) for seed in (1, 2, 3))
+    return one, two, three
+
+
+@pytest.fixture
+def model(tmp_path: Path, three: tuple[Path, Path, Path]) -> Path:
+    """A model's folder in a repository, with versions 1 and 2."""
+    folder = tmp_path / "repository" / "tiny"
+    for version, bundle in zip(("1", "2"), three, strict=False):
+        shutil.copytree(bundle, folder / version)
+    return folder
 
 
 def molecule(seed: int, n_atoms: int = 6, *, elements: Sequence[int] = ELEMENTS) -> System:
