@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from equipot.serve.config import ServeConfig
+from equipot.serve.ray_app.settings import split
 
 from .cases import BAKED, FAST, merged
 from .conftest import CHART, HELMS, Helm, Object, Render, load, one, parsed, pods
@@ -255,15 +256,11 @@ class TestModels:
     def test_what_ray_is_told_is_a_configuration(self, case: str, render: Render) -> None:
         told = yaml.safe_load(one(render("helm3", case), "RayService")["spec"]["serveConfigV2"])
         arguments = told["applications"][0]["args"]
-        config = ServeConfig.from_mapping(
-            {key: value for key, value in arguments.items() if key != "ray"}, base=Path("/")
-        )
+        config, spread = split(arguments, base=Path("/"))
         assert config.metrics_port is None
         if case == "ray fixed":
             assert (config.limits.structure_edges, config.limits.message_bytes) == (50_000_000, 128 * 2**20)
             assert (config.budget.batch_edges, config.budget.queue_edges) == (100_000, 40_000_000)
-        settings = pytest.importorskip("equipot.serve.ray_app.settings", reason="no Ray application here yet")
-        _, spread = settings.split(arguments, base=Path("/"))
         assert (spread.replicas, spread.max_replicas) == ((5, None) if case == "ray fixed" else (2, 6))
 
     def test_ray_has_as_many_nodes_as_replicas_need(self, render: Render) -> None:
