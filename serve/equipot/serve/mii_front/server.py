@@ -22,6 +22,8 @@ from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import grpc
+
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
 from equipot.serve.logs import configure
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.2
 """How often processes are looked at."""
+
+TERMINATE = "/modelresponse.ModelResponse/Terminate"
+"""The method of MII's server that ends it."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +86,7 @@ def run(config: ServeConfig, *, replicas: int, announce: Callable[[str], None]) 
                     )
                     engines[place].start()
         announce("draining")
-        with contextlib.suppress(Exception):
-            client(port).terminate_server()
+        _terminate(port)
         for process in (balancer, *engines):
             process.join(config.drain_seconds + 15)
     finally:
@@ -155,6 +159,13 @@ def check_plain(config: ServeConfig) -> None:
         if getattr(config, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ServeError(f"MII's server knows nothing of {option}: leave it out, or serve without --mii")
+
+
+def _terminate(port: int) -> None:
+    """Tells the load balancer to end the replicas and itself, as MII's client would, but without MII."""
+    with grpc.insecure_channel(f"localhost:{port}") as channel, contextlib.suppress(grpc.RpcError):
+        call = channel.unary_unary(TERMINATE, request_serializer=None, response_deserializer=None)
+        call(b"", timeout=10)
 
 
 def _begin(config: ServeConfig) -> None:
