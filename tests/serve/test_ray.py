@@ -24,6 +24,7 @@ from equipot.client import Client
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
 from equipot.serve.ray_app import local
+from equipot.serve.ray_app.free import free_port
 from equipot.serve.ray_app.scaling import ByOpenEdges
 from equipot.serve.ray_app.settings import RaySettings, split
 from equipot.wire.v1 import potential_pb2 as pb
@@ -126,7 +127,7 @@ def cluster() -> Iterator[Cluster]:
     from ray import serve
 
     before = dict(os.environ)
-    port = local.free_port()
+    port = free_port()
     os.environ["OMP_NUM_THREADS"] = "1"
     config = ServeConfig(bundles=(Path("none"),), limits=ServeConfig(bundles=(Path("none"),)).limits)
     try:
@@ -363,20 +364,27 @@ class TestReplicas:
         assert load.failures == []
         eventually(lambda: cluster.running() == 1, 90)
 
+    @pytest.mark.parametrize("workers", [0, 1])
     def test_a_replica_may_be_several_ranks_that_ray_knows_of(
-        self, cluster: Cluster, bundles: Bundles, server: Process
+        self, cluster: Cluster, bundles: Bundles, server: Process, tmp_path: Path, workers: int
     ) -> None:
         import ray
 
-        cluster.deploy(bundles.tiny, bundles.direct, dtype="float64", tensor_parallel=2)
+        elsewhere: dict[str, Any] = {}
+        if workers:
+            (tmp_path / "key").write_text("a key of some length that nobody guesses")
+            elsewhere = {"worker_hosts": workers, "worker_key": str(tmp_path / "key")}
+        cluster.deploy(bundles.tiny, dtype="float64", tensor_parallel=2, **elsewhere)
         request = ask(SYSTEMS, model="tiny")
         with stub(server.address) as here, stub(cluster.address) as there:
             one, two = here.Predict(request, timeout=60), there.Predict(request, timeout=60)
         assert two.model.tensor_parallel == 2
         energies = [np.frombuffer(answer.energy) for answer in (one, two)]
         np.testing.assert_allclose(energies[1], energies[0], rtol=1e-10)
+        # One for the replica; the one that it took the place of may be leaving still.
         groups = ray.util.placement_group_table().values()
-        (group,) = [group for group in groups if group["state"] == "CREATED"]
+        made = [group for group in groups if group["state"] == "CREATED"]
+        group = next(group for group in made if len(group["bundles"]) == 1 + workers)
         assert sum(bundle["CPU"] for bundle in group["bundles"].values()) == pytest.approx(0.2)
 
     def test_tokens_are_asked_for(self, cluster: Cluster, bundles: Bundles, tmp_path: Path) -> None:
@@ -404,7 +412,7 @@ class TestCommandLine:
     def test_it_starts_answers_and_lets_accepted_calls_finish(self, bundles: Bundles, tmp_path: Path) -> None:
         systems = [molecule(seed, 60) for seed in range(300)]
         words = [bundles.tiny, "--ray", "--replicas", 1, "--max-batch-edges", 1000]
-        with running(*words, stderr=tmp_path / "log", port=local.free_port()) as process:
+        with running(*words, stderr=tmp_path / "log", port=free_port()) as process:
             (folder,) = [Path(line.split()[-1]) for line in process.lines if line.startswith("starting Ray")]
             started = psutil.Process(process.popen.pid).children(recursive=True)
             with stub(process.address) as service:
@@ -418,7 +426,7 @@ class TestCommandLine:
         assert not folder.exists()
 
     def test_a_bundle_that_is_none_is_named(self, tmp_path: Path) -> None:
-        process = launch(tmp_path / "none", "--ray", "--port", local.free_port(), stderr=tmp_path / "log")
+        process = launch(tmp_path / "none", "--ray", "--port", free_port(), stderr=tmp_path / "log")
         assert process.wait(timeout=240) == 2
         assert process.stdout is not None
         process.stdout.close()

@@ -85,11 +85,11 @@ def _reserved(config: ServeConfig, settings: RaySettings) -> dict[str, Any]:
     actor: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
     if ranks == 1:
         return {"ray_actor_options": {**actor, "num_cpus": cpus, "num_gpus": gpus}}
-    # The ranks are children of the replica and lie on its machine: one bundle holds them all.
-    whole = {"num_cpus": ranks * cpus, "num_gpus": ranks * gpus}
-    bundle = {"CPU": ranks * cpus, **({"GPU": ranks * gpus} if gpus else {})}
+    # The replica has its own share of the ranks as children; workers have the others', one in each bundle.
+    each = ranks // (config.worker_hosts + 1)
+    bundle = {"CPU": each * cpus, **({"GPU": each * gpus} if gpus else {})}
     return {
-        "ray_actor_options": {**actor, **whole},
-        "placement_group_bundles": [bundle],
-        "placement_group_strategy": "STRICT_PACK",
+        "ray_actor_options": {**actor, "num_cpus": each * cpus, "num_gpus": each * gpus},
+        "placement_group_bundles": [bundle] * (config.worker_hosts + 1),
+        "placement_group_strategy": "PACK" if config.worker_hosts else "STRICT_PACK",
     }

@@ -24,6 +24,7 @@ import grpc
 from equipot.model.bundle import read_card
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
+from equipot.serve.ray_app.free import free_port
 from equipot.serve.ray_app.settings import RaySettings, split
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -248,14 +249,6 @@ def on_signals(stop: threading.Event) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, received)
-
-
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def check_free(host: str, port: int) -> None:

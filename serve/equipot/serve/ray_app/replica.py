@@ -20,6 +20,7 @@ from equipot.serve.opening import open_models
 from equipot.serve.ray_app.mount import Collector, mount_refusals
 from equipot.serve.ray_app.scaling import METRIC
 from equipot.serve.ray_app.settings import split
+from equipot.serve.ray_app.workers import call_workers
 from equipot.serve.server import GrpcServer
 from equipot.serve.tracing import call_tracer
 
@@ -44,7 +45,8 @@ class Replica:
     # Ray awaits it: what is loaded must know the loop that will answer.
     async def __init__(self, mapping: Mapping[str, object], base: str) -> None:  # type: ignore[misc]
         check_ingress()
-        self._config, _ = split(mapping, base=Path(base))
+        config, _ = split(mapping, base=Path(base))
+        self._config, self._workers = call_workers(config)
         configure(self._config.log_format)
         use_threads(self._config.threads)
         metrics = Metrics()
