@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from equipot.train.errors import TrainError
+from equipot.train.interfaces import interface_towards
 
 _GRACE_SECONDS = 5.0  # for peers of a failed rank to say what they saw before they are killed
 _POLL_SECONDS = 0.05
@@ -32,6 +33,8 @@ _SAME_SECONDS = 1.0  # torchrun passes on a Ctrl-C that the terminal has already
 
 GRACE_SECONDS = 600.0
 """For ranks to save and end in when they are asked to."""
+PEER_SECONDS = 60.0
+"""Of silence after which a rank of another machine is lost."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Upon which a run saves and ends well; Slurm sends SIGUSR1 if asked to (``--signal=USR1@120``)."""
 
@@ -94,6 +97,17 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
             "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
         ),
     }
+
+
+def choose_interface() -> None:
+    """Tell gloo by which interface this rank meets the others, unless the user has.
+
+    It would go by the host's name, which on many machines means the loopback, or nothing at all.
+    """
+    size, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    name = interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"), beyond=size > here)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def wait_policy() -> str:

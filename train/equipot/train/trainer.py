@@ -22,6 +22,7 @@ from equipot.train.culprits import Share, find_culprits
 from equipot.train.engine import start_world
 from equipot.train.errors import TrainError
 from equipot.train.evaluate import Errors, EvaluationStopped, Tally, evaluate
+from equipot.train.heartbeat import Heartbeat, PeerLost
 from equipot.train.incidents import (
     Incidents,
     NonFiniteError,
@@ -50,7 +51,7 @@ class Stop(Protocol):
     requested: bool
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop) -> None:
+def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop, peer_timeout: float) -> None:
     """Train as one rank of the world that the environment describes, until the run is over or was stopped.
 
     Raises:
@@ -60,7 +61,18 @@ def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop) -> None:
     torch.set_num_threads(_threads())
     world = start_world()
     check_combination(recipe, world.size)
-    run = RunDirectory(out)
+    with Heartbeat(world, peer_timeout) as heartbeat:
+        try:
+            _train(recipe, RunDirectory(out), world, resume=resume, stop=stop)
+        except RuntimeError as error:
+            # When a peer is gone, what fails is some collective operation, with words of its own.
+            lost = None if isinstance(error, TrainError) else heartbeat.reason()
+            if lost is None:
+                raise
+            raise PeerLost(lost) from error
+
+
+def _train(recipe: Recipe, run: RunDirectory, world: World, *, resume: bool, stop: Stop) -> None:
     notes = _prepare_together(recipe, run, world, resume=resume)  # has bars of its own
     with Display(silent=not world.is_first) as display:
         for note in notes:

@@ -21,9 +21,11 @@ from types import FrameType
 
 from equipot.train.errors import TrainError
 from equipot.train.launch import (
+    PEER_SECONDS,
     STOP_SIGNALS,
     Failure,
     StopSignals,
+    choose_interface,
     free_port,
     in_a_launched_rank,
     rank_environment,
@@ -39,11 +41,18 @@ class Job:
     recipe: Recipe
     out: Path
     resume: bool
+    peer_timeout: float = PEER_SECONDS
+    """Seconds of silence after which a rank of another machine is lost."""
 
     def to_json(self) -> str:
         """As one command-line argument."""
         return json.dumps(
-            {"recipe": self.recipe.model_dump(mode="json"), "out": str(self.out), "resume": self.resume}
+            {
+                "recipe": self.recipe.model_dump(mode="json"),
+                "out": str(self.out),
+                "resume": self.resume,
+                "peer_timeout": self.peer_timeout,
+            }
         )
 
     @staticmethod
@@ -51,7 +60,10 @@ class Job:
         """The inverse of :meth:`to_json`."""
         values = json.loads(text)
         return Job(
-            recipe=Recipe.model_validate(values["recipe"]), out=Path(values["out"]), resume=values["resume"]
+            recipe=Recipe.model_validate(values["recipe"]),
+            out=Path(values["out"]),
+            resume=values["resume"],
+            peer_timeout=values["peer_timeout"],
         )
 
 
@@ -76,13 +88,15 @@ class StopRequest:
 def work(job: Job, stop: StopRequest) -> None:
     """Be one rank of the run; alone in the world if no launcher made this process a rank."""
     before = dict(os.environ)
-    if not in_a_launched_rank():
+    if in_a_launched_rank():
+        choose_interface()
+    else:
         os.environ.update(rank_environment(0, 1, free_port()))
     os.environ["OMP_WAIT_POLICY"] = wait_policy()  # read by OpenMP when torch is imported
     try:
         from equipot.train.trainer import train  # torch and deepspeed: seconds, and only where needed
 
-        train(job.recipe, job.out, resume=job.resume, stop=stop)
+        train(job.recipe, job.out, resume=job.resume, stop=stop, peer_timeout=job.peer_timeout)
     finally:
         # a process that goes on must not look like a rank to what it starts
         for name in set(os.environ) - set(before):
