@@ -32,6 +32,8 @@ from equipot.train.memory.profile import Profile, profile
 from equipot.train.memory.report import as_json
 from equipot.train.recipe import load_recipe
 
+WIDE = ("model.width=1024", "batch.structures=4")
+NVME = ("zero.offload_optimizer=nvme", "zero.nvme_path={home}/nvme", *WIDE)
 # ranks, and what differs from the recipe below
 GRID: tuple[tuple[int, tuple[str, ...]], ...] = (
     (1, ("zero.stage=0", "model.messages=fast")),
@@ -49,6 +51,18 @@ GRID: tuple[tuple[int, tuple[str, ...]], ...] = (
     (2, ("zero.stage=2", "model.messages=plain", "batch.structures=4")),
     (2, ("zero.stage=3", "model.messages=fast", "model.forces=direct", "model.width=1024")),
     (2, ("zero.stage=2", "model.messages=fast", "precision=bf16", "model.width=1024")),
+    # other widths, batches and ranks than those above
+    (3, ("zero.stage=1", "model.messages=balanced", "model.width=640", "batch.structures=6")),
+    (2, ("zero.stage=0", "model.messages=lean", "model.width=896", "batch.structures=16")),
+    (2, ("zero.stage=1", "model.messages=lean", "model.forces=direct", "batch.structures=12")),
+    (3, ("zero.stage=3", "model.messages=balanced", "model.width=960", "batch.structures=6")),
+    (2, ("zero.stage=2", "model.messages=balanced", "model.forces=direct", "precision=bf16", *WIDE)),
+    # what is offloaded, and what is left out
+    (2, ("zero.stage=2", "zero.offload_optimizer=cpu", "ema.decay=0", *WIDE)),
+    (2, ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu", *WIDE)),
+    (1, ("zero.stage=3", *NVME)),
+    (1, ("zero.stage=3", *NVME, "precision=bf16", "zero.offload_parameters=cpu")),
+    (2, ("zero.stage=3", *NVME, "model.forces=direct", "checkpoint.asynchronous=false")),
 )
 
 RECIPE = """
@@ -101,7 +115,7 @@ def main() -> None:
         for number, (ranks, changes) in enumerate(GRID):
             if args.only is not None and number not in args.only:
                 continue
-            settings = load_recipe(recipe, changes)
+            settings = load_recipe(recipe, [change.format(home=home) for change in changes])
             machine = measure_machine(settings, ranks, lambda text: None, baseline=baseline)
             name = f"{ranks} rank(s): {', '.join(changes)}"
             found = profile(

@@ -111,7 +111,7 @@ def compute(parts: Parts, settings: Recipe, number: int, *, spoiled: bool = Fals
 def whole(parts: Parts) -> list[torch.Tensor]:
     """Copies of all state: weights, average, moments."""
     weights = [fragment.values.clone() for fragment in parts.engine.fragments()]
-    moments = [tensor.clone() for each in parts.engine.moments() for tensor in each.values()]
+    moments = [tensor.clone() for each in parts.engine.states() for tensor in each.values()]
     return weights + [part.clone() for part in parts.ema.parts] + moments
 
 

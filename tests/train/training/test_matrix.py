@@ -81,7 +81,7 @@ def follow(
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         program = [str(Path(__file__).with_name("matrix_program.py")), str(recipe_file), str(prepared.path)]
         command = [*torchrun, "--standalone", *program, str(plan)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60 + 10 * len(jobs))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600 + 30 * len(jobs))
         assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
         return {job: torch.load(path) for job, path in files.items()}
 

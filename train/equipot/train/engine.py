@@ -212,21 +212,27 @@ class Engine:
         """This rank's parts of the fp32 master weights, in the order of the module's parameters."""
         for name, parameter in self._names.items():
             place = self._place(name, parameter)
-            yield Fragment(name, place.shape, place.offset, self._master(parameter, place))
+            with self._moments.in_memory(parameter):
+                values = self._master(parameter, place)
+            yield Fragment(name, place.shape, place.offset, values)
 
     @property
     def updates(self) -> int:
         """Updates that the optimizer's moments have seen; with 0 there are none."""
         return self._moments.updates
 
-    def moments(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The optimizer's moments by name, in parts like those of :meth:`fragments`; may be live."""
+    def states(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Master weights (``weights``) and moments, in parts like those of :meth:`fragments`; may be live."""
+        kinds = MOMENTS if self.updates else ()
         for name, parameter in self._names.items():
             place = self._place(name, parameter)
             start = place.offset if self._stage == 0 else 0
+            with self._moments.in_memory(parameter):
+                state = {kind: self._moments.read(parameter, kind) for kind in kinds}
+                weights = self._master(parameter, place)
             yield {
-                moment: self._moments.read(parameter, moment)[start : start + place.length]
-                for moment in MOMENTS
+                "weights": weights,
+                **{kind: values[start : start + place.length] for kind, values in state.items()},
             }
 
     def _place(self, name: str, parameter: nn.Parameter) -> Place:
@@ -248,7 +254,7 @@ class Engine:
 
     def _master(self, parameter: nn.Parameter, place: Place) -> torch.Tensor:
         if self._stage == 3:
-            part: torch.Tensor = self._optimizer.get_local_fp32_param(parameter).detach()
+            part = self._moments.master(parameter)
             if self._in_files:
                 part = part.clone()  # it is in a buffer that the next one is read into
             return part[: place.length]  # the last parts are padded
@@ -277,9 +283,15 @@ class Engine:
         for name, parameter in self._names.items():
             place = self._place(name, parameter)
             kinds = ("weights", *MOMENTS) if updates else ("weights",)
-            for kind in kinds:
-                self._take(parameter, kind, self._part_of(read, kind, parameter, place))
-        if self._stage:
+            with self._moments.in_memory(parameter, changed=True):
+                for kind in kinds:
+                    values = self._part_of(read, kind, parameter, place)
+                    self._take(parameter, kind, values)
+                    if kind == "weights" and self._stage == 3:
+                        self._set_local(parameter, values)
+        if self._stage == 3:
+            self._engine.empty_partition_cache()  # what is still gathered is stale
+        elif self._stage:
             self._set_working(fragment.values for fragment in self.fragments())
 
     def load_frozen(self, read: Reader) -> None:
@@ -309,6 +321,8 @@ class Engine:
     def _take(self, parameter: nn.Parameter, kind: str, values: torch.Tensor) -> None:
         if kind != "weights":
             self._moments.write(parameter, kind, values)
+        elif self._in_files:
+            self._moments.master(parameter).copy_(values)
         elif self._stage == 3:
             self._optimizer.set_local_hp_param(values, parameter)
         elif self._stage == 0:

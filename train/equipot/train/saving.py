@@ -215,12 +215,11 @@ def _layout(engine: Engine, ema: Ema, updates: int, world: World) -> tuple[list[
 
 def _contents(engine: Engine, ema: Ema, updates: int, world: World) -> Iterator[torch.Tensor]:
     averages = iter(ema.parts)
-    moments = engine.moments() if updates else ({} for _ in engine.places())
-    for fragment, parts in zip(engine.fragments(), moments, strict=True):
-        yield fragment.values
+    for state in engine.states():
+        yield state["weights"]
         if ema.is_kept:
             yield next(averages)
-        yield from (parts[name] for name in MOMENTS if updates)
+        yield from (state[name] for name in MOMENTS if updates)
     yield from _generators(world).values()
 
 
