@@ -31,6 +31,7 @@ from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 from .conftest import Bundles, Process, ask, crystal, launch, molecule, running, write_tiny
+from .test_sessions import moved, opening, refused, stepping
 
 SYSTEMS = [molecule(1), crystal(2), molecule(3, 9), crystal(4, 12)]
 LIMITS = {
@@ -244,6 +245,18 @@ class TestAsStandalone:
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
             watch.cancel()
             assert GRPCInferenceServiceStub(channel).ServerReady(oip.ServerReadyRequest(), timeout=10).ready
+
+    def test_sessions_step_and_are_refused_alike(self, server: Process, like_standalone: Cluster) -> None:
+        said = []
+        for address in (server.address, like_standalone.address):
+            with stub(address) as service:
+                steps = [stepping(moved(SYSTEMS, seed, 0.05), seed) for seed in (1, 2)]
+                replies = list(service.Session(iter([opening(SYSTEMS), *steps]), timeout=60))
+                said.append(
+                    ([(reply.number, reply.answer.energy) for reply in replies], refused(service, steps[0]))
+                )
+        assert said[0] == said[1]
+        assert [number for number, _ in said[1][0]] == [1, 2]
 
     def test_deadlines_and_cancelled_calls_reach_the_queue(self, like_standalone: Cluster) -> None:
         long = ask([molecule(seed, 60) for seed in range(80)], model="tiny")

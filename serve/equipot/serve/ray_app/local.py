@@ -162,6 +162,8 @@ def environment(folder: Path, config: ServeConfig) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1000",
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "1000",
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.limits.message_bytes),
+        # By default Ray gives up a proxy that takes five seconds to come up, as on a busy machine.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 
