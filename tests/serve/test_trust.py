@@ -35,7 +35,7 @@ from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 ONCE = RetryPolicy(attempts=1)
 ANN, BOB, ROOT = "ann-" + "a" * 20, "bob-" + "b" * 20, "root-" + "c" * 20
-PACED, SINGLE = "paced-" + "d" * 20, "single-" + "e" * 20
+PACED, SINGLE, MOVER = "paced-" + "d" * 20, "single-" + "e" * 20, "mover-" + "f" * 20
 LIMITS = """
 [default]
 requests_per_second = 0.001
@@ -44,6 +44,10 @@ burst_seconds = 2000        # two at once, then one in a quarter of an hour
 [identities.root]
 
 [identities.paced]
+requests_per_second = 2
+burst_seconds = 1
+
+[identities.mover]
 requests_per_second = 2
 burst_seconds = 1
 
@@ -63,6 +67,7 @@ def tokens_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokens") / "tokens"
     path.write_text(
         f"# who may call\nann: {ANN}\nbob: {BOB}\nroot: {ROOT}\npaced: {PACED}\nsingle: {SINGLE}\n"
+        f"mover: {MOVER}\n"
     )
     return path
 
@@ -331,6 +336,17 @@ def test_each_step_of_a_session_counts(guarded: Process) -> None:
         for _ in range(4):
             session.predict(molecule(1).positions)
         assert time.monotonic() - begun > 1.0
+
+
+def test_each_step_of_a_relaxation_counts(guarded: Process, stub: PotentialServiceStub) -> None:
+    begun = time.monotonic()
+    structures = ask([molecule(1)]).structures
+    request = pb.RelaxRequest(model="tiny", structures=structures, fmax=1e-9, max_steps=5)
+    replies = list(stub.Relax(request, timeout=60, metadata=bearer(MOVER, x_request_id="relax-1")))
+    assert [reply.result.steps for reply in replies] == [5]
+    # Two at once, then four by the rate.
+    assert time.monotonic() - begun > 1.5
+    assert entry(guarded, "relax-1")["model"] == "tiny"
 
 
 def test_calls_at_once_of_one_identity(guarded: Process, stub: PotentialServiceStub) -> None:

@@ -101,7 +101,6 @@ class PotentialServicer:
         context.add_done_callback(self._left)  # type: ignore[arg-type]
         try:
             model = self.find(request, context)
-            call.model = model.name
             counts = self._metrics.of(model.name, model.version)
             with model.in_use():
                 work = self.understand(request, model, deadline)
@@ -132,7 +131,6 @@ class PotentialServicer:
         """What Predict with this request would cost."""
         started = time.perf_counter()
         model = self.find(request, context)
-        current_call().model = model.name
         with model.in_use():
             work = self.understand(request, model, _deadline(context))
             estimate = await self._dispatcher.explain(work)
@@ -162,12 +160,14 @@ class PotentialServicer:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     def find(self, request: Naming, context: Context) -> ServedModel:
-        """The model that a request names.
+        """The model that a request names; noted as the one that answers this call.
 
         Raises:
             CallError: there is none, or it does not answer now.
         """
-        return self._gate.registry().find(request.model, session=_session(request, context))
+        model = self._gate.registry().find(request.model, session=_session(request, context))
+        current_call().model = model.name
+        return model
 
     def understand(self, request: pb.PredictRequest, model: ServedModel, deadline: float | None) -> Work:
         """What is asked, checked against what the model and this server can do.

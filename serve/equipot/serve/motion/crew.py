@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from equipot.serve.call import current_call
+from equipot.serve.call import Call, current_call
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import Fault, OverQuota, QueueFull
 from equipot.serve.job import KeptNeighbors, Work
@@ -101,8 +101,9 @@ class Party:
         loop = asyncio.get_running_loop()
         while True:
             joining = self._joining(crew)
-            if joining or kept is None:
-                kept = KeptNeighbors(self._work.key.model.card.cutoff, SKIN)
+            # A potential that does not say how far it looks finds its neighbours itself.
+            if joining and (cutoff := self._work.key.model.card.cutoff):
+                kept = KeptNeighbors(cutoff, SKIN)
             if not crew and not joining:
                 return
             came = await loop.run_in_executor(self._moving, _move, crew, joining, self._begin)
@@ -136,15 +137,18 @@ class Party:
             joining.append(self._waiting.popleft())
         return joining
 
-    async def _ask(self, crew: list[Member], kept: KeptNeighbors) -> None:
+    async def _ask(self, crew: list[Member], kept: KeptNeighbors | None) -> None:
         """Has the members' present positions computed."""
         structures = _pack(self._work.structures, crew)
+        call: Call | None = None
         while True:
-            call = replace(current_call(), structures=0, atoms=0, edges=0)
-            work = replace(self._work, structures=structures, call=call, neighbors=kept)
             try:
+                if call is None:
+                    # Once a step, however often the queue has no room for it.
+                    call = current_call().next_request()
+                    call.asked(len(structures), len(structures.positions))
+                work = replace(self._work, structures=structures, call=call, neighbors=kept)
                 work.key.model.engine.check_ready()
-                call.asked(len(structures), len(structures.positions))
                 answer = await self._dispatcher.predict(work)
                 break
             except (QueueFull, OverQuota) as error:
