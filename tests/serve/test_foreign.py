@@ -18,13 +18,15 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
+from ase.optimize import FIRE
 from tests.serve.conftest import Bundles, Process, inside, run, running
 
 from equipot.client import Client, FailureReason, InvalidRequest
 from equipot.model.batch import Graph, System
 from equipot.serve.config import DEFAULT_LIMITS, ServeConfig
 from equipot.serve.engine import Result
-from equipot.serve.errors import Fault, ServeError
+from equipot.serve.errors import Fault, NotReady, ServeError
+from equipot.serve.foreign import process as foreign_process
 from equipot.serve.foreign.engine import ForeignEngine
 from equipot.serve.foreign.spec import CalculatorSpec, calculators
 from equipot.serve.mapping import read
@@ -98,6 +100,15 @@ class TestEmtOverThePort:
             else:
                 assert np.isnan(one.stress).all()
 
+    def test_it_relaxes_as_here_though_it_does_not_say_how_far_it_looks(self, emt: Process) -> None:
+        atoms = metal(5)
+        with Client(emt.address, model="emt") as client:
+            there = client.relax([atoms], fmax=1e-6, steps=4)[0]
+        atoms.calc = EMT(asap_cutoff=True)
+        FIRE(atoms, logfile=None).run(fmax=1e-6, steps=4)
+        assert (there.failure, there.steps) == (None, 4)
+        near(there.positions, atoms.positions, 1e-8)
+
     def test_what_it_does_not_know_fails_alone(self, emt: Process) -> None:
         charged = metal(0)
         charged.info["charge"] = 1
@@ -158,6 +169,23 @@ class TestOnBadDays:
         process.wait()
         (one,) = answers(moody, [system(Atoms("H"))])
         assert isinstance(one, Result)
+
+    def test_one_that_starts_for_too_long_is_not_taken_for_one_that_has_started(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        there = engine(CalculatorSpec(calculator=f"{ODD}:Moody"))
+        before = there._process._process
+        assert before is not None
+        os.kill(before.pid, signal.SIGKILL)
+        before.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(foreign_process, "START_SECONDS", 0.0)
+            with pytest.raises(NotReady, match="is being started again"):
+                answers(there, [system(Atoms("H"))])
+        there._process._not_before = 0.0
+        (one,) = answers(there, [system(Atoms("H"))])
+        assert isinstance(one, Result)
+        there.close()
 
     def test_a_batch_that_keeps_ending_it_is_given_up(self, moody: ForeignEngine) -> None:
         neon = system(Atoms("Ne"))

@@ -193,8 +193,11 @@ class CalculatorProcess:
         try:
             self._pipe.send((self._spec.kind, options))
             said = self._receive(START_SECONDS)
-        except OSError:
-            raise _DeadError(self._how()) from None
+        except (OSError, _DeadError) as error:
+            death = error if isinstance(error, _DeadError) else _DeadError(self._how())
+            # One that goes on starting would be taken for one that has started.
+            self._end()
+            raise death from None
         if isinstance(said, Refused):
             self._end()
             raise ServeError(f"calculator {self._spec.calculator} cannot be made: {said.message}")
