@@ -110,6 +110,7 @@ class TestFile:
             ({"budget": 5}, "budget is 5; it takes a table"),
             ({"device": 5}, "device is 5; it takes a string"),
             ({"port": 70_000}, "port is 70000, allowed are 0 to 65535"),
+            ({"budget": {"ageing_seconds": 0}}, "budget.ageing_seconds is 0, allowed are seconds above 0"),
             ({"limits": {"structure_atoms": 0}}, "max-atoms is 0, allowed are 1 or more"),
         ],
     )

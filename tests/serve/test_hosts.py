@@ -21,6 +21,7 @@ from equipot.serve import rank
 from equipot.serve.config import ServeConfig, Workers
 from equipot.serve.errors import ServeError
 from equipot.serve.hosts import Hosts
+from equipot.serve.repository.settings import RepositorySettings
 from equipot.serve.wire import Wire, WireError
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
@@ -182,6 +183,15 @@ def test_every_message_comes_back_as_it_was() -> None:
                 "bundles": (Path("a"), Path("b")),
             },
             "is for one model",
+        ),
+        (
+            {
+                "worker_hosts": 1,
+                "tensor_parallel": 2,
+                "worker_key": Path("k"),
+                "repository": RepositorySettings(url="models"),
+            },
+            "a repository may hold any number",
         ),
     ],
 )

@@ -203,6 +203,11 @@ class ServeConfig:
         _check("max-batch-edges", self.budget.batch_edges, 1, None)
         _check("max-batch-atoms", self.budget.batch_atoms, 1, None)
         _check("max-queue-edges", self.budget.queue_edges, 1, None)
+        if not 0 < self.budget.ageing_seconds <= 86_400:
+            raise ServeError(
+                f"budget.ageing_seconds is {self.budget.ageing_seconds:g}, allowed are seconds above 0 up to"
+                " 86400"
+            )
         _check("max-atoms", self.limits.structure_atoms, 1, None)
         _check("max-edges", self.limits.structure_edges, 1, None)
         _check("max-request-structures", self.limits.request_structures, 1, None)
@@ -251,6 +256,11 @@ class ServeConfig:
         if len(self.bundles) != 1:
             raise ServeError(
                 f"worker-hosts is for one model, {len(self.bundles)} bundles are given: start as many servers"
+            )
+        if self.repository is not None:
+            raise ServeError(
+                "worker-hosts is for one model, and a repository may hold any number: give it a server of its"
+                " own"
             )
 
     @classmethod

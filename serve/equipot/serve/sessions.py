@@ -41,7 +41,7 @@ class _Open:
     work: Work
     neighbors: KeptNeighbors | None
     asked: pb.PredictRequest
-    by_properties: dict[tuple[pb.Property.ValueType, ...], Work]
+    by_properties: dict[frozenset[pb.Property.ValueType], Work]
 
 
 class SessionServicer:
@@ -156,7 +156,7 @@ class SessionServicer:
         work = self._potential.understand(asked, model, None)
         cutoff = model.card.cutoff
         neighbors = KeptNeighbors(cutoff, request.skin or SKIN) if cutoff else None
-        return _Open(work, neighbors, asked, {tuple(request.properties): work})
+        return _Open(work, neighbors, asked, {frozenset(request.properties): work})
 
     async def _step(self, opened: _Open, step: pb.SessionStep, context: Context) -> pb.SessionReply:
         started = time.perf_counter()
@@ -182,14 +182,16 @@ class SessionServicer:
     def _work(self, opened: _Open, step: pb.SessionStep) -> Work:
         """The step as a request: what was opened, with these positions."""
         opened.work.key.model.engine.check_ready()
-        like = opened.by_properties.get(tuple(step.properties)) if step.properties else opened.work
+        # By set: lists of the same properties in other orders, however long, are the same question.
+        wanted = frozenset(step.properties)
+        like = opened.by_properties.get(wanted) if wanted else opened.work
         if like is None:
             other = pb.PredictRequest()
             other.CopyFrom(opened.asked)
             other.ClearField("properties")
             other.properties.extend(step.properties)
             like = self._potential.understand(other, opened.work.key.model, None)
-            opened.by_properties[tuple(step.properties)] = like
+            opened.by_properties[wanted] = like
         before: StructureArrays = opened.work.structures
         try:
             structures = decode_step(step, before)
