@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from ase import Atoms
 from tests.serve.conftest import (
     Bundles,
     Inside,
@@ -25,6 +26,7 @@ from tests.serve.conftest import (
     running,
 )
 
+from equipot.client import EquipotCalculator
 from equipot.model.batch import System
 from equipot.serve.config import ServeConfig, SessionLimits
 from equipot.wire.v1 import potential_pb2 as pb
@@ -262,3 +264,24 @@ def test_ase_goes_on_across_a_restart(bundles: Bundles, tmp_path: Any) -> None:
             with running(bundles.tiny, "--dtype", "float64", port=int(port), stderr=tmp_path / "two"):
                 atoms.positions += 1.0  # moved as a whole: the energy stays
                 assert atoms.get_potential_energy() == pytest.approx(before, rel=1e-12)
+
+
+def test_a_calculator_goes_on_by_calls_where_no_session_is_to_be_had(bundles: Bundles) -> None:
+    def move(address: str) -> None:
+        with EquipotCalculator(address, model="tiny") as calculator:
+            system = molecule(1)
+            atoms = Atoms(system.atomic_numbers, system.positions)
+            atoms.calc = calculator
+            for _ in range(4):
+                assert np.isfinite(atoms.get_forces()).all()
+                atoms.positions[1] += 0.01
+
+    async def test() -> None:
+        config = ServeConfig(
+            bundles=(bundles.tiny,), port=0, metrics_port=None, threads=1, sessions=SessionLimits(most=0)
+        )
+        async with inside(config) as at:
+            await asyncio.to_thread(move, at.address)
+            assert at.value("requests_total", outcome="ok") == 4
+
+    run(test())

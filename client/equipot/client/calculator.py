@@ -13,12 +13,13 @@ from equipot.client.credentials import Tls
 from equipot.client.errors import (
     ClientError,
     InvalidStructure,
+    LimitExceeded,
     ModelChanged,
     ModelNotFound,
     StructureFailure,
     refused,
 )
-from equipot.client.results import ModelReference
+from equipot.client.results import ModelReference, Predictions
 from equipot.client.session import Session
 from equipot.client.structures import Structure, charge_and_spin, from_atoms
 from equipot.client.sync import Client
@@ -90,6 +91,7 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         self._read: set[str] = set()
         self._session: Session | None = None
         self._session_of: Structure | None = None
+        self._session_refused = False
         super().__init__(model=model or self._client.model_name, level_of_theory=level_of_theory)
 
     def __enter__(self) -> Self:
@@ -129,6 +131,7 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         if changed:
             self.reset()
             self._leave_session()
+            self._session_refused = False
             self.model_reference = self._model_has_stress = None
         return changed
 
@@ -178,21 +181,8 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
             structure = from_atoms(self.atoms)
         except InvalidStructure as error:
             raise StructureFailure(refused(0, error)) from error
-        session = self._session_for(structure)
         try:
-            if session is not None:
-                answer = session.predict(
-                    structure.positions, structure.cell[None], forces=forces, stress=stress
-                )
-            else:
-                answer = self._client.predict(
-                    structure,
-                    forces=forces,
-                    stress=stress,
-                    level_of_theory=self.parameters["level_of_theory"],
-                    model=self.parameters["model"] if reference is None else reference.pinned,
-                    timeout=self._timeout,
-                )
+            answer = self._answer(structure, forces=forces, stress=stress)
         except ModelNotFound as error:
             if reference is None:
                 raise
@@ -212,13 +202,35 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
             results["stress"] = full_3x3_to_voigt_6_stress(answer.stress[0])
         return results
 
+    def _answer(self, structure: Structure, *, forces: bool, stress: bool) -> Predictions:
+        session, reference = self._session_for(structure), self.model_reference
+        if session is not None:
+            try:
+                return session.predict(
+                    structure.positions, structure.cell[None], forces=forces, stress=stress
+                )
+            except LimitExceeded:
+                if session.model is not None:
+                    raise
+                # As many are open as may be; calls need none, and only cost more.
+                self._leave_session()
+                self._session_of, self._session_refused = structure, True
+        return self._client.predict(
+            structure,
+            forces=forces,
+            stress=stress,
+            level_of_theory=self.parameters["level_of_theory"],
+            model=self.parameters["model"] if reference is None else reference.pinned,
+            timeout=self._timeout,
+        )
+
     def _session_for(self, structure: Structure) -> Session | None:
         """The session of these atoms; None at their first calculation, which may be their only one."""
         before, self._session_of = self._session_of, structure
         if before is None or not _same_atoms(before, structure) or self.model_reference is None:
             self._leave_session()
             self._session_of = structure
-        elif self._session is None:
+        elif self._session is None and not self._session_refused:
             self._session = self._client.session(
                 structure,
                 level_of_theory=self.parameters["level_of_theory"],
