@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from equipot.client import (
 )
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
+from equipot.serve.ray_app.local import _names
 from equipot.serve.tokens import Tokens
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -347,6 +349,11 @@ def test_each_step_of_a_relaxation_counts(guarded: Process, stub: PotentialServi
     # Two at once, then four by the rate.
     assert time.monotonic() - begun > 1.5
     assert entry(guarded, "relax-1")["model"] == "tiny"
+
+
+def test_under_ray_the_operator_hears_that_a_server_with_tokens_answers(guarded: Process) -> None:
+    host, _, port = guarded.address.rpartition(":")
+    assert _names(host, int(port), threading.Event()) == "callers with a token"
 
 
 def test_calls_at_once_of_one_identity(guarded: Process, stub: PotentialServiceStub) -> None:

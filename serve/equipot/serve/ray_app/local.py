@@ -231,12 +231,15 @@ def _status(name: str) -> Any:  # noqa: ANN401  # Ray has no types here
 
 
 def _names(host: str, port: int, stop: threading.Event) -> str:
-    """The models, asked for at the port that callers use: it answers, then."""
+    """The models, asked for at the port that callers use: it answers, then. None are told without a token."""
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         while not stop.is_set():
-            with contextlib.suppress(grpc.RpcError):
+            try:
                 models = PotentialServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5).models
                 return ", ".join(model.name for model in models)
+            except grpc.RpcError as error:
+                if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                    return "callers with a token"
             time.sleep(LOOK_SECONDS)
     return ""
 
