@@ -84,6 +84,27 @@ class TestFile:
         monkeypatch.chdir(tmp_path.parent)
         assert told("here").bundles == (tmp_path.parent / "here",)
 
+    def test_a_repository_starts_from_there_as_paths_do(
+        self, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path.parent)
+        repository = told(file='[repository]\nurl = "models"').repository
+        assert repository is not None
+        assert repository.url == str(tmp_path / "models")
+
+    def test_other_urls_of_a_repository_stay_as_they_are(self, told: Told) -> None:
+        repository = told(file='[repository]\nurl = "s3://bucket/models"').repository
+        assert repository is not None
+        assert repository.url == "s3://bucket/models"
+
+    def test_one_of_the_command_line_starts_where_it_was_typed(
+        self, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path.parent)
+        repository = told("--repository", "models").repository
+        assert repository is not None
+        assert repository.url == str(tmp_path.parent / "models")
+
     def test_no_file_and_no_flags_leave_the_defaults(self, told: Told) -> None:
         config = told("/bundle", file=None)
         assert config == ServeConfig(bundles=(Path("/bundle"),), calibrate=True)

@@ -23,7 +23,7 @@ from equipot.serve.config_file import overlay, read_toml
 from equipot.serve.errors import ServeError
 from equipot.serve.foreign.spec import calculators
 from equipot.serve.logs import configure
-from equipot.serve.repository.settings import Preload
+from equipot.serve.repository.settings import Preload, anchored
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -314,6 +314,8 @@ def _setting(option: str, value: object) -> dict[str, object]:
             return {"calibrate": False, "budget": {"batch_edges": edges}}
         case "max_message_mb", int(megabytes):
             return {"limits": {"message_bytes": megabytes * 2**20}}
+        case "repository", str(url):
+            value = anchored(url, Path.cwd())
         case _, Path():
             value = value.absolute()
         case _, StrEnum():

@@ -13,7 +13,7 @@ from equipot.serve.errors import ServeError
 from equipot.serve.foreign.spec import CalculatorSpec
 from equipot.serve.logs import LogFormat
 from equipot.serve.mapping import read
-from equipot.serve.repository.settings import RepositorySettings
+from equipot.serve.repository.settings import RepositorySettings, anchored
 
 MAX_PORT = 65535
 MOST_RANKS = 64
@@ -283,6 +283,9 @@ class ServeConfig:
             filled["budget"] = {**asdict(default_budget(device)), **budget}
             filled.setdefault("calibrate", "batch_edges" not in budget)
         filled.setdefault("bundles", [])
+        repository = filled.get("repository")
+        if isinstance(repository, Mapping) and isinstance(url := repository.get("url"), str):
+            filled["repository"] = {**repository, "url": anchored(url, base)}
         return read(cls, filled, base=base)
 
     def _check_trust(self) -> None:

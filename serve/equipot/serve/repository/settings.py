@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +26,11 @@ def default_cache() -> Path:
     """Where remote bundles are kept: the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "equipot" / "bundles"
+
+
+def anchored(url: str, folder: Path) -> str:
+    """A path of this machine as it is from `folder` on; any other URL as it is."""
+    return url if not url or re.match(r"\w[\w+.-]*:", url) else str(folder / Path(url).expanduser())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
