@@ -9,6 +9,8 @@ import numpy as np
 import vesin
 from numpy.typing import NDArray
 
+from equipot.model.errors import StructureError
+
 
 class NeighborList(NamedTuple):
     """Directed edges, each pair in both directions, sorted by receiver.
@@ -23,6 +25,9 @@ class NeighborList(NamedTuple):
     cell_shifts: NDArray[np.int64]
     """(n_edges, 3) lattice vectors added to the sender's position."""
 
+
+MOST_CELLS = 1e5
+"""Cells that vesin divides space into; of a longer and thinner space it would make none: SIGFPE."""
 
 _calculators = threading.local()
 
@@ -46,6 +51,7 @@ def neighbor_list(
         pbc: (3,) periodic directions.
         cutoff: in Å; may exceed the cell, an atom then has several images of one neighbour.
     """
+    check_searchable(positions, cell, pbc, cutoff)
     calculator = _calculator(float(cutoff), full=True)
     receivers, senders, shifts = calculator.compute(positions, cell, pbc, "ijS", copy=False)
     # copy=False gives views of the calculator's buffers: astype and the copies below own their memory.
@@ -71,9 +77,34 @@ def half_neighbor_list(
         receivers (n_edges / 2,), senders (n_edges / 2,), cell_shifts (n_edges / 2, 3): views of buffers that
         this thread's next call writes over.
     """
+    check_searchable(positions, cell, pbc, cutoff)
     calculator = _calculator(float(cutoff), full=False)
     receivers, senders, shifts = calculator.compute(positions, cell, pbc, "ijS", copy=False)
     return receivers, senders, shifts
+
+
+def check_searchable(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> None:
+    """Refuses a few atoms in a space so long and thin that dividing it into cells would end the process.
+
+    Raises:
+        StructureError: its space is one.
+    """
+    if not len(positions):
+        return
+    lengths = np.where(pbc, np.sqrt((cell * cell).sum(axis=1)), np.ptp(positions, axis=0))
+    cells = np.maximum(lengths / cutoff, 1.0) + 1.0
+    total = float(cells.prod())
+    # Too many cells are made larger, all directions alike: each must have some left.
+    if total <= MOST_CELLS or float(cells.min()) * (MOST_CELLS / total) ** (1.0 / 3.0) >= 3.0:
+        return
+    raise StructureError(
+        field="cell" if pbc.any() else "positions",
+        message=f"its space of {' × '.join(f'{length:.3g}' for length in lengths)} Å is too long and thin"
+        f" to be searched for neighbours within {cutoff:g} Å",
+        remedy="leave out atoms that are far away, or shorten the vacuum",
+    )
 
 
 def brute_force_neighbor_list(

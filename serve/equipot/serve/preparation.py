@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from equipot.model.batch import Graph, System, build_graphs
 from equipot.model.errors import StructureError
+from equipot.model.neighbors import check_searchable
 from equipot.model.skin import SkinnedNeighbors
 from equipot.model.validate import check_graph, check_system
 from equipot.serve.config import RequestLimits
@@ -49,6 +50,7 @@ class Preparation:
             if fault := self._too_many_atoms(system):
                 return fault
             check_system(system)
+            check_searchable(system.positions, system.cell, system.pbc, self.cutoff)
             supported = self.supported(system)
         except StructureError as error:
             return _fault(error)
