@@ -13,6 +13,7 @@ import pytest
 from tests.serve.conftest import ask, molecule, run, write_tiny
 from tests.serve.repository_helpers import MOLECULE, label, put, serving
 
+from equipot.client import Client, Structure
 from equipot.serve import shadow
 from equipot.serve.registry import share
 from equipot.serve.repository.labels import LabelError, parse
@@ -92,6 +93,25 @@ class TestLabels:
                 assert await there.version("tiny@canary") == "2"
                 # One connection is one session where none is named.
                 assert len({await there.version() for _ in range(5)}) == 1
+
+        run(test())
+
+    def test_a_client_gets_the_same_version_whichever_way_it_asks(self, model: Path) -> None:
+        label(model, "stable = 1\n[canary]\nversion = 2\nweight = 0.5")
+        system = molecule(1)
+        structure = Structure(system.atomic_numbers, system.positions)
+
+        def versions(address: str) -> list[str]:
+            with Client(address, model="tiny") as client, client.session(structure) as session:
+                (relaxed,) = client.relax([structure], steps=1)
+                answered = (client.predict(structure).model, session.predict(system.positions).model)
+                return [one.version for one in (*answered, relaxed.model) if one is not None]
+
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                got = [await asyncio.to_thread(versions, there.inside.address) for _ in range(10)]
+                assert all(len(one) == 3 for one in got)
+                assert all(len(set(one)) == 1 for one in got)
 
         run(test())
 

@@ -74,6 +74,7 @@ class RelaxSettings:
             structures=encode_structures(pack(list(structures))),
             level_of_theory=wish.level_of_theory,
             priority=PRIORITIES[wish.priority],
+            session=wish.session,
             optimizer=_word(pb.Optimizer, "optimizer", self.optimizer),
             fmax=self.fmax,
             max_steps=self.steps,
@@ -156,7 +157,8 @@ class Relaxing:
                 fixed_atoms(items[start + place], len(structure))
                 for place, structure in zip(part.places, part.structures, strict=True)
             ]
-            for place, relaxed in Relaxation(part, fixed, wish, how, self).run(start):
+            relaxation = Relaxation(part, fixed, wish, how, self)
+            for place, relaxed in relaxation.run(start):
                 failure = relaxed.failure
                 counted = (
                     relaxed
@@ -165,6 +167,8 @@ class Relaxing:
                 )
                 yield start + place, counted
             start += len(part.n_atoms)
+            # All parts by one bundle, whatever its name comes to mean meanwhile.
+            wish = relaxation.wish
 
 
 class Relaxation:
@@ -176,6 +180,9 @@ class Relaxation:
         wish: what is asked of the model.
         how: to relax.
         way: requests travel.
+
+    Attributes:
+        wish: the same of the bundle that answered, once one did.
     """
 
     def __init__(
@@ -183,7 +190,7 @@ class Relaxation:
     ) -> None:
         self._part = part
         self._fixed = fixed
-        self._wish = wish
+        self.wish = wish
         self._how = how
         self._way = way
         self._open = list(range(len(part.structures)))
@@ -227,7 +234,7 @@ class Relaxation:
         # Indices in answers are those of what was asked, while the open ones become fewer.
         self._asked = list(self._open)
         request = self._how.request(
-            self._wish,
+            self.wish,
             [self._part.structures[number] for number in self._asked],
             [self._fixed[number] for number in self._asked],
         )
@@ -241,10 +248,10 @@ class Relaxation:
         self._open.remove(number)
         model = ModelReference.from_wire(result.model)
         # Whoever answered first goes on, also after the connection was lost.
-        if "@sha256:" not in self._wish.model:
-            self._wish = replace(self._wish, model=model.pinned)
-        elif not model.pinned.endswith(self._wish.model.partition("@")[2]):
-            raise ModelChanged(f"{model.pinned} answers a relaxation that {self._wish.model} began")
+        if "@sha256:" not in self.wish.model:
+            self.wish = self.wish.settle(model.name, model.digest)
+        elif not model.pinned.endswith(self.wish.model.partition("@")[2]):
+            raise ModelChanged(f"{model.pinned} answers a relaxation that {self.wish.model} began")
         place = self._part.places[number]
         n_atoms = len(self._part.structures[number])
         failure = None
@@ -264,9 +271,9 @@ class Relaxation:
         )
 
     def _in_its_words(self, problem: ClientError) -> ClientError:
-        begun = len(self._open) < len(self._part.structures)
+        begun = self.wish.settled or len(self._open) < len(self._part.structures)
         if begun and isinstance(problem, ModelNotFound):
-            return ModelChanged(f"{self._wish.model}, which the relaxation began with, is gone: {problem}")
+            return ModelChanged(f"{self.wish.model}, which the relaxation began with, is gone: {problem}")
         return problem
 
 

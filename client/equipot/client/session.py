@@ -64,6 +64,7 @@ class Course:
                 level_of_theory=self._wish.level_of_theory,
                 skin=self._skin,
                 priority=PRIORITIES[self._wish.priority],
+                session=self._wish.session,
             )
         )
 
