@@ -1,5 +1,6 @@
 """What every sweep over blocks of edges does: gather, activate, sum up. Knows nothing of autograd."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -161,7 +162,7 @@ def without_autocast(like: Tensor) -> AbstractContextManager[object]:
 def multiply(
     left: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
-    """left · weight (+ bias), multiplied in the weight's dtype, and returned in that of ``out``.
+    """left · weight (+ bias), multiplied in the weight's dtype; returned in that of ``out``, there or not.
 
     Args:
         left: rows, in either dtype.
@@ -172,12 +173,24 @@ def multiply(
             of the same dtype.
     """
     same = out.dtype == weight.dtype
+    linear = _onednn_linear(left) if same and kept is None else None
+    if linear is not None:
+        return linear(left, weight.t(), bias, "none", [], "")
     target = kept if kept is not None else out if same else weight.new_empty(out.shape)
     if bias is None:
         torch.mm(left.to(weight.dtype), weight, out=target)
     else:
         torch.addmm(bias, left.to(weight.dtype), weight, out=target)
     return target if same else out.copy_(target)
+
+
+def _onednn_linear(left: Tensor) -> Callable[..., Tensor] | None:
+    # What torch.compile calls for a linear map. torch.mm takes another library here: measured, a tenth slower at
+    # width 1,024, but quicker at 256.
+    if left.device.type != "cpu" or left.dtype != torch.float32 or left.shape[1] < 512:
+        return None
+    is_available: Callable[[], bool] = torch.backends.mkldnn.is_available
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if is_available() else None
 
 
 def wide_rows(tensor: Tensor, block: Block, out: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def push(
         value, slope_y = room.cut(block, 2)
         _push_first(x, edges, block, t, hidden, t_hidden, slope_y)
         if y_kept is None:
-            multiply(tall, x.w_down.t(), tall_y)
+            y, t_y = multiply(tall, x.w_down.t(), tall_y).chunk(2)
             y.add_(x.b_down)
             if kept is not None:
                 rows_of(kept, block).copy_(t_y)
@@ -185,12 +185,12 @@ def reverse_push(
         tall_narrow = tall.to(x.w_down.dtype)
         hidden_narrow, t_hidden_narrow = tall_narrow.chunk(2)
         if y_kept is None and t_y_kept is None:
-            multiply(tall_narrow, x.w_down.t(), tall_y)
+            y, t_y = multiply(tall_narrow, x.w_down.t(), tall_y).chunk(2)
             y.add_(x.b_down)
         elif y_kept is None:
-            multiply(hidden_narrow, x.w_down.t(), y, bias=x.b_down)
+            y = multiply(hidden_narrow, x.w_down.t(), y, bias=x.b_down)
         elif t_y_kept is None:
-            multiply(t_hidden_narrow, x.w_down.t(), t_y)
+            t_y = multiply(t_hidden_narrow, x.w_down.t(), t_y)
         y = y if y_kept is None else wide_rows(y_kept, block, y)
         t_y = t_y if t_y_kept is None else wide_rows(t_y_kept, block, t_y)
 
