@@ -185,7 +185,7 @@ def multiply(
 
 
 def _onednn_linear(left: Tensor) -> Callable[..., Tensor] | None:
-    # What torch.compile calls for a linear map. torch.mm takes another library here: measured, a tenth slower at
+    # What torch.compile calls for a linear map. torch.mm takes another library: measured, a tenth slower at
     # width 1,024, but quicker at 256.
     if left.device.type != "cpu" or left.dtype != torch.float32 or left.shape[1] < 512:
         return None
