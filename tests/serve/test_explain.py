@@ -12,6 +12,8 @@ from tests.serve.conftest import Bundles, Process, arrays, ask, crystal, inside,
 from tests.serve.test_sharing import ONE_BY_ONE, ROOMY, busy, config, slowly
 
 from equipot.client import AsyncClient, Client
+from equipot.model.batch import Graph
+from equipot.serve.config import DEFAULT_LIMITS
 from equipot.serve.engine import LocalEngine
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import FailureReason
@@ -19,7 +21,7 @@ from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 
 def test_sizes_and_failures_are_those_of_predict_and_nothing_is_computed(
-    stub: PotentialServiceStub, server: Process
+    stub: PotentialServiceStub, server: Process, bundles: Bundles
 ) -> None:
     systems = [molecule(1), crystal(2, 20), molecule(3), molecule(4, 201)]
     systems[2] = replace(systems[2], atomic_numbers=np.full(6, 79))
@@ -30,9 +32,9 @@ def test_sizes_and_failures_are_those_of_predict_and_nothing_is_computed(
     assert list(reply.failures) == list(predicted.failures)
     assert [failure.index for failure in reply.failures] == [2, 3]
     assert reply.model == predicted.model
-    edges = server.sample("equipot_edges_total", model="tiny")
-    stub.Predict(ask(systems))
-    assert reply.total_edges == server.sample("equipot_edges_total", model="tiny") - edges
+    engine = LocalEngine.load(bundles.tiny, dtype=None, device="cpu", limits=DEFAULT_LIMITS)
+    graphs = engine.prepare(systems[:2])
+    assert list(reply.n_edges[:2]) == [graph.n_edges for graph in graphs if isinstance(graph, Graph)]
     assert [bool(count) for count in reply.n_edges] == [True, True, False, False]
     assert sum(reply.n_edges) == reply.total_edges
     assert reply.total_atoms == 26

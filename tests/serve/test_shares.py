@@ -11,7 +11,7 @@ from tests.serve.test_batcher import BUDGET, indices, queue, take
 
 from equipot.serve.batcher import Batcher, Budget
 from equipot.serve.errors import DeadlineUnreachable
-from equipot.serve.shares import Backlog, Priority, Share
+from equipot.serve.shares import Priority, Share
 
 ENDLESS = Budget(batch_edges=100, batch_atoms=40, queue_edges=10**9)
 SIZES = st.lists(st.integers(0, 90), min_size=1, max_size=6)
@@ -146,6 +146,49 @@ class TestShares:
 
 
 class TestDeadlines:
+    def test_one_whose_deadline_comes_near_is_next(self) -> None:
+        batcher = Batcher(BUDGET)
+        queue(batcher, [99])
+        take(batcher, seconds=1.0)
+        others = [batcher.open("m", now=0.0, expected_edges=0) for _ in range(20)]
+        large = batcher.open("m", now=0.0, expected_edges=0, deadline=12.0)
+        batcher.add(large, [(i, 1, 99) for i in range(3)], now=0.0, expected_edges=0)
+        for other in others:
+            batcher.add(other, [(0, 1, 99)], now=0.0, expected_edges=0)
+        assert take(batcher, now=0.0).items[0].ticket != large
+        assert take(batcher, now=5.0).items[0].ticket == large
+
+    def test_more_work_than_time_and_what_is_let_in_is_done_in_time(self) -> None:
+        batcher = Batcher(Budget(batch_edges=100, batch_atoms=100, queue_edges=10**9))
+        queue(batcher, [99])
+        take(batcher, seconds=0.1)
+        now, done, dropped, refused = 0.0, 0, 0, 0
+        open_items: dict[int, int] = {}
+        for _ in range(1_000):
+            # Ten times as much as the engine can do: ten requests of four batches in four batches' time.
+            for _ in range(3):
+                try:
+                    ticket = batcher.open("m", now=now, expected_edges=400, deadline=now + 4.0)
+                except DeadlineUnreachable:
+                    refused += 1
+                    continue
+                open_items[ticket] = 4
+                batcher.add(ticket, [(i, 1, 99) for i in range(4)], now=now, expected_edges=0)
+            dropped += len([ticket for ticket in batcher.expire(now) if open_items.pop(ticket)])
+            batch = batcher.next_batch(now)
+            assert batch is not None
+            now += 0.1
+            batcher.finished(batch, 0.1)
+            for item in batch.items:
+                open_items[item.ticket] -= 1
+                if not open_items[item.ticket]:
+                    del open_items[item.ticket]
+                    batcher.remove(item.ticket)
+                    done += 1
+        assert refused > 2_000
+        assert done >= 0.95 * 250
+        assert dropped <= 0.1 * done
+
     def test_what_cannot_be_done_in_time_any_more_makes_room_for_what_can(self) -> None:
         batcher = Batcher(BUDGET)
         queue(batcher, [100] * 2)
@@ -186,32 +229,18 @@ class TestDeadlines:
         queue(batcher, [99])
         take(batcher, seconds=1.0)
 
-        def wait(identity: str, priority: Priority = Priority.NORMAL) -> float:
+        def wait(identity: str, priority: Priority = Priority.NORMAL, edges: int = 100) -> float:
             return batcher.check(
-                now=0.0, expected_edges=100, deadline=None, identity=identity, priority=priority, price=1.0
+                now=0.0, expected_edges=edges, deadline=None, identity=identity, priority=priority, price=1.0
             )
 
         assert wait("x") == 0.0
         first = batcher.open("m", now=0.0, expected_edges=1_000, identity="x")
         batcher.add(first, [(i, 1, 99) for i in range(10)], now=0.0, expected_edges=0)
-        assert wait("x") == pytest.approx(1.0, rel=0.1)  # in turns with one other of its own
+        assert wait("x") == 0.0  # it is small, and overtakes the other of its own, which came just now
         assert wait("y") == pytest.approx(1 / 3, rel=0.1)
+        assert wait("x", edges=2_000) == pytest.approx(10.0, rel=0.1)
         assert wait("y", Priority.LOW) == pytest.approx(10.0, rel=0.1)
         batch = batcher.next_batch(0.0)
         assert batch is not None
         assert wait("y") == pytest.approx(1.0 + 1 / 3, rel=0.1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.floats(1e-6, 1e6), max_size=20), work=st.floats(1e-6, 1e6))
-def test_a_backlog_sums_what_is_ahead(sizes: list[float], work: float) -> None:
-    backlog = Backlog()
-    for size in sizes:
-        backlog.add(size)
-    exact = sum(min(size, work) for size in sizes)
-    assert exact * (1 - 1e-9) <= backlog.ahead_of(work) <= 2 * exact * (1 + 1e-9)
-    assert backlog.total == pytest.approx(sum(sizes))
-    for size in sizes:
-        backlog.remove(size)
-    assert backlog.total == 0
-    assert backlog.ahead_of(work) == 0

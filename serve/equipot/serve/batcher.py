@@ -1,14 +1,19 @@
 """Decides which structures are computed together, and when. Pure bookkeeping: no torch, no gRPC, no clock.
 
-Requests share the engine by weighted fair queueing in two levels: client identities by their weights, and
-the requests of one identity evenly. Each has a virtual time, the work it has been served since it came; the
-one furthest behind leads the next batch, whatever the size of its structure, and others of the same key
-follow in that order as long as they fit. A level's own virtual time moves on with every batch, and whoever
-comes anew starts there: so a small request overtakes the rest of a large one, a large cell cannot be passed
-over by those that come after it, and nobody saves up turns while idle.
+Client identities share the engine by weighted fair queueing: each has a virtual time, the work it has been
+served since it came by its weight, and the one furthest behind is next. The virtual time of all moves on
+with every batch, and whoever comes anew starts there, so that nobody saves up turns while idle.
 
-Urgent requests go first. A structure that has waited for `ageing_seconds` counts as one priority higher, so
-that nothing starves.
+Requests of one identity are served as they came, but each counts as so much later as it takes itself: a small
+one overtakes a large one that came just before, and none is overtaken for longer than its own work takes. A
+large one queues up anew after each quantum of some batches. (To share evenly, structure by structure, would
+make all of them late together once there is more work than time.) One whose deadline comes near is next.
+
+Who is next leads the batch, whatever the size of its structure, and others of the same key follow in that
+order as long as they fit.
+
+Urgent requests go first. One that had no turn for `ageing_seconds` counts as one priority higher, so that
+nothing starves.
 """
 
 from __future__ import annotations
@@ -22,6 +27,10 @@ from equipot.serve.turns import BatchLimit, Flow, Item, Line, Request
 
 RATE_MEMORY = 0.2
 """Weight of the newest batch in the running mean of the engine's speed."""
+
+MARGIN = 1.3
+"""A request is refused at the door if the work ahead, so many times, would take longer than its deadline is
+away: a forecast is a mean, and those who are let in and then late have cost others their time."""
 
 FULL = 0.5
 """Part of the edge budget from which a batch tells the engine's speed: small ones are bound by overhead."""
@@ -41,7 +50,7 @@ class Budget:
         batch_edges: most edges in one batch; a structure with more is computed alone.
         batch_atoms: most atoms in one batch, for structures with few edges.
         queue_edges: most edges that may wait; a request beyond it is refused, unless nothing waits.
-        ageing_seconds: after which a structure that waits counts as one priority higher.
+        ageing_seconds: without a turn, after which a request counts as one priority higher.
     """
 
     batch_edges: int
@@ -141,8 +150,7 @@ class Batcher:
     @property
     def depth(self) -> Depth:
         """What waits now; may be read from any thread."""
-        work = sum(backlog.total for flow in tuple(self._flows.values()) for backlog in flow.backlog.values())
-        return Depth(self._waiting, self._atoms, self._edges, self._seconds(work))
+        return Depth(self._waiting, self._atoms, self._edges, self._seconds(self._open_work()))
 
     @property
     def backlog(self) -> int:
@@ -182,20 +190,23 @@ class Batcher:
             QueueFull: there is no room for it now.
             DeadlineUnreachable: the work ahead takes longer than the caller would wait.
         """
+        self._check_room(expected_edges, price)
         share, priority = self._share(identity, priority)
-        self.check(
-            now=now,
-            expected_edges=expected_edges,
-            deadline=deadline,
-            identity=identity,
-            priority=priority,
-            price=price,
-        )
+        everything = self._running + self._open_work() + expected_edges * price
+        # With time enough in any order there is no need to look at each request.
+        if deadline is not None and MARGIN * self._seconds(everything) > deadline - now:
+            self.check(
+                now=now,
+                expected_edges=expected_edges,
+                deadline=deadline,
+                identity=identity,
+                priority=priority,
+                price=price,
+            )
         flow = self._flows.get(identity)
         if flow is None:
             flow = self._flows[identity] = Flow(identity, share, self._virtual)
         flow.share = share
-        flow.n_open += 1
         ticket = self._next_ticket
         self._next_ticket += 1
         request = self._requests[ticket] = Request(
@@ -207,9 +218,10 @@ class Batcher:
             price=price,
             limit=limit or self._limit,
             expected=expected_edges,
-            virtual=flow.inner,
         )
-        flow.backlog[priority].add(request.work)
+        request.take_turn(now, self._seconds)
+        flow.requests[ticket] = request
+        flow.change_backlog(priority, request.work)
         self._expected += expected_edges
         return ticket
 
@@ -231,7 +243,21 @@ class Batcher:
         Raises:
             QueueFull, DeadlineUnreachable: as `open` would.
         """
+        self._check_room(expected_edges, price)
         share, priority = self._share(identity, priority)
+        work = expected_edges * price
+        ahead = self._work_ahead(now, work, identity, share, priority, deadline)
+        seconds = self._seconds(ahead + work)
+        busy = bool(self._running or self._open_work())
+        if busy and deadline is not None and MARGIN * seconds > deadline - now:
+            raise DeadlineUnreachable(
+                f"the work ahead takes about {seconds:.2g} s, the deadline is in {deadline - now:.2g} s",
+                retry_after=self._retry_after(ahead),
+                facts={"expected_seconds": f"{seconds:.3f}"},
+            )
+        return self._seconds(ahead)
+
+    def _check_room(self, expected_edges: int, price: float) -> None:
         if self.backlog and self.backlog + expected_edges > self._budget.queue_edges:
             raise QueueFull(
                 f"{self.backlog} edges wait and this request brings about {expected_edges} more; "
@@ -239,16 +265,6 @@ class Batcher:
                 retry_after=self._retry_after(expected_edges * price),
                 facts={"queue_edges": str(self.backlog), "max_queue_edges": str(self._budget.queue_edges)},
             )
-        work = expected_edges * price
-        ahead = self._work_ahead(now, work, identity, share, priority)
-        seconds = self._seconds(ahead + work)
-        if ahead and deadline is not None and seconds > deadline - now:
-            raise DeadlineUnreachable(
-                f"the work ahead takes about {seconds:.2g} s, the deadline is in {deadline - now:.2g} s",
-                retry_after=self._retry_after(ahead),
-                facts={"expected_seconds": f"{seconds:.3f}"},
-            )
-        return self._seconds(ahead)
 
     def add(
         self, ticket: int, items: Iterable[tuple[int, int, int]], *, now: float, expected_edges: int
@@ -272,10 +288,9 @@ class Batcher:
             self._atoms += n_atoms
         self._expected += expected_edges - request.expected
         request.expected = expected_edges
-        self._reckon(request, before)
+        request.reckon_turn(self._seconds)
+        flow.change_backlog(request.priority, request.work - before)
         if request.items and not was_waiting:
-            # Whoever had nothing to compute has saved up no turns.
-            request.virtual = max(request.virtual, flow.inner)
             if not flow.waiting:
                 flow.virtual = max(flow.virtual, self._virtual)
             flow.waiting[ticket] = request
@@ -292,8 +307,8 @@ class Batcher:
         self._expected -= request.expected
         self._edges -= request.queued_edges
         self._atoms -= sum(item.n_atoms for item in request.items)
-        flow.backlog[request.priority].remove(request.work)
-        flow.n_open -= 1
+        del flow.requests[ticket]
+        flow.change_backlog(request.priority, -request.work)
         self._forget(flow)
 
     def expire(self, now: float) -> list[int]:
@@ -302,7 +317,7 @@ class Batcher:
         Those are the ones whose deadline comes before the next batch would be done: computing them is what
         makes an overloaded server answer nobody in time.
         """
-        waiting = sum(b.total for flow in self._flows.values() for b in flow.backlog.values())
+        waiting = self._open_work()
         expired = [
             ticket
             for ticket, request in self._requests.items()
@@ -315,12 +330,11 @@ class Batcher:
     def next_batch(self, now: float) -> Batch | None:
         """Takes the next batch out of the queue; None if nothing waits. The engine must be idle."""
         flows = [flow for flow in self._flows.values() if flow.waiting]
-        line = Line(flows, now, self._budget.ageing_seconds)
+        line = Line(flows, now, self._budget.ageing_seconds, self._seconds)
         leader = request = line.first()
         if leader is None:
             return None
         limit = leader.limit
-        sharing = {flow.identity: len(flow.waiting) for flow in flows}
         edges = atoms = 0
         taken: list[Item] = []
         while request is not None:
@@ -329,7 +343,7 @@ class Batcher:
             # The leader goes whatever its size: a large cell would wait for ever for a batch with room.
             goes = request.key == leader.key and (fits or not taken)
             if goes:
-                self._take(request, sharing[request.flow.identity])
+                self._take(request, now)
                 edges += item.n_edges
                 atoms += item.n_atoms
                 taken.append(item)
@@ -367,47 +381,54 @@ class Batcher:
         share = self._share_of(identity)
         return share, min(priority, share.highest)
 
-    def _work_ahead(self, now: float, work: float, identity: str, share: Share, priority: Priority) -> float:
+    def _work_ahead(
+        self,
+        now: float,
+        work: float,
+        identity: str,
+        share: Share,
+        priority: Priority,
+        deadline: float | None,
+    ) -> float:
         """What is computed before a new request of so much work is done, if nothing comes after it."""
         same = self._flows.get(identity)
-        ahead = same.backlog[priority].ahead_of(work) if same else 0.0
+        own = work + (_before(same, priority, work, now + self._seconds(work), deadline) if same else 0.0)
         # In turns, others are served as much as this identity, by weight, before this request is done.
-        own = ahead + work
+        ahead = own - work
         for flow in self._flows.values():
-            ahead += sum(flow.backlog[higher].total for higher in Priority if higher > priority)
+            ahead += sum(flow.backlog[higher] for higher in Priority if higher > priority)
             if flow is not same:
-                ahead += min(flow.backlog[priority].total, own * flow.share.weight / share.weight)
+                ahead += min(flow.backlog[priority], own * flow.share.weight / share.weight)
         elapsed = (now - self._started) / self._pace if self._pace else 0.0
         return ahead + max(0.0, self._running - elapsed)
 
+    def _open_work(self) -> float:
+        return sum(sum(flow.backlog.values()) for flow in tuple(self._flows.values()))
+
     def _at_least(self, request: Request, waiting: float) -> float:
-        """Seconds that the next batch takes; 0 if this request is alone: then nothing is lost by trying."""
+        """Seconds that it will take from now on; 0 if it is alone: then nothing is lost by trying."""
         if not request.items or waiting <= request.work:
             return 0.0
-        return self._seconds(min(waiting, request.limit.edges * request.price))
+        return self._seconds(max(request.work, min(waiting, request.limit.edges * request.price)))
 
-    def _take(self, request: Request, sharing: int) -> None:
-        """Charges a request's first item to it and to its identity, of whose requests so many take turns."""
-        before, flow = request.work, request.flow
+    def _take(self, request: Request, now: float) -> None:
+        """Charges a request's first item to it and to its identity."""
+        flow = request.flow
         item = request.items.popleft()
         request.queued_edges -= item.n_edges
-        self._reckon(request, before)
+        flow.change_backlog(request.priority, -item.n_edges * request.price)
         work = item.cost * request.price
-        request.virtual += work
         flow.virtual += work / flow.share.weight
-        flow.inner += work / sharing
+        request.served += work
+        if request.served >= request.quantum:
+            request.take_turn(now, self._seconds)
         if not request.items:
             del flow.waiting[request.ticket]
             self._waiting -= 1
 
-    def _reckon(self, request: Request, before: float) -> None:
-        backlog = request.flow.backlog[request.priority]
-        backlog.remove(before)
-        backlog.add(request.work)
-
     def _forget(self, flow: Flow) -> None:
         # One that was served ahead of the others is remembered until they have caught up.
-        if not flow.n_open and flow.virtual <= self._virtual:
+        if not flow.requests and flow.virtual <= self._virtual:
             self._flows.pop(flow.identity, None)
 
     def _retry_after(self, work: float) -> float:
@@ -415,3 +436,19 @@ class Batcher:
 
     def _seconds(self, work: float) -> float:
         return work * self._pace if self._pace else 0.0
+
+
+def _before(flow: Flow, priority: Priority, work: float, turn: float, deadline: float | None) -> float:
+    """What a flow's requests have done before another one of so much work, this turn and deadline is done.
+
+    Those that need more than a quantum let it go first once theirs is over, unless it needs as much itself.
+    """
+    return sum(
+        min(request.work, max(request.quantum - request.served, work))
+        for request in flow.requests.values()
+        if request.priority is priority
+        and (
+            request.turn <= turn
+            or (deadline is not None and request.deadline is not None and request.deadline <= deadline)
+        )
+    )

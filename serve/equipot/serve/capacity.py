@@ -16,7 +16,7 @@ from equipot.model.batch import Graph, System
 from equipot.serve.batcher import Budget
 from equipot.serve.engine import Engine, Result
 from equipot.serve.machine import MemoryMeter
-from equipot.serve.pace import Pace, Size
+from equipot.serve.pace import MEMORY, Pace, Size
 from equipot.serve.turns import BatchLimit
 
 CALIBRATION_SECONDS = 2.0
@@ -62,10 +62,12 @@ class Capacity:
         limit: of its batches.
         price: seconds for each edge of a full batch: how dear its edges are beside other models'.
         bytes_per_edge: of working memory at its peak; 0 while it is not known.
+        neighbors: edges of an atom, in what was asked for lately.
     """
 
-    def __init__(self, limit: BatchLimit) -> None:
+    def __init__(self, limit: BatchLimit, *, neighbors: float) -> None:
         self.limit = limit
+        self.neighbors = neighbors
         self.price = UNKNOWN_PRICE
         self.bytes_per_edge = 0.0
         self._paces: dict[tuple[bool, bool], Pace] = {}
@@ -74,6 +76,8 @@ class Capacity:
     def learn(self, size: Size, seconds: float, *, forces: bool, stress: bool) -> None:
         """Takes a computed batch into account."""
         self._paces.setdefault((forces, stress), Pace()).learn(size, seconds)
+        if size.atoms:
+            self.neighbors += MEMORY * (size.edges / size.atoms - self.neighbors)
         if self.price == UNKNOWN_PRICE:
             self.price = seconds / max(1, size.edges + size.atoms)
 
@@ -110,7 +114,7 @@ def measure(engine: Engine, budget: Budget, *, calibrate: bool, device: str) -> 
         device: whose memory counts.
     """
     limit = BatchLimit(edges=budget.batch_edges, atoms=budget.batch_atoms)
-    capacity = Capacity(limit)
+    capacity = Capacity(limit, neighbors=engine.card.mean_neighbors)
     if not engine.at_once:
         # Somebody else's code: nobody knows how long made-up atoms take it.
         return capacity
@@ -121,6 +125,7 @@ def measure(engine: Engine, budget: Budget, *, calibrate: bool, device: str) -> 
         for size, seconds in _growing(engine, meter, CALIBRATION_SECONDS if calibrate else GLANCE_SECONDS):
             measured.append((size, seconds))
             capacity.learn(size, seconds, forces=True, stress=False)
+            capacity.neighbors = engine.card.mean_neighbors
             most_bytes = max(most_bytes, meter.grown / (size.edges + size.atoms))
             if calibrate and _saturated(measured):
                 break

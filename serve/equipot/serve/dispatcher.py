@@ -362,6 +362,6 @@ def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Faul
 
 
 def _expected_edges(work: Work, from_structure: int = 0) -> int:
-    """What is not prepared yet counts by the neighbours that the model's training data had."""
+    """What is not prepared yet counts by the neighbours of what was asked for lately."""
     n_atoms = work.offsets[-1] - work.offsets[from_structure]
-    return round(n_atoms * work.key.model.card.mean_neighbors)
+    return round(n_atoms * work.key.model.capacity.neighbors)

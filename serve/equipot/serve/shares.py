@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -38,49 +37,3 @@ class Share:
 
 
 EQUAL_SHARE = Share()
-
-
-class Backlog:
-    """Amounts of work that wait, sorted by size so that a sum over those below a size costs no walk."""
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        self._counts: defaultdict[int, int] = defaultdict(int)
-        self._sums: defaultdict[int, float] = defaultdict(float)
-
-    def add(self, work: float) -> None:
-        """One more request has so much to do."""
-        self._change(work, 1)
-
-    def remove(self, work: float) -> None:
-        """A request that had so much to do has gone, or has another amount now."""
-        self._change(work, -1)
-
-    def ahead_of(self, work: float) -> float:
-        """What is done before a new request of so much work, if all take turns: as much for each at most.
-
-        Requests within a factor of two of its size count whole or as its size, whichever is less in all.
-        """
-        own = _octave(work)
-        return sum(
-            self._sums[octave] if octave < own else min(self._sums[octave], count * work)
-            for octave, count in self._counts.items()
-        )
-
-    def _change(self, work: float, by: int) -> None:
-        if work <= 0:
-            return
-        octave = _octave(work)
-        self._counts[octave] += by
-        self._sums[octave] += by * work
-        self.total += by * work
-        if not self._counts[octave]:
-            # Differences of floats leave dust, which must not add up over months.
-            self.total -= self._sums.pop(octave)
-            del self._counts[octave]
-            if not self._counts:
-                self.total = 0.0
-
-
-def _octave(work: float) -> int:
-    return math.frexp(work)[1]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
-from equipot.serve.shares import Backlog, Priority, Share
+from equipot.serve.shares import Priority, Share
+
+DUE = 2.0
+"""A request is due once its deadline is only so many times as far as its own work and a batch take."""
+
+QUANTUM_BATCHES = 4
+"""A request's work is done in so many full batches in one go: then others who came meanwhile have a turn."""
 
 
 class BatchLimit:
@@ -53,7 +59,9 @@ class Request:
 
     Attributes:
         expected: edges that it will still add.
-        virtual: the work that it was served, counted from where the others were when it came.
+        since: when it queued up for its present quantum.
+        turn: when it would be done with that had it been alone; who has the earlier one is first.
+        served: work of its present quantum that is done.
         items: its structures that wait.
         queued_edges: of these.
     """
@@ -66,7 +74,9 @@ class Request:
     price: float
     limit: BatchLimit
     expected: int
-    virtual: float
+    since: float = 0.0
+    turn: float = 0.0
+    served: float = 0.0
     items: deque[Item] = field(default_factory=deque)
     queued_edges: int = 0
 
@@ -75,9 +85,31 @@ class Request:
         """What is left of it, in the unit that all keys share."""
         return (self.expected + self.queued_edges) * self.price
 
+    @property
+    def quantum(self) -> float:
+        """Work of it that is done in one go."""
+        return QUANTUM_BATCHES * self.limit.edges * self.price
+
+    def take_turn(self, now: float, seconds_of: Callable[[float], float]) -> None:
+        """Lets it queue up now for its next quantum."""
+        self.since, self.served = now, 0.0
+        self.reckon_turn(seconds_of)
+
+    def reckon_turn(self, seconds_of: Callable[[float], float]) -> None:
+        """Reckons anew with the work that is known of by now."""
+        self.turn = self.since + seconds_of(min(self.work + self.served, self.quantum))
+
+    def place(self, now: float, seconds_of: Callable[[float], float]) -> tuple[int, float]:
+        """Its place among the others of its identity: those whose time runs out first, then by turn."""
+        if self.deadline is not None:
+            batch = self.limit.edges * self.price
+            if self.deadline - now <= DUE * seconds_of(self.work + batch):
+                return 0, self.deadline
+        return 1, self.turn
+
     def urgency(self, now: float, ageing_seconds: float) -> int:
         """The priority, higher for each time it has waited so long."""
-        waited = (now - self.items[0].arrival) / ageing_seconds
+        waited = (now - max(self.since, self.items[0].arrival)) / ageing_seconds
         return min(Priority.HIGH, self.priority + max(0, int(min(waited, Priority.HIGH))))
 
 
@@ -87,32 +119,45 @@ class Flow:
 
     Attributes:
         virtual: the work that it was served, by its weight, counted from where the others were when it came.
-        inner: the virtual time of its own requests; a new one starts here.
-        n_open: how many of them there are.
         waiting: those that have structures in the queue, by ticket.
-        backlog: the work that all of them still bring, by priority.
+        requests: all that are open, by ticket.
+        backlog: the work that they still bring, by priority.
     """
 
     identity: str
     share: Share
     virtual: float
-    inner: float = 0.0
-    n_open: int = 0
+    requests: dict[int, Request] = field(default_factory=dict)
     waiting: dict[int, Request] = field(default_factory=dict)
-    backlog: dict[Priority, Backlog] = field(default_factory=lambda: {p: Backlog() for p in Priority})
+    backlog: dict[Priority, float] = field(default_factory=lambda: dict.fromkeys(Priority, 0.0))
+
+    def change_backlog(self, priority: Priority, work: float) -> None:
+        """Notes work that came, or that is done if it is below zero."""
+        # Differences of floats leave dust, which must not add up over months.
+        self.backlog[priority] = max(0.0, self.backlog[priority] + work) if self.requests else 0.0
 
 
 class Line:
     """The waiting requests in the order of their turns: by urgency, then identity, then request."""
 
-    def __init__(self, flows: Iterable[Flow], now: float, ageing_seconds: float) -> None:
+    def __init__(
+        self,
+        flows: Iterable[Flow],
+        now: float,
+        ageing_seconds: float,
+        seconds_of: Callable[[float], float],
+    ) -> None:
+        """Lines up those of these identities that wait; `seconds_of` says how long work takes."""
+        self._now, self._seconds_of = now, seconds_of
         self._levels: defaultdict[int, dict[str, Flow]] = defaultdict(dict)
-        self._requests: defaultdict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
+        self._requests: defaultdict[tuple[int, str], list[tuple[tuple[int, float], int]]] = defaultdict(list)
         for flow in flows:
             for ticket, request in flow.waiting.items():
                 level = request.urgency(now, ageing_seconds)
                 self._levels[level][flow.identity] = flow
-                self._requests[level, flow.identity].append((request.virtual, ticket))
+                self._requests[level, flow.identity].append(
+                    (request.place(self._now, self._seconds_of), ticket)
+                )
         self._level = 0
         self._turns: list[tuple[float, int, str]] = []
 
@@ -134,7 +179,10 @@ class Line:
         """Whose turn it is once this one has had its own; with `again` it queues up once more."""
         flow = request.flow
         if again:
-            heapq.heappush(self._requests[self._level, flow.identity], (request.virtual, request.ticket))
+            heapq.heappush(
+                self._requests[self._level, flow.identity],
+                (request.place(self._now, self._seconds_of), request.ticket),
+            )
         self._queue_up(flow)
         return self.first()
 

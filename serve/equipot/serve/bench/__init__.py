@@ -1,0 +1,1 @@
+"""Measures a running server under load. Knows of the server what any client does, and its process."""
