@@ -26,6 +26,7 @@ from equipot.client import (
     InvalidStructure,
     LimitExceeded,
     ModelNotFound,
+    Refused,
     RetryPolicy,
     ServerError,
     ServerUnavailable,
@@ -85,7 +86,7 @@ def test_unavailable_is_given_up_after_so_many_attempts(server: Any, atoms: Atom
         (grpc.StatusCode.INTERNAL, ServerError),
         (grpc.StatusCode.UNKNOWN, ServerError),
         (grpc.StatusCode.ABORTED, ServerError),
-        (grpc.StatusCode.PERMISSION_DENIED, ServerError),
+        (grpc.StatusCode.PERMISSION_DENIED, Refused),
     ],
 )
 def test_nothing_else_is_tried_again(

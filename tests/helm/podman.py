@@ -99,14 +99,14 @@ def _pip_files() -> dict[str, str]:
     """What pip needs here: its configuration, the wheels it names, certificates."""
     wanted = {"/etc/pip.conf": "/etc/pip.conf"}
     own = Path.home() / ".config/pip/pip.conf"
-    wanted[str(own)] = "/root/.config/pip/pip.conf"
+    wanted[str(own)] = str(Path("/root") / ".config/pip/pip.conf")  # where a build's root has it
     for folder in ("/etc/ssl/certs", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates"):
         wanted[folder] = folder
     for path in (Path("/etc/pip.conf"), own):
         for word in path.read_text().split() if path.exists() else []:
-            folder = "/".join(word.removeprefix("file://").split("/")[:3])
-            if folder.startswith("/opt/"):
-                wanted[folder] = folder
+            named = Path(word.removeprefix("file://"))
+            if named.is_absolute() and named.is_dir():
+                wanted[str(named)] = str(named)
     for folder in os.environ.get("PIP_FIND_LINKS", "").split():
         wanted[folder] = folder
     return {host: inside for host, inside in wanted.items() if Path(host).exists()}

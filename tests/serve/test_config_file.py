@@ -164,6 +164,10 @@ def test_a_repository_is_told_by_flags_and_by_file(told: Told, tmp_path: Path) -
     file = 'admins = ["*"]\n[repository]\nurl = "models"\npoll = 5\npreload = "none"\n'
     config = told("--max-loaded", 3, "--default-model", "water", "--admin", "ops", "--admin", "*", file=file)
     assert config.repository is not None
-    assert (config.repository.url, config.repository.poll, config.repository.max_loaded) == ("models", 5.0, 3)
+    assert (config.repository.url, config.repository.poll, config.repository.max_loaded) == (
+        str(tmp_path / "models"),
+        5.0,
+        3,
+    )
     assert (config.repository.default, config.repository.preload.value) == ("water", "none")
     assert config.admins == ("ops", "*")

@@ -66,6 +66,13 @@ def configure(style: LogFormat, level: str = "INFO") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_lost_caller)
+
+
+def _is_no_lost_caller(record: logging.LogRecord) -> bool:
+    """False for gRPC's traceback of an answer whose caller had left: that is no fault, and has its line."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ != "ExecuteBatchError"
 
 
 def write(logger: logging.Logger, message: str, fields: Mapping[str, object]) -> None:
