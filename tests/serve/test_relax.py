@@ -20,7 +20,7 @@ from tests.serve.conftest import Bundles, Process, arrays, crystal, inside, mole
 
 from equipot.client import Client, EquipotCalculator
 from equipot.model.batch import System
-from equipot.serve.config import ServeConfig
+from equipot.serve.config import RequestLimits, ServeConfig
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import encode_structures
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -224,3 +224,22 @@ def test_a_client_goes_on_after_the_server_was_killed(bundles: Bundles, tmp_path
     assert sorted(found) == list(range(30))
     for index, relaxed in found.items():
         np.testing.assert_allclose(relaxed.positions, expected[index].positions, atol=1e-6)
+
+
+def test_more_than_may_move_at_once_is_told_to_come_again(bundles: Bundles) -> None:
+    async def test() -> None:
+        limits = RequestLimits(request_atoms=10)
+        config = ServeConfig(bundles=(bundles.tiny,), port=0, metrics_port=None, threads=1, limits=limits)
+        async with inside(config) as at:
+            first: Any = at.stub.Relax(asked([molecule(1)], fmax=1e-9, max_steps=100_000, progress_every=1))
+            assert (await first.read()).HasField("progress")
+            second: Any = at.stub.Relax(asked([molecule(2)]))
+            with pytest.raises(grpc.RpcError) as caught:
+                await second.read()
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            first.cancel()
+            await at.until(lambda: at.value("moving_structures") == 0)
+            third: Any = at.stub.Relax(asked([molecule(2)], max_steps=2))
+            assert (await third.read()).HasField("result")
+
+    run(test())

@@ -11,6 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
@@ -134,8 +135,9 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         async def answer(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401  # as gRPC has it
             call, account = await self._begin(context, of_many=True)
             try:
-                async for response in inner(request, context):
-                    yield response
+                async with aclosing(inner(request, context)) as responses:
+                    async for response in responses:
+                        yield response
             except asyncio.CancelledError:
                 if call.outcome == "ok":
                     call.outcome = "cancelled"

@@ -148,7 +148,9 @@ class GrpcServer:
         servicer.add_to(self._server)
         self._sessions = SessionServicer(servicer, self._dispatcher, metrics, config.sessions)
         self._sessions.add_to(self._server)
-        self._motion = MotionServicer(servicer, self._dispatcher, metrics)
+        self._motion = MotionServicer(
+            servicer, self._dispatcher, metrics, most_atoms=config.limits.request_atoms
+        )
         self._motion.add_to(self._server)
         InferenceServicer(servicer, ready=lambda: self._health.serving).add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

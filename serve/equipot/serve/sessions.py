@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 
 import grpc
@@ -75,7 +75,7 @@ class SessionServicer:
 
     async def session(
         self, requests: AsyncIterator[pb.SessionRequest], context: Context
-    ) -> AsyncIterator[pb.SessionReply]:
+    ) -> AsyncGenerator[pb.SessionReply, None]:
         """Answers step by step until the caller has no more."""
         if self._count >= self._limits.most:
             raise OverLimit(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -123,7 +124,8 @@ def guarded(
 
 
 def guarded_stream(
-    method: Callable[[AsyncIterator[RequestT], Context], AsyncIterator[Message]], request_type: type[RequestT]
+    method: Callable[[AsyncIterator[RequestT], Context], AsyncGenerator[Message, None]],
+    request_type: type[RequestT],
 ) -> grpc.RpcMethodHandler[bytes, Message]:
     """As `guarded`, of a method with streams both ways."""
 
@@ -133,8 +135,10 @@ def guarded_stream(
 
     async def answer(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
         try:
-            async for reply in method(parsed(raws), context):
-                yield reply
+            # Closed at once when the caller leaves: what it held must not wait for the garbage collector.
+            async with aclosing(method(parsed(raws), context)) as replies:
+                async for reply in replies:
+                    yield reply
             return
         except CallError as error:
             failure = error
@@ -151,14 +155,15 @@ def guarded_stream(
 
 
 def guarded_reply_stream(
-    method: Callable[[RequestT, Context], AsyncIterator[Message]], request_type: type[RequestT]
+    method: Callable[[RequestT, Context], AsyncGenerator[Message, None]], request_type: type[RequestT]
 ) -> grpc.RpcMethodHandler[bytes, Message]:
     """As `guarded`, of a method that answers one request by a stream."""
 
     async def answer(raw: bytes, context: Context) -> AsyncIterator[Message]:
         try:
-            async for reply in method(_parse(request_type, raw), context):
-                yield reply
+            async with aclosing(method(_parse(request_type, raw), context)) as replies:
+                async for reply in replies:
+                    yield reply
             return
         except CallError as error:
             failure = error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ase import Atoms
 
 from equipot.serve.dispatcher import Dispatcher
-from equipot.serve.errors import Fault, InvalidRequest, NotReady
+from equipot.serve.errors import Fault, InvalidRequest, NotReady, QueueFull
 from equipot.serve.job import Work
 from equipot.serve.metrics import Metrics
 from equipot.serve.motion.crew import Member, Party
@@ -24,6 +24,9 @@ from equipot.serve.servicer import RETRY_DRAINING, SERVICE, PotentialServicer
 from equipot.serve.status import Context, guarded_reply_stream
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import CodecError, Failure, FailureReason, decode_flags, encode_failures
+
+RETRY_MOVING = 5.0
+"""Seconds after which some of what moves may have come to rest."""
 
 UNREAD = 256
 """Results that wait for a caller who does not read; then its structures wait, too, and nobody else's."""
@@ -60,13 +63,18 @@ class _Asked:
 class MotionServicer:
     """Everything that moves structures here."""
 
-    def __init__(self, potential: PotentialServicer, dispatcher: Dispatcher, metrics: Metrics) -> None:
+    def __init__(
+        self, potential: PotentialServicer, dispatcher: Dispatcher, metrics: Metrics, *, most_atoms: int
+    ) -> None:
+        """Moves atoms of all requests together up to a number, unless one request alone has more."""
         self._potential = potential
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._moving = ThreadPoolExecutor(1, "equipot-motion")
         self._parties: set[asyncio.Future[None]] = set()
         self._draining = False
+        self._most_atoms = most_atoms
+        self._atoms = 0
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the method, beside those of the same service that are registered elsewhere."""
@@ -83,7 +91,7 @@ class MotionServicer:
         """Lets the thread go."""
         self._moving.shutdown(wait=False)
 
-    async def relax(self, request: pb.RelaxRequest, context: Context) -> AsyncIterator[pb.RelaxReply]:
+    async def relax(self, request: pb.RelaxRequest, context: Context) -> AsyncGenerator[pb.RelaxReply, None]:
         """Results, and progress if it is wanted, as structures come to rest."""
         model = self._potential.find(request, context)
         outbox: asyncio.Queue[pb.RelaxReply | None] = asyncio.Queue(UNREAD)
@@ -91,6 +99,14 @@ class MotionServicer:
             asked = self._understand(request, self._potential.understand(_question(request), model, None))
             reference = model.reference(asked.work.level)
             unfinished = len(asked.work.structures)
+            n_atoms = asked.work.offsets[-1]
+            if self._atoms and self._atoms + n_atoms > self._most_atoms:
+                raise QueueFull(
+                    f"relaxations of {self._atoms} atoms are under way and this one brings {n_atoms};"
+                    f" the limit is {self._most_atoms}",
+                    retry_after=RETRY_MOVING,
+                )
+            self._atoms += n_atoms
 
             async def tell(member: Member, goes_on: bool) -> None:
                 nonlocal unfinished
@@ -122,6 +138,7 @@ class MotionServicer:
             finally:
                 self._parties.discard(marching)
                 marching.cancel()
+                self._atoms -= n_atoms
                 self._metrics.moving.dec(unfinished)
 
     async def _march(self, party: Party, outbox: asyncio.Queue[pb.RelaxReply | None]) -> None:

@@ -78,4 +78,9 @@ def split(mapping: Mapping[str, object], *, base: Path) -> tuple[ServeConfig, Ra
             "Ray's proxy listens without TLS: leave out --tls-cert and let what stands before it encrypt"
             " (a gateway, a mesh), or serve without --ray"
         )
+    if config.admins and max(settings.replicas, settings.max_replicas or 0) > 1:
+        raise ServeError(
+            "--admin would reach one of several replicas, and the others would differ from it: leave it out"
+            " and write labels.toml in the repository, which all of them read"
+        )
     return config, settings
