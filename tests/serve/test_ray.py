@@ -57,7 +57,10 @@ class TestSettings:
             ({"ray": {"replicas": 3, "max_replicas": 2}}, "max-replicas is 2, allowed are 3"),
             ({"ray": 3}, "ray is 3; it takes a table"),
             ({"tls_cert": "c", "tls_key": "k"}, "Ray's proxy listens without TLS"),
-            ({"admins": ["*"], "ray": {"replicas": 2}}, "--admin would reach one of several replicas"),
+            (
+                {"admins": ["*"], "repository": {"url": "m"}, "ray": {"replicas": 2}},
+                "--admin would reach one of several replicas",
+            ),
         ],
     )
     def test_what_cannot_be_is_refused(self, mapping: Mapping[str, object], message: str) -> None:
