@@ -82,6 +82,7 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
     tamper: Callable[[pb.PredictResponse], None] = lambda response: None
     seen: list[Seen] = field(default_factory=list)
     skip_number: int = 0
+    refuse_after: int = 0
     relaxed: list[pb.RelaxRequest] = field(default_factory=list)
     faults_after: list[tuple[grpc.StatusCode, list[Any]]] = field(default_factory=list)
     opened: list[pb.SessionOpen] = field(default_factory=list)
@@ -183,6 +184,9 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
             if index in failures:
                 result.failure.CopyFrom(failures[index])
             yield pb.RelaxReply(result=result)
+            self.refuse_after -= 1
+            if not self.refuse_after:
+                abort(context, grpc.StatusCode.INTERNAL, [])
             self.faults += self.faults_after[:1]
             del self.faults_after[:1]
 

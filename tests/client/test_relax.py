@@ -127,14 +127,20 @@ class TestVerb:
         whole = run_equipot(*words)
         assert whole.returncode == 0, whole.stderr
         text = (tmp_path / "out.xyz").read_text()
+        assert "equipot_place" not in text
+        (tmp_path / "out.xyz").unlink()
+        # The server answers the last one first, and is lost after three of them.
+        server.refuse_after = 3
+        stopped = run_equipot(*words)
+        assert stopped.returncode == 2
         partial = tmp_path / "out.xyz.partial"
-        lines = text.splitlines(keepends=True)
-        partial.write_text("".join(lines[: 4 * 2 + 3]))  # two frames and a torn third
-        assert whole_frames(partial) == (2, len("".join(lines[:8]).encode()))
+        assert [frame.place for frame in whole_frames(partial)] == [5, 4, 3]
+        with partial.open("a") as torn:
+            torn.write("2\nLattice=")
         again = run_equipot(*words, "--resume")
         assert again.returncode == 0, again.stderr
-        assert "going on after 2 frames" in again.stdout
-        assert len(server.relaxed[-1].structures.n_atoms) == 4
+        assert "going on after 3 frames" in again.stdout
+        assert len(server.relaxed[-1].structures.n_atoms) == 3
         assert (tmp_path / "out.xyz").read_text() == text
         assert not partial.exists()
 
@@ -145,7 +151,7 @@ class TestVerb:
         out = tmp_path / "out.extxyz"
         done = run_equipot("relax", tmp_path / "in.extxyz", "--address", server.address, "--out", out)
         assert done.returncode == 1
-        assert "frame 1" in done.stdout
+        assert "structure 1" in done.stdout
         assert "helium (2) is unknown" in done.stdout
         assert "equipot_failure" in read(out, 1).info
         assert len(read(out, ":")) == 3

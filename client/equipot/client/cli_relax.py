@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -26,11 +26,6 @@ from equipot.client.options import (
 )
 from equipot.client.relax import Relaxed
 from equipot.client.settings import DEFAULT_TIMEOUT
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-    from equipot.client.frames import FrameWriter
 
 _MOST_FAILURES = 20
 
@@ -70,7 +65,7 @@ def relax(
     they began, with the reason in `equipot_failure`; those that ran out of steps have `equipot_converged` F;
     the exit code is then 1. A run that is stopped leaves its finished frames in OUT.partial for --resume.
     """
-    from equipot.client.frames import FrameReader, FrameWriter
+    from equipot.client.frames import FrameReader, UnorderedWriter, with_relaxed
 
     trust = shown(
         tls=tls,
@@ -88,20 +83,21 @@ def relax(
     frames = list(reader)
     reader.check()
     console = Console()
-    with FrameWriter(target, resume=resume) as writer:
-        done = writer.n_written
-        if done > len(frames):
+    with UnorderedWriter(target, resume=resume) as writer:
+        if writer.kept and max(writer.kept) >= len(frames):
             raise ClientError(
-                f"{writer.partial} has {done} frames, {file} has {len(frames)}: it is another run's"
+                f"{writer.partial} has frame {max(writer.kept)}, {file} has {len(frames)} frames"
             )
-        if done:
-            console.print(
-                f"going on after {done} frames of {writer.partial}", soft_wrap=True, highlight=False
-            )
-        report = _Report(frames, writer, _Outcome())
+        todo = [place for place in range(len(frames)) if place not in writer.kept]
+        if writer.kept:
+            done = f"going on after {len(writer.kept)} frames of {writer.partial}"
+            console.print(done, soft_wrap=True, highlight=False)
+        outcome = _Outcome()
+        for comment in writer.kept.values():
+            outcome.recall(comment)
         with trust.client(address, model=model, timeout=timeout) as client:
             relaxing = client.relax_iter(
-                frames[done:],
+                [frames[place] for place in todo],
                 level_of_theory=level_of_theory,
                 fmax=fmax,
                 steps=steps,
@@ -123,13 +119,15 @@ def relax(
                 ) as bar,
                 closing(relaxing),
             ):
-                task = bar.add_task("relaxing", total=len(frames), completed=done)
+                task = bar.add_task("relaxing", total=len(frames), completed=len(frames) - len(todo))
                 for index, relaxed in relaxing:
-                    report.add(done + index, relaxed)
+                    place = todo[index]
+                    outcome.add(place, relaxed)
+                    writer.add(place, with_relaxed(frames[place], relaxed))
                     bar.advance(task)
                     interruption.check()
-    _say(console, report.outcome, len(frames), target)
-    if report.outcome.failed or report.outcome.unconverged:
+    _say(console, outcome, len(frames), target)
+    if outcome.failed or outcome.unconverged:
         raise typer.Exit(1)
 
 
@@ -142,33 +140,21 @@ class _Outcome:
     steps: int = 0
     failures: list[str] = field(default_factory=list)
 
-
-@dataclass(slots=True)
-class _Report:
-    """Writes results in the order of the file, whatever the order in which they come."""
-
-    frames: list[Atoms]
-    writer: FrameWriter
-    outcome: _Outcome
-    early: dict[int, Relaxed] = field(default_factory=dict)
-
-    def add(self, index: int, relaxed: Relaxed) -> None:
-        """Takes one result; writes it, and those that waited for it, if it is its turn."""
-        self.early[index] = relaxed
-        while (now := self.writer.n_written) in self.early:
-            self._write(now, self.early.pop(now))
-
-    def _write(self, index: int, relaxed: Relaxed) -> None:
-        from equipot.client.frames import with_relaxed
-
-        self.writer.write(with_relaxed(self.frames[index], relaxed))
-        self.outcome.steps += relaxed.steps
+    def add(self, place: int, relaxed: Relaxed) -> None:
+        """Takes one result into account."""
+        self.steps += relaxed.steps
         if relaxed.failure is not None:
-            self.outcome.failed += 1
-            if len(self.outcome.failures) < _MOST_FAILURES:
-                self.outcome.failures.append(f"frame {index}: {describe(relaxed.failure)}")
+            self.failed += 1
+            if len(self.failures) < _MOST_FAILURES:
+                failure = replace(relaxed.failure, index=place)
+                self.failures.append(describe(failure))
         elif not relaxed.converged:
-            self.outcome.unconverged += 1
+            self.unconverged += 1
+
+    def recall(self, comment: str) -> None:
+        """Takes a result of an earlier run into account, as it was written."""
+        self.failed += "equipot_failure=" in comment
+        self.unconverged += "equipot_converged=F" in comment
 
 
 def _say(console: Console, outcome: _Outcome, n_frames: int, target: Path) -> None:

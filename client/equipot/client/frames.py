@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO, StringIO
@@ -19,6 +20,9 @@ from equipot.client.relax import Relaxed
 from equipot.client.results import Prediction
 from equipot.wire.v1.codec import FloatArray
 
+_PLACE = "equipot_place"
+_HAS_PLACE = re.compile(rb"\bequipot_place=(\d+)")
+_NO_PLACE = re.compile(rb" ?\bequipot_place=\d+")
 _RESULTS = ("energy", "free_energy", "forces", "stress")
 
 
@@ -79,30 +83,22 @@ class FrameWriter:
 
     Args:
         path: the file.
-        resume: whether the whole frames of a partial file are kept and written after.
 
     Raises:
         FileError: it cannot be written.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.n_written = 0
-        self._resume = resume
         self._complete = 0
         self._file: FileIO | None = None
 
     def __enter__(self) -> Self:
         """Opens the partial file."""
         try:
-            if self._resume and self.partial.exists():
-                self.n_written, self._complete = whole_frames(self.partial)
-                self._file = self.partial.open("r+b", buffering=0)
-                self._file.truncate(self._complete)
-                self._file.seek(self._complete)
-            else:
-                self._file = self.partial.open("wb", buffering=0)
+            self._file = self._open()
         except OSError as error:
             raise FileError(f"cannot write {self.partial}: {error.strerror}") from error
         return self
@@ -137,23 +133,81 @@ class FrameWriter:
                 self._file.truncate(self._complete)
             self._file.close()
             if error is None:
-                self.partial.replace(self.path)
+                self._name()
             elif not self.n_written:
                 self.partial.unlink()
         except OSError as broken:
             raise FileError(f"cannot write {self.path}: {broken.strerror}") from broken
 
+    def _open(self) -> FileIO:
+        return self.partial.open("wb", buffering=0)
 
-def whole_frames(path: Path) -> tuple[int, int]:
-    """How many whole frames an extxyz file begins with, and the bytes that they take."""
-    count = end = 0
+    def _name(self) -> None:
+        self.partial.replace(self.path)
+
+
+class UnorderedWriter(FrameWriter):
+    """As `FrameWriter`, of frames that come in any order and stand in theirs once all are there.
+
+    Args:
+        path: the file.
+        resume: whether the whole frames that a partial file has are kept.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        super().__init__(path)
+        self._resume = resume
+        self.kept: dict[int, str] = {}
+        """Comment lines of the frames that were there already, by their place."""
+
+    def add(self, place: int, frame: Atoms) -> None:
+        """Appends the frame of this place."""
+        frame.info[_PLACE] = place
+        self.write(frame)
+
+    def _open(self) -> FileIO:
+        if not (self._resume and self.partial.exists()):
+            return super()._open()
+        frames = list(whole_frames(self.partial))
+        self.kept = {frame.place: frame.comment for frame in frames}
+        self.n_written, self._complete = len(frames), frames[-1].end if frames else 0
+        file = self.partial.open("r+b", buffering=0)
+        file.truncate(self._complete)
+        file.seek(self._complete)
+        return file
+
+    def _name(self) -> None:
+        """Copies the frames in order, as they are but for their places, and then names them."""
+        ordered = self.path.with_name(self.path.name + ".ordered")
+        with self.partial.open("rb") as source, ordered.open("wb") as target:
+            for frame in sorted(whole_frames(self.partial), key=lambda frame: frame.place):
+                source.seek(frame.start)
+                target.write(_NO_PLACE.sub(b"", source.read(frame.end - frame.start), count=1))
+        ordered.replace(self.path)
+        self.partial.unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFrame:
+    """Where one frame lies in an extxyz file, and which it is."""
+
+    place: int
+    start: int
+    end: int
+    comment: str
+
+
+def whole_frames(path: Path) -> Iterator[WrittenFrame]:
+    """The whole frames that a file of `UnorderedWriter` begins with; what is torn at its end is left out."""
+    start = 0
     with path.open("rb") as file:
         while (line := file.readline()).strip().isdigit():
             lines = [file.readline() for _ in range(int(line) + 1)]
-            if not lines[-1].endswith(b"\n"):
-                break
-            count, end = count + 1, file.tell()
-    return count, end
+            place = _HAS_PLACE.search(lines[0])
+            if place is None or not lines[-1].endswith(b"\n"):
+                return
+            yield WrittenFrame(int(place[1]), start, file.tell(), lines[0].decode())
+            start = file.tell()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
