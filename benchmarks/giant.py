@@ -139,8 +139,7 @@ def go(args: argparse.Namespace, home: Path) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for name, more in {"serve": (), "serve by 2 ranks": ("--tensor-parallel", 2)}.items():
         port = free_port()
-        # Batches of a size that a small machine has room for: else as large ones as are quick are measured.
-        words = ("serve", bundle, "--port", port, "--metrics-port", 0, "--max-batch-edges", 2048, *more)
+        words = ("serve", bundle, "--port", port, "--metrics-port", 0, *more)
         with watched(name, *words) as (process, phase):
             begun = time.monotonic()
             wait_for(lambda port=port: is_served(port), process, home / f"{name}.log")  # type: ignore[misc]

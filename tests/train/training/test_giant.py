@@ -115,5 +115,7 @@ def test_a_hundred_million_parameters_from_training_to_serving(tmp_path: Path) -
     assert set(report["phases"]) == {"train", "resume", "export", "serve", "serve by 2 ranks"}
     # a billion parameters in 12 GiB, of which processes and libraries are 1
     bound = 1 + 11 * report["parameters"] / 1e9
+    # What a server keeps for its largest batches does not become less with the model.
+    of_servers = 3.0 + 4 * report["parameters"] / 2**30
     for name, phase in report["phases"].items():
-        assert phase["peak_pss_gib"] < bound, name
+        assert phase["peak_pss_gib"] < (of_servers if name.startswith("serve") else bound), name
