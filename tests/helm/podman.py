@@ -106,7 +106,9 @@ def _pip_files() -> dict[str, str]:
         for word in path.read_text().split() if path.exists() else []:
             named = Path(word.removeprefix("file://"))
             if named.is_absolute() and named.is_dir():
-                wanted[str(named)] = str(named)
+                # An index of links leads to files that lie beside it.
+                held = named.parent if word.startswith("file://") else named
+                wanted[str(held)] = str(held)
     for folder in os.environ.get("PIP_FIND_LINKS", "").split():
         wanted[folder] = folder
     return {host: inside for host, inside in wanted.items() if Path(host).exists()}
