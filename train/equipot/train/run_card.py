@@ -148,7 +148,8 @@ class RunCard:
             references=References.from_json(body["references"]),
             stores=tuple(StoreRecord(**store) for store in body["stores"]),
             mix=MixRecord.from_json(body["mix"]),
-            parent=None if body["parent"] is None else ParentRecord(**body["parent"]),
+            # Runs that began before there was fine-tuning say nothing of a parent.
+            parent=None if body.get("parent") is None else ParentRecord(**body["parent"]),
         )
 
 
