@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -133,22 +134,11 @@ def guarded_stream(
         async for raw in raws:
             yield _parse(request_type, raw)
 
-    async def answer(raws: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
-        try:
-            # Closed at once when the caller leaves: what it held must not wait for the garbage collector.
-            async with aclosing(method(parsed(raws), context)) as replies:
-                async for reply in replies:
-                    yield reply
-            return
-        except CallError as error:
-            failure = error
-        except Exception:
-            logger.exception("%s failed", request_type.__name__)
-            failure = CallError("the server failed on this request; its log has the reason")
-        await refuse(context, failure)
+    def begin(raws: AsyncIterator[bytes], context: Context) -> AsyncGenerator[Message, None]:
+        return method(parsed(raws), context)
 
     # grpc's types are those of servers with threads; under asyncio a behaviour is an asynchronous generator.
-    behaviour: Any = answer
+    behaviour: Any = partial(_streamed, begin, request_type)
     return grpc.stream_stream_rpc_method_handler(
         behaviour, request_deserializer=None, response_serializer=lambda message: message.SerializeToString()
     )
@@ -159,23 +149,34 @@ def guarded_reply_stream(
 ) -> grpc.RpcMethodHandler[bytes, Message]:
     """As `guarded`, of a method that answers one request by a stream."""
 
-    async def answer(raw: bytes, context: Context) -> AsyncIterator[Message]:
-        try:
-            async with aclosing(method(_parse(request_type, raw), context)) as replies:
-                async for reply in replies:
-                    yield reply
-            return
-        except CallError as error:
-            failure = error
-        except Exception:
-            logger.exception("%s failed", request_type.__name__)
-            failure = CallError("the server failed on this request; its log has the reason")
-        await refuse(context, failure)
+    def begin(raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
+        return method(_parse(request_type, raw), context)
 
-    behaviour: Any = answer
+    behaviour: Any = partial(_streamed, begin, request_type)
     return grpc.unary_stream_rpc_method_handler(
         behaviour, request_deserializer=None, response_serializer=lambda message: message.SerializeToString()
     )
+
+
+async def _streamed(
+    begin: Callable[[Any, Context], AsyncGenerator[Message, None]],
+    request_type: type[Message],
+    request: object,
+    context: Context,
+) -> AsyncIterator[Message]:
+    """The replies of a stream; what it raises, from its beginning on, ends the call with a status."""
+    try:
+        # Closed at once when the caller leaves: what it held must not wait for the garbage collector.
+        async with aclosing(begin(request, context)) as replies:
+            async for reply in replies:
+                yield reply
+        return
+    except CallError as error:
+        failure = error
+    except Exception:
+        logger.exception("%s failed", request_type.__name__)
+        failure = CallError("the server failed on this request; its log has the reason")
+    await refuse(context, failure)
 
 
 def _parse(request_type: type[RequestT], raw: bytes) -> RequestT:
