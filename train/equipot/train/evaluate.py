@@ -141,6 +141,10 @@ class Tally:
         return float(sum(weight * total / max(count, 1.0) for weight, total, count in per_label))
 
 
+Observer = Callable[[Batch, Prediction], None]
+"""Sees every batch that counts, with what was predicted of it."""
+
+
 class EvaluationStopped(Exception):
     """An evaluation was given up because some rank was asked to end."""
 
@@ -155,10 +159,12 @@ def evaluate(
     *,
     stress: bool,
     stopped: Callable[[], bool] | None = None,
+    observe: Observer | None = None,
 ) -> Tally:
     """Errors of a potential over structures, computed by all ranks together.
 
     Collective, and in step: under ZeRO-3 every forward pass is, so all ranks compute equally many batches.
+    `observe` sees this rank's batches alone.
 
     Raises:
         EvaluationStopped: on all ranks, when `stopped` is true on one.
@@ -173,6 +179,8 @@ def evaluate(
         prediction = predict(potential, batch.systems, forces=True, stress=stress)
         if mine.counts:
             tally.add(residuals(prediction, batch.targets, batch.systems), batch.systems)
+            if observe is not None:
+                observe(batch, prediction)
     tally.merge(world)
     return tally
 

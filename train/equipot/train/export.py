@@ -58,8 +58,7 @@ def export_run(
     run = RunDirectory(run_path)
     card = RunCard.read(run.card)
     chosen = choose_checkpoint(run, checkpoint)
-    with Shares(chosen.path) as shares:
-        kind = "ema" if shares.has_average and not raw else "weights"
+    kind = "weights" if raw else averaged(chosen)
     metrics: dict[str, Any] = {}
     try:
         metrics = _test(run, card, chosen, kind, console) if test else {}
@@ -116,7 +115,14 @@ def named_tensors(
         yield from ((name, inherited.tensor(name)) for name in inherited.names if name not in trained)
 
 
-def _whole(run: RunDirectory, card: RunCard, checkpoint: Checkpoint, kind: str) -> Potential:
+def averaged(checkpoint: Checkpoint) -> str:
+    """Which weights of a checkpoint are used by default: ``ema`` where an average was kept."""
+    with Shares(checkpoint.path) as shares:
+        return "ema" if shares.has_average else "weights"
+
+
+def restore_potential(run: RunDirectory, card: RunCard, checkpoint: Checkpoint, kind: str) -> Potential:
+    """The trained potential in this process's memory, its weights frozen; `kind` as for `named_tensors`."""
     with torch.device("meta"):
         potential = Potential(card.config, card.references)
     # Assigned, not copied: there is one copy of the weights, not two.
@@ -131,7 +137,7 @@ def _test(
         console.print("the test split is empty: exported without test errors")
         return {}
     mix = reopen_mix(run, card)
-    potential = _whole(run, card, checkpoint, kind)
+    potential = restore_potential(run, card, checkpoint, kind)
     loss, levels = card.recipe.loss, dict(enumerate(card.config.levels_of_theory))
     dataset, places = Dataset(mix.stores, card.config), mix.part("test")
     sizes = Sizes.of(mix.stores, card.config.cutoff, progress=True)

@@ -25,7 +25,8 @@ PREFIX = "potential."
 """The potential's name inside the trained module."""
 
 _HEADS = ("energy_head.", "force_head.")
-_SAMPLE = 256  # structures of a level whose energies settle what its references have to leave to the network
+SAMPLE = 256
+"""Structures of a level whose energies settle what its references have to leave to the network."""
 _AT_ONCE = 16
 
 
@@ -141,17 +142,18 @@ def suited_references(bundle: Path, config: ModelConfig, references: References,
     train = mix.part("train")
     for level in sorted(set(levels)):
         segments = [segment for segment in train.segments if levels[segment.store] == level]
-        sums = _network_sums(bare, dataset, Places(segments))
+        sums = network_sums(bare, dataset, Places(segments))
         if sums.structures:
             energy[level] -= sums.solve(elements)
     return References(energy=energy, scale=references.scale)
 
 
-def _network_sums(bare: Potential, dataset: Dataset, places: Places) -> NormalEquations:
+def network_sums(bare: Potential, dataset: Dataset, places: Places) -> NormalEquations:
+    """Sums of what a potential without references says of structures, of `SAMPLE` of them at most."""
     sums = NormalEquations()
     if not len(places):
         return sums
-    rows = np.unique(np.linspace(0, len(places) - 1, min(_SAMPLE, len(places))).astype(np.int64))
+    rows = np.unique(np.linspace(0, len(places) - 1, min(SAMPLE, len(places))).astype(np.int64))
     for part in np.array_split(rows, -(-len(rows) // _AT_ONCE)):
         batch = dataset.batch(places[part])
         systems = batch.systems
