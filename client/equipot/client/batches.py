@@ -170,7 +170,7 @@ def cut(
 
     A structure that cannot be one, or that no request could hold, is refused alone; the others go on.
     """
-    max_bytes = min(max_message_bytes, limits.max_message_bytes or max_message_bytes) - _BYTES_PER_REQUEST
+    max_bytes = limits.message_bytes(max_message_bytes) - _BYTES_PER_REQUEST
     max_atoms = min(atoms_per_request, limits.max_atoms_per_request or atoms_per_request)
     max_structures = limits.max_structures_per_request or atoms_per_request
     part = Part()

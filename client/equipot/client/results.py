@@ -74,6 +74,10 @@ class Limits:
     max_atoms_per_request: int
     max_message_bytes: int
 
+    def message_bytes(self, most: int) -> int:
+        """Most bytes of one request, of a client that sends no more than `most` itself."""
+        return min(most, self.max_message_bytes or most)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:

@@ -18,9 +18,10 @@ import grpc
 from equipot.client.batches import Part, Priority, Wish, cut, gone_meanwhile
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
 from equipot.client.credentials import Credentials, FileState, Tls, TokenSource
+from equipot.client.errands import Way, run
 from equipot.client.errors import ClientError, LimitExceeded, ModelNotFound, from_rpc_error
 from equipot.client.explanation import Explanation, explained, together
-from equipot.client.relax import Progressed, Relaxed, Relaxing, RelaxSettings, RelaxWords
+from equipot.client.relax import Progressed, Relaxed, RelaxSettings, RelaxWords, relaxations
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
 from equipot.client.session import Course, Session
@@ -286,7 +287,7 @@ class Client:
         """Moves each structure to where its forces vanish, on the server; results in the order given.
 
         A structure that cannot go on has its failure, the others go on. After a lost connection those without
-        a result are asked for again, from where they began.
+        a result go on from where they were, by the same bundle.
 
         Args:
             structures: as of `predict`; atoms that an `ase.constraints.FixAtoms` holds stay where they are.
@@ -330,8 +331,10 @@ class Client:
             atoms_per_request=limits.max_atoms_per_request or self._settings.atoms_per_request,
             max_message_bytes=self._settings.max_message_bytes,
         )
-        relaxing = Relaxing(self._ask_to_relax, self._understand, self._settings.retry, on_progress)
-        yield from relaxing.run(items, parts, wish, settings)
+        way = Way(self._relax, self._understand, self._settings.retry)
+        most_bytes = limits.message_bytes(self._settings.max_message_bytes)
+        for errand in relaxations(items, parts, wish, settings, told=on_progress, most_bytes=most_bytes):
+            yield from run(errand, way)
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """The models that the server serves."""
@@ -369,7 +372,7 @@ class Client:
         except grpc.RpcError as error:
             raise self._settings.explained(from_rpc_error(error, self.address)) from error
 
-    def _ask_to_relax(self, request: pb.RelaxRequest) -> Iterator[pb.RelaxReply]:
+    def _relax(self, request: pb.RelaxRequest) -> Generator[pb.RelaxReply, None, None]:
         call: Any = self._connected().Relax(request, metadata=self._token.headers())
         try:
             yield from call

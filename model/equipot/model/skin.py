@@ -1,7 +1,8 @@
 """Neighbour lists of many systems that move little between calls. Knows nothing of torch.
 
 A list is built for the cutoff and a skin around it, and serves, filtered by distance, until an atom has moved
-half the skin since then (Verlet, "Computer experiments on classical fluids", 1967). It is exact at any time.
+half the skin since then (Verlet, "Computer experiments on classical fluids", 1967). It is exact at any time,
+and its edges have one order whenever it was built, so that sums over them have the same bits.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from equipot.model.batch import Graph, System
 from equipot.model.errors import ModelError
-from equipot.model.neighbors import neighbor_list
+from equipot.model.neighbors import NeighborList, neighbor_list
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,10 +76,16 @@ class SkinnedNeighbors:
         if place < len(self._references) and self._references[place].serves(system, self.skin):
             return self._references[place]
         self.n_built += 1
-        wide = neighbor_list(system.positions, system.cell, system.pbc, self.cutoff + self.skin)
+        wide = _ordered(neighbor_list(system.positions, system.cell, system.pbc, self.cutoff + self.skin))
         # A copy: the caller may move atoms in place.
         then = System(system.atomic_numbers, system.positions.copy(), system.cell.copy(), system.pbc.copy())
         return _Reference(then, Graph(then, *wide))
+
+
+def _ordered(edges: NeighborList) -> NeighborList:
+    """By receiver, sender and image: the search's own order depends on where atoms were in space."""
+    order = np.lexsort((*edges.cell_shifts.T, edges.senders, edges.receivers))
+    return NeighborList(edges.senders[order], edges.receivers[order], edges.cell_shifts[order])
 
 
 def _within(wide: Graph, system: System, cutoff: float) -> Graph:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-FaultReason = Literal["invalid_structure", "unsupported", "too_large", "not_finite", "internal"]
+FaultReason = Literal["invalid_structure", "unsupported", "too_large", "not_finite", "internal", "unstable"]
 
 
 class ServeError(RuntimeError):

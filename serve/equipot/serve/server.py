@@ -149,7 +149,12 @@ class GrpcServer:
         self._sessions = SessionServicer(servicer, self._dispatcher, metrics, config.sessions)
         self._sessions.add_to(self._server)
         self._motion = MotionServicer(
-            servicer, self._dispatcher, metrics, most_atoms=config.limits.request_atoms
+            servicer,
+            self._dispatcher,
+            metrics,
+            most_atoms=config.limits.request_atoms,
+            patience=config.sessions.idle_seconds,
+            share_of=self._trust.quotas.share_of,
         )
         self._motion.add_to(self._server)
         InferenceServicer(servicer, ready=lambda: self._health.serving).add_to(self._server)

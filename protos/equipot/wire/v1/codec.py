@@ -59,6 +59,7 @@ class FailureReason(StrEnum):
     TOO_LARGE = "too_large"
     NOT_FINITE = "not_finite"
     INTERNAL = "internal"
+    UNSTABLE = "unstable"
 
 
 _REASON_TO_WIRE: Mapping[FailureReason, pb.FailureReason.ValueType] = MappingProxyType(

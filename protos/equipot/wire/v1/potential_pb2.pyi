@@ -85,6 +85,8 @@ class _FailureReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     """The model's answer was not a finite number."""
     FAILURE_REASON_INTERNAL: _FailureReason.ValueType  # 5
     """The server failed on it."""
+    FAILURE_REASON_UNSTABLE: _FailureReason.ValueType  # 6
+    """It moved to where nothing can be computed: a cell that collapsed, atoms that flew apart."""
 
 class FailureReason(_FailureReason, metaclass=_FailureReasonEnumTypeWrapper): ...
 
@@ -99,6 +101,8 @@ FAILURE_REASON_NOT_FINITE: FailureReason.ValueType  # 4
 """The model's answer was not a finite number."""
 FAILURE_REASON_INTERNAL: FailureReason.ValueType  # 5
 """The server failed on it."""
+FAILURE_REASON_UNSTABLE: FailureReason.ValueType  # 6
+"""It moved to where nothing can be computed: a cell that collapsed, atoms that flew apart."""
 global___FailureReason = FailureReason
 
 class _Optimizer:
@@ -476,6 +480,8 @@ class RelaxRequest(google.protobuf.message.Message):
     PRESSURE_FIELD_NUMBER: builtins.int
     FIXED_FIELD_NUMBER: builtins.int
     PROGRESS_EVERY_FIELD_NUMBER: builtins.int
+    TOKEN_EVERY_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """As in PredictRequest."""
     level_of_theory: builtins.str
@@ -495,8 +501,16 @@ class RelaxRequest(google.protobuf.message.Message):
     """uint8[N], 1 for an atom that stays where it is; empty: all move."""
     progress_every: builtins.int
     """How many steps apart progress is told; 0: never."""
+    token_every: builtins.int
+    """How many steps apart each structure's state is told as a token; 0: never."""
     @property
     def structures(self) -> global___Structures: ...
+    @property
+    def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """S tokens of the same structures, settings and bundle to go on from, an empty one for a structure that begins;
+        none at all: all begin. A token that does not fit makes its structure fail.
+        """
+
     def __init__(
         self,
         *,
@@ -513,9 +527,11 @@ class RelaxRequest(google.protobuf.message.Message):
         pressure: builtins.float = ...,
         fixed: builtins.bytes = ...,
         progress_every: builtins.int = ...,
+        token_every: builtins.int = ...,
+        tokens: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["structures", b"structures"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cell", b"cell", "fixed", b"fixed", "fmax", b"fmax", "level_of_theory", b"level_of_theory", "max_step", b"max_step", "max_steps", b"max_steps", "model", b"model", "optimizer", b"optimizer", "pressure", b"pressure", "priority", b"priority", "progress_every", b"progress_every", "session", b"session", "structures", b"structures"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "fixed", b"fixed", "fmax", b"fmax", "level_of_theory", b"level_of_theory", "max_step", b"max_step", "max_steps", b"max_steps", "model", b"model", "optimizer", b"optimizer", "pressure", b"pressure", "priority", b"priority", "progress_every", b"progress_every", "session", b"session", "structures", b"structures", "token_every", b"token_every", "tokens", b"tokens"]) -> None: ...
 
 global___RelaxRequest = RelaxRequest
 
@@ -525,21 +541,80 @@ class RelaxReply(google.protobuf.message.Message):
 
     PROGRESS_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    BEGUN_FIELD_NUMBER: builtins.int
     @property
     def progress(self) -> global___RelaxProgress: ...
     @property
     def result(self) -> global___RelaxResult: ...
+    @property
+    def token(self) -> global___MotionToken: ...
+    @property
+    def begun(self) -> global___MotionBegun: ...
     def __init__(
         self,
         *,
         progress: global___RelaxProgress | None = ...,
         result: global___RelaxResult | None = ...,
+        token: global___MotionToken | None = ...,
+        begun: global___MotionBegun | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["kind", b"kind", "progress", b"progress", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "progress", b"progress", "result", b"result"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["progress", "result"] | None: ...
+    def HasField(self, field_name: typing.Literal["begun", b"begun", "kind", b"kind", "progress", b"progress", "result", b"result", "token", b"token"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begun", b"begun", "kind", b"kind", "progress", b"progress", "result", b"result", "token", b"token"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["progress", "result", "token", "begun"] | None: ...
 
 global___RelaxReply = RelaxReply
+
+@typing.final
+class MotionBegun(google.protobuf.message.Message):
+    """The first reply of a request that moves structures."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    WARNINGS_FIELD_NUMBER: builtins.int
+    @property
+    def model(self) -> global___ModelReference: ...
+    @property
+    def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What looks wrong and is done all the same."""
+
+    def __init__(
+        self,
+        *,
+        model: global___ModelReference | None = ...,
+        warnings: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "warnings", b"warnings"]) -> None: ...
+
+global___MotionBegun = MotionBegun
+
+@typing.final
+class MotionToken(google.protobuf.message.Message):
+    """The whole state of a structure on its way: opaque, checked when it comes back, bound to its bundle. Whoever goes
+    on from it gets the same bits as if nothing had happened, where the model's answers have them.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """The structure's index in the request."""
+    step: builtins.int
+    token: builtins.bytes
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        step: builtins.int = ...,
+        token: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index", "step", b"step", "token", b"token"]) -> None: ...
+
+global___MotionToken = MotionToken
 
 @typing.final
 class RelaxProgress(google.protobuf.message.Message):

@@ -104,7 +104,8 @@ class PotentialServiceServicer(object):
     def Relax(self, request, context):
         """Moves each structure to where its forces vanish, by an optimiser on the server, in batches with everybody
         else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
-        answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet.
+        answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet, each from
+        its last token if it has one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

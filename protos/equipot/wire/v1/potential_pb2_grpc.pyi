@@ -61,7 +61,8 @@ class PotentialServiceStub:
     ]
     """Moves each structure to where its forces vanish, by an optimiser on the server, in batches with everybody
     else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
-    answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet.
+    answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet, each from
+    its last token if it has one.
     """
 
     ListModels: grpc.UnaryUnaryMultiCallable[
@@ -115,7 +116,8 @@ class PotentialServiceAsyncStub:
     ]
     """Moves each structure to where its forces vanish, by an optimiser on the server, in batches with everybody
     else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
-    answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet.
+    answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet, each from
+    its last token if it has one.
     """
 
     ListModels: grpc.aio.UnaryUnaryMultiCallable[
@@ -177,7 +179,8 @@ class PotentialServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[equipot.wire.v1.potential_pb2.RelaxReply], collections.abc.AsyncIterator[equipot.wire.v1.potential_pb2.RelaxReply]]:
         """Moves each structure to where its forces vanish, by an optimiser on the server, in batches with everybody
         else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
-        answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet.
+        answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet, each from
+        its last token if it has one.
         """
 
     @abc.abstractmethod

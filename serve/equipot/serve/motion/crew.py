@@ -11,8 +11,8 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from equipot.serve.call import Call, current_call
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import Fault, OverQuota, QueueFull
 from equipot.serve.job import KeptNeighbors, Work
-from equipot.serve.motion.walker import Given, Walker
+from equipot.serve.motion.mover import Mover
+from equipot.serve.motion.state import BadState
+from equipot.serve.motion.walker import Given, Halt, Walker
 from equipot.wire.v1.codec import Failure, StructureArrays
 
 CREWS = 2
@@ -39,12 +41,14 @@ class Member:
         walker: moves it.
         given: what its last question came to.
         fault: why it goes no further.
+        goes_on: whether it waits for what it asked for.
     """
 
     index: int
     walker: Walker
     given: Given | None = None
     fault: Fault | Failure | None = None
+    goes_on: bool = True
 
 
 class Party:
@@ -52,29 +56,26 @@ class Party:
 
     Args:
         work: the request at its start.
-        begin: makes the walker of a structure; called in the thread that moves.
-        moving: the one thread that moves.
+        begin: makes the member of a structure; called in the thread that moves.
+        mover: moves.
         dispatcher: answers.
-        tell: is told of each member that is done, and now and then of those that go on; waits for the caller.
-        every: how many steps apart it is told of those that go on; 0: never.
+        tell: is told of each member that came a step further or is done; waits for the caller.
     """
 
     def __init__(
         self,
         work: Work,
-        begin: Callable[[int], Walker],
+        begin: Callable[[int], Member],
         *,
-        moving: ThreadPoolExecutor,
+        mover: Mover,
         dispatcher: Dispatcher,
-        tell: Callable[[Member, bool], Awaitable[None]],
-        every: int,
+        tell: Callable[[Member], Awaitable[None]],
     ) -> None:
         self._work = work
         self._begin = begin
-        self._moving = moving
+        self._mover = mover
         self._dispatcher = dispatcher
         self._tell = tell
-        self._every = every
         self._waiting = deque(range(len(work.structures)))
         self._edges_of_crew = work.key.model.capacity.limit.edges
         self._members: set[Member] = set()
@@ -93,12 +94,11 @@ class Party:
                 crew.cancel()
             await asyncio.gather(*crews, return_exceptions=True)
             # Algorithms end in the thread in which they run.
-            self._moving.submit(_let_go, [member.walker for member in self._members])
+            self._mover.let_go(partial(_let_go, self._members))
 
     async def _crew(self) -> None:
         crew: list[Member] = []
         kept: KeptNeighbors | None = None
-        loop = asyncio.get_running_loop()
         while True:
             joining = self._joining(crew)
             # A potential that does not say how far it looks finds its neighbours itself.
@@ -106,20 +106,31 @@ class Party:
                 kept = KeptNeighbors(cutoff, SKIN)
             if not crew and not joining:
                 return
-            came = await loop.run_in_executor(self._moving, _move, crew, joining, self._begin)
-            self._members.update(came)
-            crew = []
-            for member, goes_on in came.items():
-                if not goes_on:
+            await self._mover.move(
+                self._work.call.identity,
+                len(crew) + len(joining),
+                partial(self._move, crew, joining, len(crew)),
+            )
+            for member in crew:
+                if member.walker.progress.notes or not member.goes_on:
+                    await self._tell(member)
+                if not member.goes_on:
                     self._members.discard(member)
-                    await self._tell(member, False)
-                    continue
-                steps = member.walker.progress.steps
-                if self._every and steps and steps % self._every == 0:
-                    await self._tell(member, True)
-                crew.append(member)
+            crew = [member for member in crew if member.goes_on]
             if crew:
                 await self._ask(crew, kept)
+
+    def _move(self, crew: list[Member], joining: list[int], old: int, number: int) -> None:
+        """In the thread that moves: a member of the crew, or one that joins it, goes to its next question."""
+        if number >= old:
+            crew.append(self._begin(joining[number - old]))
+            self._members.add(crew[number])
+        member = crew[number]
+        if member.fault is None:
+            _advance(member)
+        member.goes_on = member.goes_on and member.fault is None
+        if not member.goes_on:
+            member.walker.close()
 
     def _joining(self, crew: list[Member]) -> list[int]:
         """Indices of structures for which there is room: as many as the queue's largest batch holds."""
@@ -184,30 +195,23 @@ def _pack(like: StructureArrays, crew: list[Member]) -> StructureArrays:
     )
 
 
-def _move(crew: list[Member], joining: list[int], begin: Callable[[int], Walker]) -> dict[Member, bool]:
-    """In the thread that moves: each member goes to its next question (True) or its end (False)."""
-    came = {}
-    for member in (*crew, *(Member(index, begin(index)) for index in joining)):
-        came[member] = member.fault is None and _advance(member)
-        if not came[member]:
-            member.walker.close()
-    return came
-
-
-def _advance(member: Member) -> bool:
+def _advance(member: Member) -> None:
+    """The member goes to its next question, its end or its fault."""
     try:
-        goes_on = member.walker.advance(member.given)
+        member.goes_on = member.walker.advance(member.given)
+    except Halt as halt:
+        member.fault = halt.fault
+    except BadState as error:
+        member.fault = Fault("invalid_structure", "tokens", str(error), error.remedy)
     except Exception:
         logger.exception("the algorithm of structure %d failed", member.index)
-        member.fault = Fault(
-            "internal", "", f"the algorithm failed at step {member.walker.progress.steps}", "report it"
-        )
-        return False
-    if goes_on:
-        member.fault = member.walker.fault()
-    return goes_on and member.fault is None
+        step = member.walker.progress.steps
+        member.fault = Fault("internal", "", f"the algorithm failed at step {step}", "report it")
+    else:
+        if member.goes_on:
+            member.fault = member.walker.fault()
 
 
-def _let_go(walkers: list[Walker]) -> None:
-    for walker in walkers:
-        walker.close()
+def _let_go(members: set[Member]) -> None:
+    for member in members:
+        member.walker.close()

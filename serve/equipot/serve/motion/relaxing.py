@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,7 +14,8 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE, LBFGS
 
 from equipot.serve.errors import InvalidRequest
-from equipot.serve.motion.walker import Progress
+from equipot.serve.motion.state import Origin, capture, digest_of, restore
+from equipot.serve.motion.walker import Advance, Progress, kept
 
 OptimizerName = Literal["fire", "lbfgs"]
 CellMotion = Literal["fixed", "full", "isotropic", "constant_volume"]
@@ -24,6 +25,12 @@ LARGEST_STEP = 1.0
 """Å by which no optimiser should ever move an atom at once."""
 
 _OPTIMIZERS: dict[OptimizerName, Callable[..., Any]] = {"fire": FIRE, "lbfgs": LBFGS}
+_STATE: dict[OptimizerName, tuple[str, ...]] = {
+    "fire": ("vel", "dt", "a", "Nsteps"),
+    "lbfgs": ("r0", "f0", "state.iteration", "state.s", "state.y", "state.rho"),
+}
+"""What these keep from step to step."""
+
 _FILTERS: dict[CellMotion, dict[str, Any]] = {
     "full": {},
     "isotropic": {"hydrostatic_strain": True},
@@ -75,17 +82,55 @@ class Relaxing:
         """Whether stress is needed."""
         return self.cell != "fixed"
 
-    def __call__(self, atoms: Atoms, progress: Progress) -> None:
-        """Relaxes the atoms in place; asks their calculator once a step."""
-        target: Any = atoms
-        if self.moves_cell:
-            target = FrechetCellFilter(atoms, scalar_pressure=self.pressure, **_FILTERS[self.cell])
-        optimizer = _OPTIMIZERS[self.optimizer](target, logfile=None, maxstep=self.max_step)
-        for converged in optimizer.irun(fmax=self.fmax, steps=self.steps):
-            progress.steps = optimizer.nsteps
-            progress.converged = bool(converged)
-            free = atoms.get_forces()
-            progress.largest_force = float(np.sqrt((free**2).sum(axis=1).max()))
+    def algorithm(self, *, tell_every: int = 0, keep_every: int = 0) -> Callable[[Atoms, Progress], None]:
+        """Relaxes atoms in place, asking their calculator once a step.
+
+        Args:
+            tell_every: how many steps apart progress is noted; 0: never.
+            keep_every: how many steps apart the state is noted; 0: never.
+        """
+
+        def relax(atoms: Atoms, progress: Progress) -> None:
+            target: Any = atoms
+            if self.moves_cell:
+                target = FrechetCellFilter(atoms, scalar_pressure=self.pressure, **_FILTERS[self.cell])
+            optimizer = _OPTIMIZERS[self.optimizer](target, logfile=None, maxstep=self.max_step)
+            paths = _STATE[self.optimizer]
+            begun = progress.steps
+            if progress.resumed is not None:
+                restore(optimizer, paths, progress.resumed)
+                optimizer.nsteps = begun
+                if self.moves_cell:
+                    target.orig_cell = progress.resumed.arrays["orig_cell"]
+            for converged in optimizer.irun(fmax=self.fmax, steps=max(0, self.steps - begun)):
+                progress.steps = step = optimizer.nsteps
+                progress.converged = bool(converged)
+                free = atoms.get_forces()
+                progress.largest_force = float(np.sqrt((free**2).sum(axis=1).max()))
+                if step == begun:
+                    continue
+                if tell_every and step % tell_every == 0:
+                    assert progress.last is not None
+                    progress.notes.append(Advance(step, progress.last.energy, progress.largest_force))
+                if keep_every and step % keep_every == 0:
+                    words, arrays = capture(optimizer, paths)
+                    if self.moves_cell:
+                        arrays["orig_cell"] = np.array(target.orig_cell)
+                    progress.notes.append(kept(atoms, progress, words, arrays))
+
+        return relax
+
+    def origin(self, model: str, level_of_theory: str, structure: str) -> Origin:
+        """To what the state of a structure belongs that is relaxed so; more steps may be added to it."""
+        settings = asdict(self)
+        del settings["steps"]
+        return Origin(
+            model=model,
+            level_of_theory=level_of_theory,
+            algorithm=f"relax {self.optimizer}",
+            settings=digest_of(settings),
+            structure=structure,
+        )
 
 
 def with_fixed_atoms(atoms: Atoms, fixed: np.ndarray[Any, np.dtype[np.bool_]]) -> Atoms:

@@ -1,0 +1,77 @@
+"""Messages that wait for a caller to read them, bounded in bytes and in time. Knows no gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from equipot.serve.errors import NotReady
+
+UNREAD_BYTES = 8 * 2**20
+"""That wait for one caller; then its structures wait, too, and nobody else's."""
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+class Outbox(Generic[MessageT]):
+    """What one caller is to read. Whoever writes waits while it is full; a message alone fits always."""
+
+    def __init__(self, *, patience: float, most_bytes: int = UNREAD_BYTES) -> None:
+        """An empty one; `patience` is for how many seconds a writer waits for a reader who takes nothing."""
+        self._messages: deque[tuple[MessageT, int]] = deque()
+        self._patience = patience
+        self._most = most_bytes
+        self._bytes = self._taken = 0
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    async def put(self, message: MessageT) -> None:
+        """Adds a message, once there is room.
+
+        Raises:
+            NotReady: the reader took nothing for too long.
+        """
+        size = message.ByteSize()
+        if self._messages and self._bytes + size > self._most:
+            await self._room_for(size)
+        self._messages.append((message, size))
+        self._bytes += size
+        await self._tell()
+
+    async def close(self) -> None:
+        """Says that nothing more comes; what is there already is read before."""
+        self._closed = True
+        await self._tell()
+
+    async def get(self) -> MessageT | None:
+        """The next message; None if no more come."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._messages or self._closed)
+        if not self._messages:
+            return None
+        message, size = self._messages.popleft()
+        self._bytes -= size
+        self._taken += 1
+        await self._tell()
+        return message
+
+    async def _room_for(self, size: int) -> None:
+        while self._messages and self._bytes + size > self._most:
+            taken = self._taken
+            try:
+                async with asyncio.timeout(self._patience), self._changed:
+                    while self._taken == taken:
+                        await self._changed.wait()
+            except TimeoutError:
+                raise NotReady(
+                    f"nothing was read for {self._patience:g} s, so the structures were let go:"
+                    " ask again, from the last tokens",
+                    retry_after=0.0,
+                ) from None
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,130 @@
+"""Requests of `Relax`: words to optimisers, and what is told of structures as they come to rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from equipot.serve.job import Work
+from equipot.serve.models import ServedModel
+from equipot.serve.motion.crew import Member
+from equipot.serve.motion.errand import (
+    as_bytes,
+    atoms_of,
+    begin,
+    failure_of,
+    fixed_of,
+    one_each,
+    periodic,
+    question,
+    structure_digest,
+    token_of,
+    word,
+)
+from equipot.serve.motion.relaxing import CellMotion, OptimizerName, Relaxing, with_fixed_atoms
+from equipot.serve.motion.state import Origin
+from equipot.serve.motion.walker import Advance, Kept
+from equipot.serve.servicer import PotentialServicer
+from equipot.wire.v1 import potential_pb2 as pb
+
+_OPTIMIZERS: dict[int, OptimizerName] = {pb.OPTIMIZER_LBFGS: "lbfgs"}
+_CELLS: dict[int, CellMotion] = {
+    pb.CELL_MOTION_FULL: "full",
+    pb.CELL_MOTION_ISOTROPIC: "isotropic",
+    pb.CELL_MOTION_CONSTANT_VOLUME: "constant_volume",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RelaxErrand:
+    """One understood request."""
+
+    work: Work
+    request: pb.RelaxRequest
+    how: Relaxing
+    fixed: npt.NDArray[np.bool_]
+    reference: pb.ModelReference
+
+    @classmethod
+    def understand(cls, request: pb.RelaxRequest, model: ServedModel, potential: PotentialServicer) -> Self:
+        """What is asked.
+
+        Raises:
+            CallError: the request as a whole cannot be done.
+        """
+        work = potential.understand(question(request, stress=request.cell in _CELLS), model, None)
+        defaults = Relaxing()
+        how = Relaxing(
+            optimizer=_OPTIMIZERS.get(word(pb.Optimizer, "optimizer", request.optimizer), "fire"),
+            fmax=request.fmax or defaults.fmax,
+            steps=request.max_steps or defaults.steps,
+            max_step=request.max_step or defaults.max_step,
+            cell=_CELLS.get(word(pb.CellMotion, "cell", request.cell), "fixed"),
+            pressure=request.pressure,
+        )
+        fixed = fixed_of(request.fixed, work)
+        one_each("tokens", request.tokens, work)
+        if how.moves_cell:
+            periodic(work)
+        return cls(work, request, how, fixed, model.reference(work.level))
+
+    def opening(self) -> pb.RelaxReply:
+        """What is told at once."""
+        return pb.RelaxReply(begun=pb.MotionBegun(model=self.reference))
+
+    def begin(self, index: int) -> Member:
+        """One structure, at its beginning or where its token says."""
+        atoms = with_fixed_atoms(atoms_of(self.work, index), self._fixed(index))
+        algorithm = self.how.algorithm(
+            tell_every=self.request.progress_every, keep_every=self.request.token_every
+        )
+        token = self.request.tokens[index] if self.request.tokens else b""
+        return begin(index, atoms, algorithm, token, self._origin(index))
+
+    def told(self, member: Member) -> Iterator[pb.RelaxReply]:
+        """Progress and tokens, and the result of a member that is done."""
+        progress = member.walker.progress
+        notes, progress.notes = progress.notes, []
+        for note in notes:
+            match note:
+                case Advance(step, energy, largest_force):
+                    yield pb.RelaxReply(
+                        progress=pb.RelaxProgress(
+                            index=member.index, step=step, energy=energy, largest_force=largest_force
+                        )
+                    )
+                case Kept():
+                    yield pb.RelaxReply(token=token_of(member.index, note, self._origin(member.index)))
+        if not member.goes_on:
+            yield pb.RelaxReply(result=self._result(member))
+
+    def _fixed(self, index: int) -> npt.NDArray[np.bool_]:
+        return self.fixed[self.work.offsets[index] : self.work.offsets[index + 1]]
+
+    def _origin(self, index: int) -> Origin:
+        digest = structure_digest(self.work, index, self._fixed(index))
+        return self.how.origin(self.reference.digest, self.reference.level_of_theory, digest)
+
+    def _result(self, member: Member) -> pb.RelaxResult:
+        progress, atoms = member.walker.progress, member.walker.atoms
+        result = pb.RelaxResult(
+            index=member.index,
+            converged=progress.converged and member.fault is None,
+            steps=progress.steps,
+            positions=as_bytes(atoms.positions),
+            cell=as_bytes(atoms.cell[:]),
+            energy=np.nan,
+            model=self.reference,
+        )
+        if member.fault is not None:
+            result.failure.CopyFrom(failure_of(member))
+        elif progress.last is not None:
+            result.energy = progress.last.energy
+            result.forces = as_bytes(progress.last.forces)
+            if progress.last.stress is not None:
+                result.stress = as_bytes(progress.last.stress)
+        return result
