@@ -6,6 +6,7 @@ heads alone.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +16,7 @@ from equipot.model.geometry import Edges
 from equipot.model.messages import MessageSum
 from equipot.model.node_linear import NodeLinear
 from equipot.model.norm import LayerNorm
+from equipot.model.recalled import Recipe, computed_again, stays
 
 RunLayer = Callable[[nn.Module, Tensor, Edges], Tensor]
 
@@ -37,6 +39,7 @@ class EGNNLayer(nn.Module):
         self.gathered = NodeLinear(width, width, bias=False)
         self.down = NodeLinear(width, width)
         self.residual = config.residual
+        self.forgets = form == "lean"
         # The root keeps a sum of n independent messages at the size of one; dividing by n instead left a
         # quarter more force error after the same training.
         self.message_scale = config.mean_neighbors**-0.5
@@ -45,10 +48,20 @@ class EGNNLayer(nn.Module):
         """New features (N, H) from old; both in float32 or wider, the work in the weights' dtype."""
         dtype, put_off = edges.radial.dtype, edges.put_off
         h = self.norm(stream.to(dtype))
-        gathered = (self.messages(h, edges) * self.message_scale).to(dtype)
-        hidden = functional.silu(self.own(h, put_off) + self.gathered(gathered, put_off))
-        update: Tensor = self.down(hidden, put_off).to(stream.dtype)
+        kept = stream.detach()
+        with self._again(h, lambda: self.norm(kept.to(dtype)), put_off):
+            gathered = (self.messages(h, edges) * self.message_scale).to(dtype)
+            before = self.own(h, put_off) + self.gathered(gathered, put_off)
+        hidden = functional.silu(before)
+        rows = before.detach()
+        with self._again(hidden, lambda: functional.silu(rows), put_off):
+            update: Tensor = self.down(hidden, put_off).to(stream.dtype)
         return stream + update if self.residual else update
+
+    def _again(self, tensor: Tensor, recipe: Recipe, put_off: bool) -> AbstractContextManager[None]:
+        """Lean forgets what little work makes again, but for second derivatives."""
+        leave = not self.forgets or put_off or not (stays(self.norm) and stays(self.down))
+        return nullcontext() if leave else computed_again((tensor, recipe))
 
 
 class EGNN(nn.Module):

@@ -9,12 +9,14 @@ With h the atoms' features, i an edge's receiver and j its sender:
 (Satorras, Hoogeboom, Welling, "E(n) equivariant graph neural networks", 2021) and the reference for tests.
 "split" multiplies on every atom, then gathers and adds: the same numbers for a fraction of the work, as a
 structure has tens of edges per atom. "lean" does so block by block of edges and forgets what it computed, to
-compute it again for derivatives: memory no longer grows with edges × width. "fast" is lean, but keeps the one
+compute it again for derivatives: memory no longer grows with edges × width. For first derivatives it
+computes the products on atoms again, too. "fast" is lean, but keeps the one
 to three tensors (E, H) whose recomputation costs a matrix product (one for first derivatives, three for
 second ones), and where there is so little to do that going by blocks takes longer, it takes the split form.
 "balanced" keeps one in any case. All have the same parameters.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equipot.model.block_work import Inputs
+from equipot.model.block_work import Inputs, without_autocast
 from equipot.model.config import MessageForm
 from equipot.model.geometry import Edges, sum_by_index
 from equipot.model.kernels import compiled_for
 from equipot.model.messages_blocked import sum_messages
 from equipot.model.node_linear import NodeLinear
+from equipot.model.recalled import Recipe, computed_again, recipe_of, stays
 from equipot.model.strengths_blocked import strengths_of_edges
 
 BLOCKED_FORMS = ("fast", "balanced", "lean")
@@ -72,6 +75,17 @@ class PairLinear(nn.Module):
         # The first question for compiled code builds it: not for what is too little for it anyway.
         return numbers >= LEAST.compiled and (numbers >= LEAST.torch or compiled_for(h))
 
+    def again(
+        self, h: Tensor, edges: Edges, at_receiver: Tensor, at_sender: Tensor
+    ) -> AbstractContextManager[None]:
+        """Where the two products on atoms are used: lean forgets them, but for second derivatives."""
+        if self.form != "lean" or edges.put_off or not (stays(self.receiver) and stays(self.sender)):
+            return nullcontext()
+        return computed_again(
+            (at_receiver, _product_again(self.receiver, h, at_receiver.dtype)),
+            (at_sender, _product_again(self.sender, h, at_sender.dtype)),
+        )
+
     def _plain(self, h: Tensor, edges: Edges) -> Tensor:
         inputs = torch.cat([h[edges.receivers], h[edges.senders], edges.radial], dim=-1)
         weight = torch.cat([self.receiver.weight, self.sender.weight, self.radial.weight], dim=-1)
@@ -102,7 +116,8 @@ class MessageSum(nn.Module):
             # Under autocast the linears above decide the dtype, and everything else has to follow.
             inputs = Inputs(at_receiver, at_sender, *(t.to(at_receiver.dtype) for t in others))
             keep = EDGE_TENSORS[self.up.form]
-            return sum_messages(inputs, edges.blocked, keep=keep, pulled_once=edges.pulled_once)
+            with self.up.again(h, edges, at_receiver, at_sender):
+                return sum_messages(inputs, edges.blocked, keep=keep, pulled_once=edges.pulled_once)
         hidden = functional.silu(self.up(h, edges))
         messages = functional.silu(self.down(hidden)) * edges.envelope
         return sum_by_index(messages, edges.receivers, edges.n_atoms)
@@ -116,6 +131,21 @@ def edge_strengths(up: PairLinear, down: nn.Linear, h: Tensor, edges: Edges) -> 
         others = edges.radial, up.radial.weight, down.weight
         radial, w_radial, w_out = (tensor.to(at_receiver.dtype) for tensor in others)
         blocked = edges.blocked
-        return strengths_of_edges(at_receiver, at_sender, radial, w_radial, w_out, blocked) * edges.envelope
+        with up.again(h, edges, at_receiver, at_sender):
+            strengths = strengths_of_edges(at_receiver, at_sender, radial, w_radial, w_out, blocked)
+        return strengths * edges.envelope
     out: Tensor = down(functional.silu(up(h, edges)) * edges.envelope)
     return out
+
+
+def _product_again(linear: nn.Linear, h: Tensor, dtype: torch.dtype) -> Recipe:
+    rows, weight, bias = recipe_of(h), linear.weight, linear.bias
+
+    def multiply() -> Tensor:
+        # The dtype is that of the first time, whether autocast chose it or not.
+        with without_autocast(weight):
+            return functional.linear(
+                rows().to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            )
+
+    return multiply

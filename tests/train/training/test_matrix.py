@@ -45,6 +45,8 @@ QUICK: list[Job] = [
     ("zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_parameters=cpu", "precision=bf16"),
     ("zero.stage=3", "zero.offload_parameters=cpu", "model.forces=direct", "model.messages=fast"),
     ("zero.stage=3", "model.forces=direct", "activation_checkpointing=true", "model.messages=lean"),
+    ("zero.stage=3", "model.forces=direct", "batch.accumulation=2", "model.messages=lean"),
+    ("zero.stage=2", "model.forces=direct", "model.messages=lean"),
 ]
 
 

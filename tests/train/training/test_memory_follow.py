@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,20 +38,14 @@ def opened(recipe: Recipe, home: Path) -> tuple[RunDirectory, RunCard, Batch]:
     return run, card, Dataset(mix.stores, card.config).batch(keys)
 
 
-def saved_bytes(compute: Callable[[], torch.Tensor], known: set[int]) -> tuple[int, torch.Tensor]:
-    """Bytes of distinct tensors that autograd keeps for the backward pass, but for those known."""
-    alive: dict[int, tuple[weakref.ref[Any], int]] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            alive[storage._cdata] = weakref.ref(storage), storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+def saved_bytes(compute: Callable[[], torch.Tensor], known: list[torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """Bytes that are alive for the backward pass alone when the forward pass has ended."""
+    tracker = Tracker("cpu")
+    with tracker:
+        tracker.ignore_all(known)
         loss = compute()
-    gc.collect()
-    return sum(size for reference, size in alive.values() if reference() is not None), loss
+        gc.collect()
+    return int(tracker.timeline().total[-1]), loss
 
 
 @pytest.mark.parametrize("forces", ["direct", "conservative"])
@@ -68,8 +60,7 @@ def test_activations_at_the_end_of_the_forward_pass_are_those_autograd_saves(
     module = LossModule(Potential(card.config, card.references), settings.loss).train()
     tensors = [*module.parameters(), *module.buffers()]
     tensors += [getattr(part, name) for part in (batch.systems, batch.targets) for name in part.__slots__]
-    known = {tensor.untyped_storage()._cdata for tensor in tensors}
-    saved, loss = saved_bytes(lambda: module(batch.systems, batch.targets, COUNTS, 1)[0], known)
+    saved, loss = saved_bytes(lambda: module(batch.systems, batch.targets, COUNTS, 1)[0], tensors)
     timeline = follow_step(settings, card, 1, Load.of(batch), compiled=has_compiled_kernels())
     last = np.flatnonzero(timeline.phase == "forward")[-1]
     assert loss.requires_grad
