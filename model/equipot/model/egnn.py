@@ -5,26 +5,19 @@ stay where the structure puts them, so the paper's coordinate update has no plac
 heads alone.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from equipot.model.backbone import Backbone
 from equipot.model.config import MessageForm, ModelConfig
 from equipot.model.geometry import Edges
 from equipot.model.messages import MessageSum
 from equipot.model.node_linear import NodeLinear
 from equipot.model.norm import LayerNorm
 from equipot.model.recalled import Recipe, computed_again, stays
-
-RunLayer = Callable[[nn.Module, Tensor, Edges], Tensor]
-
-
-def run_layer_directly(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
-    """Calls the layer; training puts activation checkpointing in this place."""
-    out: Tensor = layer(h, edges)
-    return out
 
 
 class EGNNLayer(nn.Module):
@@ -64,14 +57,15 @@ class EGNNLayer(nn.Module):
         return nullcontext() if leave else computed_again((tensor, recipe))
 
 
-class EGNN(nn.Module):
-    """A stack of layers. ``run_layer`` may be replaced by a wrapper; the parameters' names do not change."""
+class EGNN(Backbone):
+    """A stack of layers."""
+
+    has_forms: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.layers = nn.ModuleList(EGNNLayer(config, form) for form in config.message_forms)
         self.norm = LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
-        self.run_layer: RunLayer = run_layer_directly
 
     def forward(self, h: Tensor, edges: Edges) -> Tensor:
         """Features (N, H) in the edges' dtype from embeddings (N, H)."""

@@ -11,7 +11,7 @@ from equipot.model.radial import bessel_basis, bessel_slope, envelope, envelope_
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edges:
-    """Everything invariant about E edges among N atoms, in the network's dtype."""
+    """What a network reads of E edges among N atoms, in its dtype."""
 
     senders: Tensor
     """(E,) int64"""
@@ -24,8 +24,10 @@ class Edges:
     n_atoms: int
     blocked: BlockedEdges | None
     """the same senders and receivers in blocks, for the forms of the messages that work by blocks"""
+    directions: Tensor | None = None
+    """(E, 3) unit vectors from receiver to sender, for backbones that read them"""
     pulled_once: bool = False
-    """whether gradients by radial and envelope are taken once, with create_graph, and never again"""
+    """whether gradients by what depends on positions are taken once, with create_graph, and never again"""
 
     @property
     def put_off(self) -> bool:
@@ -49,8 +51,9 @@ def make_edges(
     radial: int,
     dtype: torch.dtype,
     blocked: bool,
+    directions: Tensor | None = None,
 ) -> Edges:
-    """Expands distances (E,) in Å; computed in their dtype, then rounded once to the network's."""
+    """Expands distances (E,) in Å; all is computed in their dtype, then rounded once to the network's."""
     return Edges(
         senders=senders,
         receivers=receivers,
@@ -58,6 +61,7 @@ def make_edges(
         envelope=envelope(distances, cutoff).to(dtype).unsqueeze(-1),
         n_atoms=n_atoms,
         blocked=block_edges(senders, receivers, n_atoms) if blocked else None,
+        directions=None if directions is None else directions.to(dtype),
     )
 
 
@@ -70,6 +74,16 @@ def pull_of_lengths(lengths: Tensor, cutoff: float, by_radial: Tensor, by_envelo
     by_radial, by_envelope = by_radial.to(lengths.dtype), by_envelope.to(lengths.dtype)
     slopes = bessel_slope(lengths, cutoff, by_radial.shape[-1])
     return (by_radial * slopes).sum(-1) + by_envelope.squeeze(-1) * envelope_slope(lengths, cutoff)
+
+
+def pull_of_directions(directions: Tensor, lengths: Tensor, by_directions: Tensor) -> Tensor:
+    """∂E/∂r (E, 3) by way of the unit vectors r/d (E, 3): what of their gradient is at right angles, over d.
+
+    As in `pull_of_lengths`, a derivative of it reaches the gradient and stops there.
+    """
+    across = by_directions.to(directions.dtype)
+    across = across - directions * (directions * across).sum(-1, keepdim=True)
+    return across / lengths.unsqueeze(-1)
 
 
 def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:

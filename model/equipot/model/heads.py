@@ -80,15 +80,15 @@ class ForceHead(nn.Module):
         self.up = PairLinear(config.width, config.radial, form=config.message_forms[-1])
         self.down = nn.Linear(config.width, len(config.levels_of_theory), bias=False)
 
-    def forward(self, h: Tensor, edges: Edges, directions: Tensor, edge_level: Tensor) -> Tensor:
+    def forward(self, h: Tensor, edges: Edges, directions: Tensor, level: Tensor) -> Tensor:
         """(N, 3) in units of the references' scale per Å, in the directions' dtype or wider.
 
         Args:
             h: features (N, H).
             edges: the same edges as the backbone saw.
             directions: (E, 3) unit vectors.
-            edge_level: (E,) level of theory of each edge's system.
+            level: (N,) level of theory of each atom's system.
         """
         strength = edge_strengths(self.up, self.down, h, edges)
-        strength = strength.gather(-1, edge_level.unsqueeze(-1)).to(directions.dtype)
+        strength = strength.gather(-1, level[edges.receivers].unsqueeze(-1)).to(directions.dtype)
         return sum_by_index(strength * directions, edges.receivers, edges.n_atoms)

@@ -9,19 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from equipot.model.backbone import Backbone
 from equipot.model.batch import SystemBatch
 from equipot.model.config import ModelConfig
 from equipot.model.duals import dual, parts_of
 from equipot.model.egnn import EGNN
 from equipot.model.errors import ModelError
-from equipot.model.geometry import Edges, edge_lengths, make_edges, pull_of_lengths, sum_by_index
-from equipot.model.heads import Embedding, EnergyHead, ForceHead
+from equipot.model.geometry import (
+    Edges,
+    edge_lengths,
+    make_edges,
+    pull_of_directions,
+    pull_of_lengths,
+    sum_by_index,
+)
+from equipot.model.heads import Embedding, EnergyHead
 from equipot.model.messages import BLOCKED_FORMS
 from equipot.model.references import References
 
-# A backbone is built from the config and maps (embeddings (N, H), Edges) to features (N, H) in the edges'
-# dtype. It calls its layers through an attribute `run_layer` (see egnn.RunLayer), for training to wrap.
-BACKBONES: dict[str, type[nn.Module]] = {"egnn": EGNN}
+BACKBONES: dict[str, type[Backbone]] = {"egnn": EGNN}
 
 # Small, not zero: an untrained model predicts almost its references, and every weight has a gradient at once.
 _OUTPUT_GAIN = 0.1
@@ -59,7 +65,7 @@ class Potential(nn.Module):
         self.embedding = Embedding(config)
         self.backbone = BACKBONES[config.architecture](config)
         self.energy_head = EnergyHead(config)
-        self.force_head = ForceHead(config) if config.forces == "direct" else None
+        self.force_head = self.backbone.force_head(config) if config.forces == "direct" else None
         if not self.energy_head.down.weight.is_meta:
             self.reset_parameters()
 
@@ -181,7 +187,7 @@ class Potential(nn.Module):
         )
 
     def _check_compiling(self, *, by_gradient: bool) -> None:
-        if any(form in BLOCKED_FORMS for form in self.config.message_forms):
+        if self._in_blocks():
             _refuse_compiling(
                 f"messages = {self.config.messages!r} cannot be compiled: it works by blocks of edges, with "
                 "derivatives of its own; use messages = 'split' (the same weights)"
@@ -191,6 +197,9 @@ class Potential(nn.Module):
                 "the loss of conservative forces is a second derivative, which torch.compile does not have; "
                 "train uncompiled (eval mode can be compiled), or with direct forces"
             )
+
+    def _in_blocks(self) -> bool:
+        return self.backbone.has_forms and any(form in BLOCKED_FORMS for form in self.config.message_forms)
 
     def _predict(self, batch: SystemBatch, forces: bool, stress: bool, differentiable: bool) -> Prediction:
         vectors = batch.edge_vectors()
@@ -202,9 +211,9 @@ class Potential(nn.Module):
         if not forces or self.force_head is None:
             return Prediction(energy=energy, forces=None, stress=None)
         _, scale = self.references_on(batch.positions.device)
-        edge_level = batch.level_idx[batch.system_idx[batch.receivers]]
-        strengths = self.force_head(h, edges, vectors / lengths.unsqueeze(-1), edge_level)
-        scale_N1 = scale[batch.level_idx][batch.system_idx].unsqueeze(-1)
+        level = batch.level_idx[batch.system_idx]
+        strengths = self.force_head(h, edges, vectors / lengths.unsqueeze(-1), level)
+        scale_N1 = scale[level].unsqueeze(-1)
         return Prediction(energy=energy, forces=(strengths * scale_N1).to(vectors.dtype), stress=None)
 
     def _energy_and_pull(
@@ -213,14 +222,19 @@ class Potential(nn.Module):
         """Energies (S,), and ∂E/∂r (E, 3), which can be differentiated by parameters if so asked."""
         vectors = vectors.detach()
         edges, lengths = self._edges(batch, vectors)
-        radial, envelope = edges.radial.requires_grad_(), edges.envelope.requires_grad_()
+        read = [edges.radial, edges.envelope] + ([] if edges.directions is None else [edges.directions])
+        for tensor in read:
+            tensor.requires_grad_()
         edges = replace(edges, pulled_once=differentiable)
         energy, _ = self._energy_and_features(batch, edges)
-        grads = torch.autograd.grad(
-            energy.sum(), (radial, envelope), create_graph=differentiable, materialize_grads=True
+        by_radial, by_envelope, *by_directions = torch.autograd.grad(
+            energy.sum(), read, create_graph=differentiable, materialize_grads=True
         )
-        along = pull_of_lengths(lengths, self.config.cutoff, *grads)
-        return energy, vectors * (along / lengths).unsqueeze(-1)
+        along = pull_of_lengths(lengths, self.config.cutoff, by_radial, by_envelope)
+        pull = vectors * (along / lengths).unsqueeze(-1)
+        for gradient in by_directions:
+            pull = pull + pull_of_directions(vectors / lengths.unsqueeze(-1), lengths, gradient)
+        return energy, pull
 
     def _energy_and_features(self, batch: SystemBatch, edges: Edges) -> tuple[Tensor, Tensor]:
         element_idx = self.embedding.elements(batch.atomic_numbers)
@@ -238,7 +252,8 @@ class Potential(nn.Module):
             cutoff=self.config.cutoff,
             radial=self.config.radial,
             dtype=self.embedding.element.weight.dtype,
-            blocked=any(form in BLOCKED_FORMS for form in self.config.message_forms),
+            blocked=self._in_blocks(),
+            directions=vectors / lengths.unsqueeze(-1) if self.backbone.reads_directions else None,
         )
         return edges, lengths
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from equipot.model.egnn import RunLayer
 from equipot.model.potential import Potential, count_parameters
 from equipot.train.checkpoint import Parallelism
 from equipot.train.columns import Column
@@ -168,6 +167,5 @@ def make_potential(recipe: Recipe, card: RunCard) -> Potential:
         for name, parameter in potential.named_parameters():
             parameter.requires_grad_(is_head(name))
     if recipe.activation_checkpointing:
-        run_layer: RunLayer = recomputed
-        potential.backbone.run_layer = run_layer  # type: ignore[assignment]  # nn.Module declares tensors
+        potential.backbone.run_layer = recomputed
     return potential

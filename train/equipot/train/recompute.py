@@ -14,7 +14,7 @@ from equipot.model.geometry import Edges
 
 
 def recomputed(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
-    """A layer's features (N, H), to stand in the place of `equipot.model.egnn.run_layer_directly`.
+    """A layer's features (N, H), to stand in the place of `equipot.model.backbone.run_layer_directly`.
 
     The re-entrant form cannot be differentiated twice, which conservative forces need.
     """
@@ -27,13 +27,20 @@ def recomputed(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
 def _recomputed_with_tangents(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
     # Dual numbers end with their level, before the backward pass begins: what is computed again starts from
     # values and tangents apart, at a level of its own.
-    def run(
-        h: Tensor, t_h: Tensor | None, r: Tensor, t_r: Tensor | None, e: Tensor, t_e: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        inner = replace(edges, radial=dual(r, t_r), envelope=dual(e, t_e))
-        return parts_of(layer(dual(h, t_h), inner))
+    def run(*parts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        duals = [
+            None if value is None else dual(value, tangent)
+            for value, tangent in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        stream, radial, envelope, directions = duals
+        assert stream is not None
+        assert radial is not None
+        assert envelope is not None
+        inner = replace(edges, radial=radial, envelope=envelope, directions=directions)
+        return parts_of(layer(stream, inner))
 
-    pairs = [part for tensor in (h, edges.radial, edges.envelope) for part in parts_of(tensor)]
+    read = (h, edges.radial, edges.envelope, edges.directions)
+    pairs = [part for tensor in read for part in ((None, None) if tensor is None else parts_of(tensor))]
     outputs = checkpoint(
         run,
         *pairs,

@@ -1,0 +1,37 @@
+"""What every network between embeddings and heads has in common: the seam at which architectures enter."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from equipot.model.config import ModelConfig
+from equipot.model.geometry import Edges
+from equipot.model.heads import ForceHead
+
+RunLayer = Callable[[nn.Module, Tensor, Edges], Tensor]
+
+
+def run_layer_directly(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
+    """Calls the layer; training puts activation checkpointing in this place."""
+    out: Tensor = layer(h, edges)
+    return out
+
+
+class Backbone(nn.Module):
+    """Maps embeddings (N, H) and `Edges` to features (N, H) in the edges' dtype.
+
+    Its layers are called through ``run_layer``, which may be replaced by a wrapper: from what goes through
+    all layers, one tensor of N rows, and the edges, to the same. Parameters' names do not change by that.
+    """
+
+    reads_directions: ClassVar[bool] = False
+    """Whether it reads `Edges.directions`. Lengths alone make forces cheaper."""
+    has_forms: ClassVar[bool] = False
+    """Whether its messages have the orders of evaluation of `ModelConfig.messages`."""
+    force_head: ClassVar[type[nn.Module]] = ForceHead
+    """What reads direct forces out of its features; made of the config, called as `ForceHead` is."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.run_layer: RunLayer = run_layer_directly
