@@ -1,13 +1,13 @@
 """How many floating-point operations a training step's matrix products are, by configuration. Knows no torch.
 
-Counted is what the function needs, in the split form of its messages (:mod:`equipot.model.messages`): what
-other forms, activation checkpointing or ZeRO stage 3 do besides is not. A product of (n, a) and (a, b)
-numbers is 2·n·a·b operations, and everything else is left out.
+Counted is what the function needs, as torch's autograd evaluates it; of the EGNN, in the split form of its
+messages (:mod:`equipot.model.messages`): what other forms, activation checkpointing or ZeRO stage 3 do besides
+is not. A product of (n, a) and (a, b) numbers is 2·n·a·b operations, and everything else is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from equipot.model.config import ModelConfig
@@ -26,19 +26,21 @@ class Flops:
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
-    """Features times a weight."""
+class Product:
+    """Features times a weight, or features times features."""
 
     size: int
-    """of the weight"""
+    """of the weight, or products of two numbers that one atom or edge takes"""
     per_edge: bool
-    head: bool
+    head: bool = False
     moves: bool = True
     """whether the features depend on positions"""
     learns: bool = True
     """whether the features depend on weights"""
     last: bool = False
     """whether the energy, or a direct force, is linear in the result"""
+    with_geometry: bool = False
+    """whether the other factor is no weight, but numbers that depend on positions alone"""
 
 
 def training_flops(config: ModelConfig, *, by_gradient: bool, heads_only: bool = False) -> Flops:
@@ -50,7 +52,7 @@ def training_flops(config: ModelConfig, *, by_gradient: bool, heads_only: bool =
         heads_only: the other weights are frozen.
     """
     atoms = edges = 0.0
-    for product in _products(config):
+    for product in _PRODUCTS[config.architecture](config):
         frozen = heads_only and not product.head
         times = _by_gradient(product, frozen) if by_gradient else _plain(product, frozen, heads_only)
         flops = 2.0 * product.size * times
@@ -59,34 +61,44 @@ def training_flops(config: ModelConfig, *, by_gradient: bool, heads_only: bool =
     return Flops(atoms, edges)
 
 
-def _plain(product: _Product, frozen: bool, heads_only: bool) -> int:
+def _plain(product: Product, frozen: bool, heads_only: bool) -> int:
     # forward; then the weight's gradient; then that of the features, unless nothing before them learns
     if frozen:
         return 1
-    return 2 + (product.last if heads_only else product.learns)
+    by_features = product.last if heads_only else product.learns
+    return 1 + (not product.with_geometry) + by_features
 
 
-def _by_gradient(product: _Product, frozen: bool) -> int:
+def _by_gradient(product: Product, frozen: bool) -> int:
     # forward, and its gradients by weight and features; the first derivative, and its gradients likewise
     if not product.moves:  # no part of the first derivative; what it is made of learns, unless frozen
         return 1 if frozen else 3
+    if product.with_geometry:  # two first derivatives, and of each and of the forward pass two gradients
+        return 3 + 3 * 2
     return 2 + (not frozen) + 1 + (not frozen) + (not product.last)
 
 
-def _products(config: ModelConfig) -> Iterator[_Product]:
+def _energy_head(config: ModelConfig) -> Iterator[Product]:
+    hidden = max(config.width // 2, 1)
+    yield Product(config.width * hidden, per_edge=False, head=True)
+    yield Product(hidden * len(config.levels_of_theory), per_edge=False, head=True, last=True)
+
+
+def _egnn(config: ModelConfig) -> Iterator[Product]:
     width, radial, levels = config.width, config.radial, len(config.levels_of_theory)
-    hidden = max(width // 2, 1)
     for layer in range(config.layers):
         for _ in ("receiver", "sender", "own"):
-            yield _Product(width**2, per_edge=False, head=False, moves=layer > 0)
+            yield Product(width**2, per_edge=False, moves=layer > 0)
         for _ in ("gathered", "down"):
-            yield _Product(width**2, per_edge=False, head=False)
-        yield _Product(radial * width, per_edge=True, head=False, learns=False)
-        yield _Product(width**2, per_edge=True, head=False)
-    yield _Product(width * hidden, per_edge=False, head=True)
-    yield _Product(hidden * levels, per_edge=False, head=True, last=True)
+            yield Product(width**2, per_edge=False)
+        yield Product(radial * width, per_edge=True, learns=False)
+        yield Product(width**2, per_edge=True)
+    yield from _energy_head(config)
     if config.forces == "direct":
         for _ in ("receiver", "sender"):
-            yield _Product(width**2, per_edge=False, head=True)
-        yield _Product(radial * width, per_edge=True, head=True, learns=False)
-        yield _Product(width * levels, per_edge=True, head=True, last=True)
+            yield Product(width**2, per_edge=False, head=True)
+        yield Product(radial * width, per_edge=True, head=True, learns=False)
+        yield Product(width * levels, per_edge=True, head=True, last=True)
+
+
+_PRODUCTS: Mapping[str, Callable[[ModelConfig], Iterator[Product]]] = {"egnn": _egnn}
