@@ -1,8 +1,8 @@
 """How many floating-point operations a training step's matrix products are, by configuration. Knows no torch.
 
 Counted is what the function needs, as torch's autograd evaluates it; of the EGNN, in the split form of its
-messages (:mod:`equipot.model.messages`): what other forms, activation checkpointing or ZeRO stage 3 do besides
-is not. A product of (n, a) and (a, b) numbers is 2·n·a·b operations, and everything else is left out.
+messages (:mod:`equipot.model.messages`): what other forms, activation checkpointing or ZeRO stage 3 do
+besides is not. A product of (n, a) and (a, b) numbers is 2·n·a·b operations, and everything else is left out.
 """
 
 from __future__ import annotations
