@@ -63,7 +63,7 @@ def make_step(batch: SystemBatch, width: int, form: str, forces: str, variant: s
     torch.manual_seed(0)
     potential = Potential(config, References(energy=np.zeros((1, 4)), scale=np.ones(1))).train()
     if "checkpointed" in variant:
-        potential.backbone.run_layer = recomputed  # type: ignore[assignment]
+        potential.backbone.run_layer = recomputed
     module = LossModule(potential, LossSection(), two_passes="two passes" in variant)
     targets = Targets(
         torch.zeros(batch.n_systems, dtype=torch.float64),

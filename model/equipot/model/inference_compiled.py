@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from equipot.model.batch import SystemBatch
 from equipot.model.egnn import EGNN, EGNNLayer
+from equipot.model.heads import ForceHead
 from equipot.model.potential import Potential
 
 BLOCK_EDGES = 126
@@ -230,6 +231,7 @@ class CompiledPotential:
 
     def _heads(self, potential: Potential) -> _Heads:
         energy, force = potential.energy_head, potential.force_head
+        assert force is None or isinstance(force, ForceHead)
         return _Heads(
             **self._norm(potential.backbone.norm),
             **self._both("up", energy.up),

@@ -61,7 +61,7 @@ def gradients(
     torch.manual_seed(2)
     potential = Potential(settings, References(np.zeros((1, 2)), np.full(1, 1.5))).double().train()
     if checkpointed:
-        potential.backbone.run_layer = recomputed  # type: ignore[assignment]
+        potential.backbone.run_layer = recomputed
     module = LossModule(potential, loss, two_passes=two_passes)
     targets = targets_for(batch)
     value, terms = module(batch, targets, Counts(*Counts.of(targets)), 1)
