@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class Work:
     offsets: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "offsets", self.structures.offsets.tolist())
+        object.__setattr__(self, "offsets", list(accumulate(self.structures.n_atoms.tolist(), initial=0)))
 
     @property
     def size(self) -> Size:

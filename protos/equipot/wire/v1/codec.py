@@ -26,9 +26,12 @@ REQUEST_BYTES_PER_STRUCTURE = 5 + 72 + 3 + 4 + 4
 RESPONSE_BYTES_PER_ATOM = 24
 RESPONSE_BYTES_PER_STRUCTURE = 8 + 72
 
-_WIRE_DTYPES: Mapping[type[np.generic], str] = MappingProxyType(
-    {np.float64: "<f8", np.int32: "<i4", np.uint8: "u1"}
+_WIRE_DTYPES: Mapping[type[np.generic], np.dtype[Any]] = MappingProxyType(
+    {np.float64: np.dtype("<f8"), np.int32: np.dtype("<i4"), np.uint8: np.dtype("u1")}
 )
+
+_FEW = 1024
+"""Defaults of no more rows are arrays of zeros; of more, one zero seen from everywhere."""
 
 
 class CodecError(ValueError):
@@ -197,12 +200,10 @@ def encode_structures(arrays: StructureArrays) -> pb.Structures:
         n_atoms=arrays.n_atoms.tolist(),
         atomic_numbers=_to_bytes(arrays.atomic_numbers, np.int32),
         positions=_to_bytes(arrays.positions, np.float64),
-        cell=_to_bytes(arrays.cell, np.float64) if arrays.cell.any() else b"",
-        pbc=_to_bytes(arrays.pbc, np.uint8) if arrays.pbc.any() else b"",
-        charge=_to_bytes(arrays.charge, np.int32) if arrays.charge.any() else b"",
-        spin_multiplicity=_to_bytes(arrays.spin_multiplicity, np.int32)
-        if arrays.spin_multiplicity.any()
-        else b"",
+        cell=_unless_zero(_to_bytes(arrays.cell, np.float64)),
+        pbc=_unless_zero(_to_bytes(arrays.pbc, np.uint8)),
+        charge=_unless_zero(_to_bytes(arrays.charge, np.int32)),
+        spin_multiplicity=_unless_zero(_to_bytes(arrays.spin_multiplicity, np.int32)),
     )
 
 
@@ -215,12 +216,13 @@ def decode_structures(message: pb.Structures) -> StructureArrays:
     Raises:
         CodecError: a length that does not fit `n_atoms`, or a `pbc` other than 0 and 1.
     """
-    counts = np.array(message.n_atoms, dtype=np.int64)
+    # Sliced first: numpy would ask the message for one number after the other.
+    counts = np.array(message.n_atoms[:], dtype=np.int64)
     counts.setflags(write=False)
     n_structures, n_atoms = len(counts), _count_atoms(counts)
     pbc = _from_bytes("pbc", message.pbc, np.uint8, (n_structures, 3), optional=True)
-    if message.pbc and int(pbc.max()) > 1:
-        raise CodecError("pbc", f"holds {int(pbc.max())}", "send one byte per direction, 0 or 1")
+    if message.pbc.translate(None, b"\0\1"):
+        raise CodecError("pbc", f"holds {max(message.pbc)}", "send one byte per direction, 0 or 1")
     return StructureArrays(
         n_atoms=counts,
         atomic_numbers=_from_bytes("atomic_numbers", message.atomic_numbers, np.int32, (n_atoms,)),
@@ -315,11 +317,11 @@ def decode_predictions(response: pb.PredictResponse, n_atoms: Sequence[int] | In
 def _count_atoms(n_atoms: Int64Array) -> int:
     if n_atoms.dtype != np.int64:
         raise CodecError("n_atoms", f"is {n_atoms.dtype}", "give it as int64")
-    if len(n_atoms) and int(n_atoms.min()) < 0:
-        raise CodecError("n_atoms", f"holds {int(n_atoms.min())}", "give each structure its number of atoms")
-    # Each entry is bounded first: the sum then fits in int64 whatever the message says.
-    largest = int(n_atoms.max(initial=0))
-    total = int(n_atoms.sum()) if largest <= MAX_ATOMS else largest
+    # Python's numbers do not overflow, whatever the message says, and of a few of them the sum is quicker.
+    counts: list[int] = n_atoms.tolist()
+    if counts and min(counts) < 0:
+        raise CodecError("n_atoms", f"holds {min(counts)}", "give each structure its number of atoms")
+    total = sum(counts)
     if total > MAX_ATOMS:
         raise CodecError(
             "n_atoms",
@@ -346,13 +348,16 @@ def _to_bytes(array: npt.NDArray[Any], dtype: type[np.generic]) -> bytes:
     return array.astype(_WIRE_DTYPES[dtype], copy=False).tobytes()
 
 
+def _unless_zero(raw: bytes) -> bytes:
+    return raw if raw.strip(b"\0") else b""
+
+
 def _from_bytes(
     field: str, raw: bytes, dtype: type[np.generic], shape: tuple[int, ...], *, optional: bool = False
 ) -> npt.NDArray[Any]:
     if optional and not raw:
-        # One zero seen from everywhere: a default must cost no memory, whatever the message claims.
-        return np.broadcast_to(np.zeros((), dtype=dtype), shape)
-    wire = np.dtype(_WIRE_DTYPES[dtype])
+        return _zeros(dtype, shape)
+    wire = _WIRE_DTYPES[dtype]
     expected = wire.itemsize
     for length in shape:
         expected *= length
@@ -362,4 +367,14 @@ def _from_bytes(
             f"has {len(raw)} bytes, expected {expected}: {wire.name} of shape {shape}",
             "make it fit n_atoms, little-endian and C-ordered",
         )
-    return np.frombuffer(raw, dtype=wire).reshape(shape).astype(dtype, copy=False)
+    array = np.frombuffer(raw, dtype=wire).reshape(shape)
+    return array if wire.isnative else array.astype(dtype)
+
+
+def _zeros(dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    if shape[0] > _FEW:
+        # A default must cost no memory, whatever the message claims.
+        return np.broadcast_to(np.zeros((), dtype=dtype), shape)
+    zeros = np.zeros(shape, dtype=dtype)
+    zeros.setflags(write=False)
+    return zeros
