@@ -34,6 +34,7 @@ from torch import Tensor
 from equipot.model.batch import Graph, System
 from equipot.model.bundle import load_potential, read_card, write_bundle
 from equipot.model.config import ModelConfig
+from equipot.model.ensemble import Ensemble
 from equipot.model.inference import FrozenPotential
 from equipot.model.potential import Potential
 from equipot.model.references import References
@@ -166,7 +167,7 @@ def serve(bundle: Path, kind: str, pipe: Connection) -> None:
 def whole(bundle: Path) -> dict[int, LocalEngine]:
     """Engines by their number of threads, of the same weights."""
     potential, card = load_potential(bundle)
-    frozen = FrozenPotential(potential)
+    frozen = Ensemble([FrozenPotential(potential)])
     return {
         threads: LocalEngine(
             frozen, card, dtype=card.dtype, device="cpu", limits=DEFAULT_LIMITS, threads=threads

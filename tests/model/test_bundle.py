@@ -247,7 +247,7 @@ def test_altered_card(bundle: Path) -> None:
 def test_newer_version(bundle: Path) -> None:
     edit_card(bundle, sign=True, format_version=7)
     with pytest.raises(
-        BundleError, match="written by format version 7, this equipot reads up to 1: upgrade equipot"
+        BundleError, match="written by format version 7, this equipot reads up to 2: upgrade equipot"
     ):
         load_potential(bundle)
 

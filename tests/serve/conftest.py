@@ -21,15 +21,19 @@ import numpy as np
 import pytest
 import torch
 
-from equipot.model.batch import System
-from equipot.model.bundle import write_bundle
+from equipot.model.batch import System, SystemBatch, build_graphs, collate
+from equipot.model.bundle import member_prefix, write_bundle
 from equipot.model.config import ModelConfig
+from equipot.model.conformal import Calibration, LevelCalibration, quantiles_of
+from equipot.model.domain import Neighborhoods
 from equipot.model.potential import Potential
 from equipot.model.references import References
+from equipot.model.uncertainty import DomainFacts, Uncertainty
 from equipot.serve.config import ServeConfig
 from equipot.serve.metrics import Metrics
 from equipot.serve.opening import open_models
 from equipot.serve.server import GrpcServer
+from equipot.train.uncertainty.domain_fit import DomainFit, with_border
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import (
     PredictionArrays,
@@ -54,8 +58,13 @@ def write_tiny(
     levels: tuple[str, ...] = ("PBE",),
     poison: int | None = None,
     seed: int = 7,
+    more_seeds: Sequence[int] = (),
+    uncertain: bool = False,
 ) -> Path:
-    """A bundle of random weights, which the seed decides."""
+    """A bundle of random weights, which the seed decides; with more seeds an ensemble.
+
+    If uncertain, it knows its domain, which is `molecule`'s, and is calibrated by made-up errors.
+    """
     config = ModelConfig.from_json(
         {
             **ModelConfig(elements=ELEMENTS, levels_of_theory=levels).to_json(),
@@ -69,21 +78,49 @@ def write_tiny(
     )
     energies = np.arange(1.0, 1.0 + len(levels) * len(ELEMENTS)).reshape(len(levels), -1)
     references = References(energy=-10.0 * energies, scale=np.linspace(1.0, 2.0, len(levels)))
-    torch.manual_seed(seed)
-    potential = Potential(config, references)
-    if poison is not None:
-        with torch.no_grad():
-            potential.embedding.element.weight[ELEMENTS.index(poison)] = 1e38
+    tensors: dict[str, torch.Tensor] = {}
+    for member, its_seed in enumerate((seed, *more_seeds)):
+        torch.manual_seed(its_seed)
+        potential = Potential(config, references)
+        if poison is not None:
+            with torch.no_grad():
+                potential.embedding.element.weight[ELEMENTS.index(poison)] = 1e38
+        tensors |= {member_prefix(member) + key: value for key, value in potential.state_dict().items()}
+    members = 1 + len(more_seeds)
     write_bundle(
         path,
         name=name,
         config=config,
         references=references,
-        tensors=potential.state_dict().items(),
+        tensors=tensors.items(),
         provenance={"data": "none"},
         metrics={},
+        uncertainty=_made_up(config, members) if uncertain else Uncertainty(members),
     )
     return path
+
+
+def _made_up(config: ModelConfig, members: int) -> Uncertainty:
+    def batch(first: int) -> SystemBatch:
+        systems = [molecule(seed, 4 + seed % 6) for seed in range(first, first + 200)]
+        return collate(build_graphs(systems, config.cutoff), dtype=torch.float64)
+
+    fit = DomainFit(config.elements, config.cutoff)
+    fit.add(batch(1000))
+    hood = Neighborhoods.of(batch(2000), config.elements)
+    rough = fit.finish()
+    domain = with_border(rough, rough.scores(hood), hood.element_idx, hood.system_idx, np.arange(200))
+    errors = np.random.default_rng(0).random(200)
+    spreads = np.zeros(200) if members == 1 else np.full(200, 0.5)
+    quantiles = quantiles_of(errors, spreads, np.arange(200))
+    return Uncertainty(
+        members=members,
+        calibration=Calibration(
+            "sha256:0", 200, 200, {config.levels_of_theory[0]: LevelCalibration(quantiles, quantiles)}
+        ),
+        domain=domain,
+        facts=DomainFacts("sha256:0", 200, int(domain.seen.sum()), 200, 0.99),
+    )
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tests.serve.conftest import Bundles, crystal, molecule
+from tests.serve.conftest import Bundles, crystal, molecule, write_tiny
 
 from equipot.model.batch import Graph, System, build_graph, collate
 from equipot.model.bundle import load_potential
 from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.config import RequestLimits
 from equipot.serve.engine import LocalEngine, Result
-from equipot.serve.errors import Fault
+from equipot.serve.errors import Fault, ServeError
 
 LIMITS = RequestLimits(structure_atoms=100, structure_edges=1_000)
 
@@ -153,3 +154,30 @@ def test_float32_bundles_compute_in_float64_when_told(bundles: Bundles, engine: 
     rough, exact = (e.compute([one], forces=True, stress=False)[0] for e in (single, engine))
     difference = np.abs(forces(rough) - forces(exact)).max()
     assert 0 < difference < 1e-4
+
+
+def test_an_ensemble_answers_with_its_mean_and_spread(tmp_path: Path) -> None:
+    def computed(bundle: Path, *, forces: bool = True) -> list[Result]:
+        engine = LocalEngine.load(bundle, dtype="float64", device="cpu", limits=LIMITS)
+        graphs = [graph(engine, system) for system in (molecule(5), molecule(6, 9))]
+        return [result(one) for one in engine.compute(graphs, forces=forces, stress=False)]
+
+    three = write_tiny(tmp_path / "three", "three", seed=1, more_seeds=(2, 3))
+    alone = [computed(write_tiny(tmp_path / str(seed), "one", seed=seed)) for seed in (1, 2, 3)]
+    assert all(one.energy_spread is None for one in alone[0])
+    for k, answer in enumerate(computed(three)):
+        energies = np.array([one[k].energy for one in alone])
+        all_forces = np.array([forces(one[k]) for one in alone])
+        assert answer.energy == pytest.approx(energies.mean(), rel=1e-12)
+        assert answer.energy_spread == pytest.approx(energies.std(), rel=1e-7)
+        np.testing.assert_allclose(forces(answer), all_forces.mean(0), atol=1e-10)
+        assert answer.forces_spread is not None
+        by_component = all_forces.std(0)
+        np.testing.assert_allclose(answer.forces_spread, np.sqrt((by_component**2).sum(1)), rtol=1e-7)
+    assert all(one.forces_spread is None for one in computed(three, forces=False))
+
+
+def test_an_ensemble_is_not_spread_over_ranks(tmp_path: Path) -> None:
+    bundle = write_tiny(tmp_path / "two", "two", seed=1, more_seeds=(2,))
+    with pytest.raises(ServeError, match="an ensemble of 2, and ensembles are not spread over ranks"):
+        LocalEngine.load(bundle, dtype=None, device="cpu", limits=LIMITS, tensor_parallel=2)

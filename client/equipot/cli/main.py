@@ -34,6 +34,10 @@ VERBS: dict[str, Verb] = {
         "predict and measure what a training run takes", "equipot.train.memory.cli_memory", "app", "train"
     ),
     "export": Verb("turn a checkpoint into a bundle", "equipot.train.cli_export", "app", "train"),
+    "ensemble": Verb("join bundles into one", "equipot.train.cli_uncertainty", "ensemble_app", "train"),
+    "calibrate": Verb(
+        "measure how sure a bundle's answers are", "equipot.train.cli_uncertainty", "calibrate_app", "train"
+    ),
     "bench": Verb("load a server and say how it fares", "equipot.serve.bench.cli", "app", "serve"),
     "serve": Verb("serve bundles over gRPC", "equipot.serve.cli", "app", "serve"),
     "join": Verb("lend this machine to a server's model", "equipot.serve.cli_join", "app", "serve"),

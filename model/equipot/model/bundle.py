@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from equipot.model.card import (
@@ -29,11 +30,13 @@ from equipot.model.card import (
     read_card,
 )
 from equipot.model.config import ModelConfig
+from equipot.model.domain import DOMAIN_FILE, Domain
 from equipot.model.errors import BundleError
 from equipot.model.potential import Potential, count_parameters
 from equipot.model.references import References
 from equipot.model.sharding import Cut, Group, cut_of, parallel_config, spread
 from equipot.model.shards import ShardWriter, sha256_of, sync, write_text
+from equipot.model.uncertainty import Uncertainty
 
 __all__ = [
     "BUNDLE_VERSION",
@@ -41,6 +44,8 @@ __all__ = [
     "Shard",
     "check_shards",
     "load_potential",
+    "load_uncertainty",
+    "member_prefix",
     "read_card",
     "tensor_reader",
     "write_bundle",
@@ -61,6 +66,7 @@ def write_bundle(
     metrics: Mapping[str, Any],
     max_shard_bytes: int = 2 * 1024**3,
     dtype: torch.dtype = torch.float32,
+    uncertainty: Uncertainty | None = None,
 ) -> BundleCard:
     """Writes a bundle aside, then names it: there is a whole one at the path, or none.
 
@@ -69,11 +75,13 @@ def write_bundle(
         name: what the service will call the model.
         config: of the model.
         references: of the model.
-        tensors: the state dict, taken one tensor at a time, of which no more than one is held in memory.
+        tensors: the state dict, taken one tensor at a time, of which no more than one is held in memory; of
+            an ensemble those of all members, under the names that `member_prefix` gives.
         provenance: JSON values that say where the weights come from.
         metrics: JSON values of its test errors.
         max_shard_bytes: a new shard begins before this is exceeded; one tensor alone may exceed it.
         dtype: the weights are stored in.
+        uncertainty: how many members there are, and how sure they are; None: one, which does not know.
 
     Returns:
         The card as written.
@@ -90,7 +98,10 @@ def write_bundle(
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise BundleError(f"{path}: already exists; choose another path or remove it first")
     stored_as = _dtype_name(dtype)
-    expected = _expected_shapes(config, references)
+    uncertainty = uncertainty or Uncertainty()
+    n_members = uncertainty.members
+    one = _expected_shapes(config, references)
+    expected = {member_prefix(k) + key: shape for k in range(n_members) for key, shape in one.items()}
     with _written_aside(path) as folder:
         writer = ShardWriter(folder, max_shard_bytes, dtype, expected)
         for key, tensor in tensors:
@@ -99,6 +110,8 @@ def write_bundle(
         if missing := sorted(set(expected) - set(writer.shard_of)):
             raise BundleError(f"tensors to write: {missing[0]!r} is missing; export a whole checkpoint")
         shards = writer.finish()
+        if uncertainty.domain is not None:
+            shards += (_write_domain(folder, uncertainty.domain),)
         card = BundleCard(
             name=name,
             format_version=BUNDLE_VERSION,
@@ -110,9 +123,11 @@ def write_bundle(
             provenance=_plain_json("provenance", provenance),
             metrics=_plain_json("metrics", metrics),
             units=dict(UNITS),
-            n_parameters=count_parameters(_on_meta(config, references)),
+            n_parameters=n_members * count_parameters(_on_meta(config, references)),
             digest="",
             shards=shards,
+            members=n_members,
+            uncertainty=uncertainty.card,
         ).with_digest()
         text = json.dumps(card.to_json(), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
         write_text(folder / CARD_FILE, text + "\n")
@@ -126,8 +141,9 @@ def load_potential(
     device: torch.device | str = "cpu",
     verify: bool = True,
     group: Group | None = None,
+    member: int = 0,
 ) -> tuple[Potential, BundleCard]:
-    """Loads a bundle, in eval mode and with frozen parameters.
+    """Loads a bundle, or one member of an ensemble, in eval mode and with frozen parameters.
 
     Args:
         path: the bundle's folder.
@@ -136,6 +152,7 @@ def load_potential(
         verify: whether to check each shard's sha256; its size is always checked.
         group: the ranks to spread the potential over; all of them load it at once, each reads its slices
             alone, and they share the checking of sums.
+        member: which one of an ensemble.
 
     Raises:
         BundleError: a shard is missing, truncated or altered, or the card is not one this release reads.
@@ -153,10 +170,15 @@ def load_potential(
     potential = _on_meta(card.config if group is None else parallel_config(card.config), card.references)
     if group is not None:
         spread(potential, group)
+    prefix = member_prefix(member)
+    others = tuple(member_prefix(k) for k in range(1, card.members) if k != member)
     state: dict[str, Tensor] = {}
-    for shard in card.shards:
-        for key, shape, read in _shard_tensors(path / shard.file):
-            _check_tensor(key, shape, expected, seen=state, where=str(path / shard.file))
+    for file in _weight_files(path, card):
+        for name, shape, read in _shard_tensors(file):
+            if name.startswith(others) or (prefix and not name.startswith(prefix)):
+                continue
+            key = name.removeprefix(prefix)
+            _check_tensor(key, shape, expected, seen=state, where=str(file))
             cut = cut_of(key, shape, rank, size)
             # The copy lets go of the file's pages: a file cut short under a running service would kill it.
             state[key] = read(cut).to(device=device, dtype=target, copy=True)
@@ -166,6 +188,33 @@ def load_potential(
     # Moves the lookup tables, which no shard holds; the parameters are there already.
     potential.to(device=device)
     return potential.eval().requires_grad_(False), card
+
+
+def member_prefix(member: int) -> str:
+    """What the names of a member's tensors begin with; nothing for the first one's."""
+    return f"members.{member}." if member else ""
+
+
+def load_uncertainty(path: str | Path, card: BundleCard) -> Uncertainty:
+    """What a bundle knows of how sure it is.
+
+    Raises:
+        BundleError: its domain is missing or altered.
+    """
+    if card.uncertainty is None:
+        return Uncertainty(members=card.members)
+    domain = None
+    if card.uncertainty.domain is not None:
+        known = [shard for shard in card.shards if shard.file == DOMAIN_FILE]
+        if not known:
+            raise BundleError(f"{path}: the card lists no {DOMAIN_FILE}; calibrate the bundle again")
+        _check_shard(Path(path), known[0], verify=True)
+        try:
+            tensors = load_file(Path(path) / DOMAIN_FILE)
+            domain = Domain.from_tensors(tensors, card.config.elements, card.config.cutoff)
+        except (SafetensorError, BundleError) as error:
+            raise BundleError(f"{path}: {error}") from error
+    return Uncertainty(card.members, card.uncertainty.calibration, domain, card.uncertainty.domain)
 
 
 def check_shards(path: str | Path, card: BundleCard) -> None:
@@ -189,9 +238,9 @@ def tensor_reader(path: str | Path, card: BundleCard) -> Callable[[str], Tensor]
         BundleError: by the function that is returned: the tensor is in no shard.
     """
     files = {}
-    for shard in card.shards:
-        for key, _, _ in _shard_tensors(Path(path) / shard.file):
-            files[key] = Path(path) / shard.file
+    for file in _weight_files(Path(path), card):
+        for key, _, _ in _shard_tensors(file):
+            files[key] = file
 
     def read(name: str) -> Tensor:
         if name not in files:
@@ -217,6 +266,18 @@ def _written_aside(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _weight_files(path: Path, card: BundleCard) -> Iterator[Path]:
+    return (path / shard.file for shard in card.shards if shard.file != DOMAIN_FILE)
+
+
+def _write_domain(folder: Path, domain: Domain) -> Shard:
+    file = folder / DOMAIN_FILE
+    # Written by ourselves: the library's files are for their owner alone.
+    file.write_bytes(save(domain.tensors()))
+    sync(file)
+    return Shard(file=file.name, bytes=file.stat().st_size, sha256=sha256_of(file))
 
 
 def _on_meta(config: ModelConfig, references: References) -> Potential:

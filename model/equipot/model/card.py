@@ -11,9 +11,10 @@ from typing import Any, Self
 from equipot.model.config import ModelConfig
 from equipot.model.errors import BundleError, ModelError
 from equipot.model.references import References
+from equipot.model.uncertainty import UncertaintyCard
 from equipot.model.upgrades import upgrade_card
 
-BUNDLE_VERSION = 1
+BUNDLE_VERSION = 2
 FORMAT = "equipot-bundle"
 CARD_FILE = "model.json"
 UNITS = {
@@ -59,6 +60,11 @@ class BundleCard:
     digest: str
     """``sha256:…`` over the canonical card, the shards' checksums included."""
     shards: tuple[Shard, ...]
+    """Files of weights, and of the domain if there is one."""
+    members: int = 1
+    """Potentials of an ensemble, all of this configuration; their mean is the prediction."""
+    uncertainty: UncertaintyCard | None = None
+    """How sure its answers are; None if that was not measured."""
 
     def to_json(self) -> dict[str, Any]:
         """The card as JSON types, as model.json holds it."""
@@ -68,6 +74,7 @@ class BundleCard:
             "config": self.config.to_json(),
             "references": self.references.to_json(),
             "shards": [dataclasses.asdict(shard) for shard in self.shards],
+            "uncertainty": None if self.uncertainty is None else self.uncertainty.to_json(),
         }
 
     def with_digest(self) -> Self:
@@ -87,12 +94,17 @@ class BundleCard:
             kind = "missing" if drift[0] in expected else "unknown"
             raise BundleError(f"key {drift[0]!r} is {kind}")
         fields = {key: value for key, value in data.items() if key != "format"}
+        members = data["members"]
+        if not isinstance(members, int) or isinstance(members, bool) or members < 1:
+            raise BundleError(f"members is {members!r}, not a number of potentials")
+        uncertainty = data["uncertainty"]
         return cls(
             **fields
             | {
                 "config": ModelConfig.from_json(data["config"]),
                 "references": References.from_json(data["references"]),
                 "shards": tuple(Shard(**shard) for shard in data["shards"]),
+                "uncertainty": None if uncertainty is None else UncertaintyCard.from_json(uncertainty),
             }
         )
 

@@ -10,7 +10,12 @@ from typing import Any
 Card = dict[str, Any]
 Upgrade = Callable[[Card], Card]
 
-UPGRADES: dict[int, Upgrade] = {}
+
+def _with_uncertainty(card: Card) -> Card:
+    return {**card, "members": 1, "uncertainty": None}
+
+
+UPGRADES: dict[int, Upgrade] = {1: _with_uncertainty}
 
 
 def upgrade_card(card: Card, *, to_version: int, upgrades: Mapping[int, Upgrade] = UPGRADES) -> Card:

@@ -14,12 +14,14 @@ import numpy.typing as npt
 import torch
 
 from equipot.model.batch import Graph, System, build_graphs, collate
-from equipot.model.bundle import BundleCard, load_potential, read_card
+from equipot.model.bundle import BundleCard, load_potential, load_uncertainty, read_card
 from equipot.model.card import CARD_FILE
+from equipot.model.ensemble import Ensemble
 from equipot.model.errors import ModelError
 from equipot.model.inference import FrozenPotential
 from equipot.model.sharding import check_divisible
 from equipot.model.skin import SkinnedNeighbors
+from equipot.model.uncertainty import Uncertainty
 from equipot.model.validate import check_supported
 from equipot.serve.card import ModelCard
 from equipot.serve.config import RequestLimits, Workers
@@ -43,11 +45,15 @@ class Result:
         energy: in eV.
         forces: (n_atoms, 3) in eV/Å, None if not asked for.
         stress: (3, 3) in eV/Å³, None if not asked for; NaN if not periodic in all three directions.
+        energy_spread: in eV; None of a model that is no ensemble.
+        forces_spread: (n_atoms,) in eV/Å; None of a model that is no ensemble, or without forces.
     """
 
     energy: float
     forces: npt.NDArray[np.float64] | None
     stress: npt.NDArray[np.float64] | None
+    energy_spread: float | None = None
+    forces_spread: npt.NDArray[np.float64] | None = None
 
 
 class Engine(Protocol):
@@ -76,6 +82,10 @@ class Engine(Protocol):
     @property
     def batch_invariant(self) -> bool:
         """Whether a structure gets the same bits whatever shares its batch."""
+
+    @property
+    def uncertainty(self) -> Uncertainty:
+        """What is known of how sure its answers are."""
 
     @property
     def exhausted(self) -> tuple[int, int] | None:
@@ -111,9 +121,10 @@ class LocalEngine:
 
     def __init__(
         self,
-        potential: FrozenPotential | Ranks,
+        potential: Ensemble | Ranks,
         card: BundleCard,
         *,
+        uncertainty: Uncertainty | None = None,
         dtype: str,
         device: str,
         limits: RequestLimits,
@@ -126,6 +137,7 @@ class LocalEngine:
         self._place = place or device
         self.dtype = dtype
         self.at_once = True
+        self.uncertainty = uncertainty or Uncertainty()
         self._config = card.config
         self._potential = potential
         self._deterministic = deterministic
@@ -174,9 +186,14 @@ class LocalEngine:
             ServeError: the device cannot be used, or the model not be spread so.
         """
         check_device(device)
-        potential: FrozenPotential | Ranks
+        potential: Ensemble | Ranks
+        card = read_card(path)
         if tensor_parallel > 1:
-            card = read_card(path)
+            if card.members > 1:
+                raise ServeError(
+                    f"{path}: --tensor-parallel {tensor_parallel}: it is an ensemble of {card.members}, and "
+                    "ensembles are not spread over ranks; leave --tensor-parallel out"
+                )
             try:
                 check_divisible(card.config, tensor_parallel)
             except ModelError as error:
@@ -187,11 +204,18 @@ class LocalEngine:
                 path, size=tensor_parallel, dtype=dtype, device=device, threads=each, workers=workers
             )
         else:
-            whole, card = load_potential(path, dtype=_DTYPES[dtype] if dtype else None, device=device)
-            potential = FrozenPotential(whole)
+            members = (
+                # One after the other: each packs its weights before the next is read.
+                load_potential(
+                    path, dtype=_DTYPES[dtype] if dtype else None, device=device, verify=k == 0, member=k
+                )[0]
+                for k in range(card.members)
+            )
+            potential = Ensemble([FrozenPotential(one) for one in members])
         engine = cls(
             potential,
             card,
+            uncertainty=load_uncertainty(path, card),
             dtype=dtype or card.dtype,
             # Ranks take their batches from this process's memory.
             device=device if tensor_parallel == 1 else "cpu",
@@ -236,7 +260,7 @@ class LocalEngine:
             # One number for all: where products are a library's, bits change with it.
             return self._most_threads
         config = self._config
-        products = config.layers * (4 * n_edges + 20 * n_atoms)
+        products = self.uncertainty.members * config.layers * (4 * n_edges + 20 * n_atoms)
         return min(self._most_threads, 1 + int(products * config.width**2 / WORK_PER_THREAD))
 
     def warm_up(self) -> None:
@@ -284,12 +308,14 @@ class LocalEngine:
         threads = self.threads_for(batch.n_atoms, batch.n_edges)
         if self._potential.way in ("analytic", "autograd") and threads != torch.get_num_threads():
             torch.set_num_threads(threads)
-        prediction = self._potential(
+        prediction, spread = self._potential(
             batch, forces=forces, stress=stress, deterministic=self._deterministic, threads=threads
         )
         energy = prediction.energy.double().cpu().numpy()
         all_forces = _numbers(prediction.forces)
         all_stress = _numbers(prediction.stress)
+        spreads = None if spread is None else spread.energy.double().cpu().numpy()
+        forces_spread = None if spread is None else _numbers(spread.forces)
         results: list[Result | Fault] = []
         start = 0
         for index, graph in enumerate(graphs):
@@ -298,6 +324,8 @@ class LocalEngine:
                 float(energy[index]),
                 None if all_forces is None else all_forces[start:stop],
                 None if all_stress is None else all_stress[index],
+                None if spreads is None else float(spreads[index]),
+                None if forces_spread is None else forces_spread[start:stop],
             )
             results.append(not_finite(result, graph) or result)
             start = stop

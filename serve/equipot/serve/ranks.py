@@ -204,19 +204,20 @@ class Ranks:
 
     def __call__(
         self, batch: SystemBatch, *, forces: bool, stress: bool, deterministic: bool, threads: int
-    ) -> Prediction:
-        """As `FrozenPotential.__call__`; `deterministic` computes each structure alone, `threads` are fixed.
+    ) -> tuple[Prediction, None]:
+        """As `Ensemble` of one member; `deterministic` computes each structure alone, `threads` are fixed.
 
         Raises:
             NotReady: a rank died, and the ranks are being started again.
         """
         parts = batch.alone() if deterministic else [batch]
         outcomes = [self._compute(part, forces=forces, stress=stress) for part in parts]
-        return Prediction(
+        prediction = Prediction(
             energy=torch.cat([torch.from_numpy(one.energy) for one in outcomes]),
             forces=_joined([one.forces for one in outcomes]),
             stress=_joined([one.stress for one in outcomes]),
         )
+        return prediction, None
 
     def _compute(self, batch: SystemBatch, *, forces: bool, stress: bool) -> rank.Outcome:
         generation = self._up

@@ -25,7 +25,7 @@ from equipot.train.checkpoint import (
 )
 from equipot.train.errors import TrainError
 from equipot.train.evaluate import Tally, evaluate
-from equipot.train.export import export_run
+from equipot.train.export import export_runs
 from equipot.train.loss import Counts
 from equipot.train.metrics import read_rows
 from equipot.train.prepare import prepare
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run: Path, damage
     assert len(problems) == 1
     assert str(file) in problems[0]
     with pytest.raises(CheckpointError):
-        export_run(run, run / "bundle", checkpoint="step-00000006", name="x")
+        export_runs([run], run / "bundle", checkpoint="step-00000006", name="x")
     assert not (run / "bundle").exists()
 
 

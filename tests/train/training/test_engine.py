@@ -15,7 +15,7 @@ from equipot.train.assemble import Parts, assemble
 from equipot.train.checkpoint import read_weights
 from equipot.train.console import Display
 from equipot.train.dataset import Batch
-from equipot.train.export import export_run
+from equipot.train.export import export_runs
 from equipot.train.loss import Counts, predict
 from equipot.train.prepare import prepare
 from equipot.train.recipe import Recipe
@@ -112,7 +112,7 @@ def test_the_exported_potential_is_the_trained_one(
     with Display(silent=True) as display:
         trainer = Trainer(settings, run, world, display, StopRequest())
         trainer.run()
-    export_run(run.path, tmp_path / "bundle", checkpoint="last", name="tiny", raw=raw)
+    export_runs([run.path], tmp_path / "bundle", checkpoint="last", name="tiny", raw=raw)
     bundle, card = load_potential(tmp_path / "bundle")
     parts = trainer.parts
     # In the form of the training, which is another one at stage 3: only then are the last bits the same.

@@ -24,7 +24,7 @@ from equipot.model.potential import Potential
 from equipot.model.references import References
 from equipot.train.checkpoint import committed_paths, read_weights
 from equipot.train.errors import TrainError
-from equipot.train.export import export_run
+from equipot.train.export import export_runs
 from equipot.train.finetune import nearest_element, with_architecture
 from equipot.train.importer import ImportOptions, import_files
 from equipot.train.inherit import Inherited
@@ -75,7 +75,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = make_store(home, "ethanol", 300, "PBE/def2-SVP")
     (home / "recipe.toml").write_text(RECIPE.format(store=store, steps=104) + MODEL)
     work(Job(recipe=load_recipe(home / "recipe.toml"), out=home / "run", resume=False), StopRequest())
-    export_run(home / "run", home / "bundle", name="ethanol")
+    export_runs([home / "run"], home / "bundle", name="ethanol")
     return home / "bundle"
 
 
@@ -124,7 +124,7 @@ def tensors(bundle: Path) -> dict[str, torch.Tensor]:
 
 def exported(run: Path) -> dict[str, torch.Tensor]:
     shutil.rmtree(run / "bundle", ignore_errors=True)
-    export_run(run, run / "bundle", name="tuned", checkpoint="last")
+    export_runs([run], run / "bundle", name="tuned", checkpoint="last")
     return tensors(run / "bundle")
 
 

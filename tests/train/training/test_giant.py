@@ -16,7 +16,7 @@ from equipot.model.bundle import load_potential
 from equipot.train.assemble import assemble, make_potential
 from equipot.train.checkpoint import read_weights
 from equipot.train.engine import Engine
-from equipot.train.export import export_run
+from equipot.train.export import export_runs
 from equipot.train.loss import LossModule
 from equipot.train.prepare import prepare
 from equipot.train.recipe import Recipe
@@ -76,7 +76,7 @@ def test_without_an_average_nothing_is_held_for_it(
     last = weights(run)
     for name, tensor in weights(run, "ema").items():
         assert torch.equal(tensor, last[name])
-    export_run(run, tmp_path / "bundle", name="tiny")
+    export_runs([run], tmp_path / "bundle", name="tiny")
     bundle, card = load_potential(tmp_path / "bundle")
     for name, tensor in bundle.state_dict().items():
         assert torch.equal(tensor, last[f"potential.{name}"])
@@ -91,7 +91,7 @@ def test_without_an_average_nothing_is_held_for_it(
 
 def test_an_export_without_a_test_has_the_same_weights(train: Callable[..., Path], tmp_path: Path) -> None:
     run = train(tmp_path / "run")
-    export_run(run, tmp_path / "bundle", name="tiny", test=False)
+    export_runs([run], tmp_path / "bundle", name="tiny", test=False)
     potential, written = load_potential(tmp_path / "bundle")
     assert written.metrics == {}
     (path,) = (run / "checkpoints").glob(written.provenance["checkpoint"])

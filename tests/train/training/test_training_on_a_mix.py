@@ -17,7 +17,7 @@ from ase import Atoms
 from equipot.train.assemble import assemble
 from equipot.train.checkpoint import committed_paths
 from equipot.train.errors import TrainError
-from equipot.train.export import export_run
+from equipot.train.export import export_runs
 from equipot.train.importer import ImportOptions, import_files
 from equipot.train.mix import Mix
 from equipot.train.mix_build import build_mix
@@ -163,7 +163,7 @@ def test_models_of_a_scaling_curve_differ_in_their_subset_alone(
 
 
 def test_export_tells_errors_by_source(trained: Path, mix: Path, tmp_path: Path) -> None:
-    export_run(trained, tmp_path / "bundle", checkpoint="last", name="mixed")
+    export_runs([trained], tmp_path / "bundle", checkpoint="last", name="mixed")
     card = json.loads((tmp_path / "bundle" / "model.json").read_text())
     by_source = card["metrics"]["test"]["by_source"]
     counts = {source.name: source.counts["test"].structures for source in Mix.open(mix).card.sources}

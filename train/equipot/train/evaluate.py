@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from equipot.model.batch import SystemBatch
-from equipot.model.potential import Potential, Prediction
+from equipot.model.config import ModelConfig
+from equipot.model.potential import Prediction
 from equipot.model.references import References
 from equipot.train.columns import Column
 from equipot.train.dataset import Batch, Dataset
 from equipot.train.divide import divide
-from equipot.train.loss import Counts, Residuals, penalty, predict, residuals
+from equipot.train.loss import Counts, Residuals, penalty, residuals
 from equipot.train.recipe import LossSection
 from equipot.train.world import World
 
@@ -149,8 +151,22 @@ class EvaluationStopped(Exception):
     """An evaluation was given up because some rank was asked to end."""
 
 
+class Evaluated(Protocol):
+    """What is evaluated: a potential, or several as one."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+
+    def eval(self) -> object:
+        """Ends its training."""
+
+    def forward(self, batch: SystemBatch, *, forces: bool, stress: bool) -> Prediction:
+        """What it predicts."""
+
+
 def evaluate(
-    potential: Potential,
+    potential: Evaluated,
     dataset: Dataset,
     keys: Column,
     costs: NDArray[np.int64],
@@ -171,12 +187,11 @@ def evaluate(
     """
     tally = Tally(len(potential.config.levels_of_theory), loss)
     potential.eval()
-    costliest = min(_COSTLIEST_BATCH, max(1, _MOST_NUMBERS // potential.config.width))
-    for mine in evaluation_batches(costs, world, costliest):
+    for mine in evaluation_batches(costs, world, costliest_batch(potential.config.width)):
         if stopped is not None and world.any(stopped()):
             raise EvaluationStopped
         batch = dataset.batch(keys[mine.rows].astype(np.int64), device=world.device)
-        prediction = predict(potential, batch.systems, forces=True, stress=stress)
+        prediction = potential.forward(batch.systems, forces=True, stress=stress)
         if mine.counts:
             tally.add(residuals(prediction, batch.targets, batch.systems), batch.systems)
             if observe is not None:
@@ -212,6 +227,11 @@ def evaluate_references(
         )
         tally.add(residuals(guess, batch.targets, systems), systems)
     return tally
+
+
+def costliest_batch(width: int) -> int:
+    """Edges and atoms of a batch that is evaluated with a model of this width."""
+    return min(_COSTLIEST_BATCH, max(1, _MOST_NUMBERS // width))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from equipot.model.bundle import write_bundle
+from equipot.model.bundle import member_prefix, write_bundle
 from equipot.model.potential import Potential
+from equipot.model.uncertainty import Uncertainty
 from equipot.train.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -29,57 +30,131 @@ from equipot.train.dataset import Dataset, Sizes
 from equipot.train.errors import DataError
 from equipot.train.evaluate import Errors, Tally, evaluate, evaluate_references
 from equipot.train.inherit import PREFIX, Inherited
+from equipot.train.long_work import told_bar
+from equipot.train.mix import Mix
 from equipot.train.prepare import reopen_mix
 from equipot.train.run_card import RunCard
-from equipot.train.run_directory import RunDirectory
+from equipot.train.run_directory import RunDirectory, RunError
+from equipot.train.uncertainty.cases import Members
+from equipot.train.uncertainty.join import check_alike
+from equipot.train.uncertainty.measure import measure
+from equipot.train.uncertainty.reliability import report
 from equipot.train.world import World
 
 
-def export_run(
-    run_path: Path, out: Path, *, checkpoint: str = "best", name: str, raw: bool = False, test: bool = True
-) -> None:
-    """Write a bundle from a run's checkpoint and print how it does on the test split.
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """The weights of one run that are exported: of a checkpoint, ``ema`` or ``weights``."""
 
-    The bundle is written in the memory of the largest tensor; the test takes a whole model's.
+    run: RunDirectory
+    card: RunCard
+    checkpoint: Checkpoint
+    kind: str
+
+    @staticmethod
+    def of(path: Path, checkpoint: str, *, raw: bool) -> Trained:
+        """Those of a checkpoint called ``best``, ``last`` or by its name."""
+        run = RunDirectory(path)
+        card = RunCard.read(run.card)
+        chosen = choose_checkpoint(run, checkpoint)
+        return Trained(run, card, chosen, "weights" if raw else averaged(chosen))
+
+
+def export_runs(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    checkpoint: str = "best",
+    name: str,
+    raw: bool = False,
+    test: bool = True,
+    calibrate: bool | None = None,
+) -> None:
+    """Write a bundle from the checkpoints of runs and print how it does on the test split.
+
+    The bundle is written in the memory of the largest tensor; test and calibration take that of all models.
 
     Args:
-        run_path: directory of the run.
+        paths: directories of the runs; several become the members of an ensemble.
         out: directory of the bundle; must not exist, or be a bundle.
         checkpoint: ``best``, ``last`` or a checkpoint's name.
         name: of the model.
         raw: the weights themselves instead of their moving average.
         test: compute the errors on the test split, for the bundle's card.
+        calibrate: measure on the validation split how sure its answers are, and learn what is known to it;
+            None: if it is tested.
 
     Raises:
-        TrainError: no such run or checkpoint, or a damaged one.
+        TrainError: no such run or checkpoint, a damaged one, or runs that cannot be one ensemble.
         BundleError: the bundle cannot be written.
     """
+    calibrate = test if calibrate is None else calibrate
     console = Console(highlight=False)
-    run = RunDirectory(run_path)
-    card = RunCard.read(run.card)
-    chosen = choose_checkpoint(run, checkpoint)
-    kind = "weights" if raw else averaged(chosen)
+    all_trained = [Trained.of(path, checkpoint, raw=raw) for path in paths]
+    _check_one_mix(all_trained)
+    check_alike([(str(one.run.path), one.card.config, one.card.references) for one in all_trained])
+    first = all_trained[0]
     metrics: dict[str, Any] = {}
-    try:
-        metrics = _test(run, card, chosen, kind, console) if test else {}
-    except DataError as error:
-        console.print(
-            f"[yellow]warning:[/] exported without test errors: {escape(str(error))}", soft_wrap=True
-        )
+    uncertainty = Uncertainty(members=len(all_trained))
+    if test or calibrate:
+        try:
+            mix = reopen_mix(first.run, first.card)
+            members = Members(
+                [restore_potential(one.run, one.card, one.checkpoint, one.kind) for one in all_trained]
+            )
+            if test:
+                metrics = _test(first.card, mix, members, console)
+            if calibrate:
+                with told_bar() as told:
+                    measured = measure(members, mix, told)
+                picture = first.run.path / "reliability.png"
+                metrics |= report(measured, members.config.levels_of_theory, picture, console)
+                uncertainty = measured.uncertainty
+        except DataError as error:
+            lacking = "what the data would tell" if metrics == {} else "calibration"
+            console.print(
+                f"[yellow]warning:[/] exported without {lacking}: {escape(str(error))}", soft_wrap=True
+            )
     written = write_bundle(
         out,
         name=name,
-        config=card.config,
-        references=card.references,
-        tensors=named_tensors(run, card, chosen, kind),
-        provenance=_provenance(card, chosen, kind),
+        config=first.card.config,
+        references=first.card.references,
+        tensors=_all_tensors(all_trained),
+        provenance=_provenance_of_all(all_trained),
         metrics=metrics,
+        uncertainty=uncertainty,
     )
+    origin = ", ".join(str(one.checkpoint.path) for one in all_trained)
     console.print(
-        escape(f"bundle {out}: {name}, {written.n_parameters:,} parameters, from {chosen.path}"),
-        soft_wrap=True,
+        escape(f"bundle {out}: {name}, {written.n_parameters:,} parameters, from {origin}"), soft_wrap=True
     )
     console.print(escape(f"next: equipot serve {out}"), soft_wrap=True)
+
+
+def _check_one_mix(all_trained: Sequence[Trained]) -> None:
+    first = all_trained[0]
+    for one in all_trained[1:]:
+        if one.card.mix.digest != first.card.mix.digest:
+            raise RunError(
+                f"{one.run.path} was trained on another mix than {first.run.path}: what one was trained on "
+                "must not be what the other is judged by; train all on one mix, each with its own seed"
+            )
+        if one.checkpoint.path == first.checkpoint.path:
+            raise RunError(
+                f"{one.run.path} comes twice: members must be trained apart, each with its own seed"
+            )
+
+
+def _all_tensors(all_trained: Sequence[Trained]) -> Iterator[tuple[str, Tensor]]:
+    for k, one in enumerate(all_trained):
+        for name, tensor in named_tensors(one.run, one.card, one.checkpoint, one.kind):
+            yield member_prefix(k) + name, tensor
+
+
+def _provenance_of_all(all_trained: Sequence[Trained]) -> dict[str, Any]:
+    found = [_provenance(one.card, one.checkpoint, one.kind) for one in all_trained]
+    return found[0] if len(found) == 1 else {**found[0], "members": found}
 
 
 def choose_checkpoint(run: RunDirectory, wanted: str) -> Checkpoint:
@@ -130,24 +205,20 @@ def restore_potential(run: RunDirectory, card: RunCard, checkpoint: Checkpoint, 
     return potential.requires_grad_(False)
 
 
-def _test(
-    run: RunDirectory, card: RunCard, checkpoint: Checkpoint, kind: str, console: Console
-) -> dict[str, Any]:
+def _test(card: RunCard, mix: Mix, members: Members, console: Console) -> dict[str, Any]:
     if not card.mix.sizes["test"]:
         console.print("the test split is empty: exported without test errors")
         return {}
-    mix = reopen_mix(run, card)
-    potential = restore_potential(run, card, checkpoint, kind)
     loss, levels = card.recipe.loss, dict(enumerate(card.config.levels_of_theory))
     dataset, places = Dataset(mix.stores, card.config), mix.part("test")
     sizes = Sizes.of(mix.stores, card.config.cutoff, progress=True)
-    stress = potential.force_head is None and any(store.manifest.has_stress for store in mix.stores)
+    stress = card.config.forces == "conservative" and any(store.manifest.has_stress for store in mix.stores)
     world = World(rank=0, size=1, device=torch.device("cpu"))
     tally, by_source = Tally(len(levels), loss), {}
     for k, source in enumerate(mix.card.sources):
         part = places.of_store(k)
         if len(part):
-            found = evaluate(potential, dataset, part, sizes.costs(part), world, loss, stress=stress)
+            found = evaluate(members, dataset, part, sizes.costs(part), world, loss, stress=stress)
             by_source[source.name] = found.errors()
             tally.include(found)
     baseline = evaluate_references(card.references, card.config.elements, dataset, places, loss)

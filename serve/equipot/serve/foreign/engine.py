@@ -13,6 +13,7 @@ from equipot.model.card import canonical_json
 from equipot.model.elements import symbol
 from equipot.model.errors import StructureError
 from equipot.model.skin import SkinnedNeighbors
+from equipot.model.uncertainty import Uncertainty
 from equipot.serve.card import ForceMode, ModelCard
 from equipot.serve.config import RequestLimits
 from equipot.serve.engine import Result, not_finite
@@ -58,6 +59,7 @@ class ForeignEngine:
             raise
         self.dtype = facts.dtype
         self.at_once = False
+        self.uncertainty = Uncertainty()
         self.exhausted: tuple[int, int] | None = None
         self.tensor_parallel = 1
         self.batch_invariant = False
