@@ -33,6 +33,7 @@ VERBS: dict[str, Verb] = {
     "memory": Verb(
         "predict and measure what a training run takes", "equipot.train.memory.cli_memory", "app", "train"
     ),
+    "scaling": Verb("run studies of scaling laws", "equipot.train.scaling.cli", "app", "train"),
     "export": Verb("turn a checkpoint into a bundle", "equipot.train.cli_export", "app", "train"),
     "ensemble": Verb("join bundles into one", "equipot.train.cli_uncertainty", "ensemble_app", "train"),
     "calibrate": Verb(

@@ -173,7 +173,7 @@ class Sizes:
 
     def costs(self, keys: Column) -> NDArray[np.int64]:
         """(k,) relative cost of computing each structure: edges, and atoms for those that have none."""
-        parts = [self._pick(part).sum(axis=1) for part in in_blocks(keys)]
+        parts = [self.rows(part).sum(axis=1) for part in in_blocks(keys)]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def cost_column(self, keys: Column) -> Column:
@@ -182,10 +182,11 @@ class Sizes:
 
     def mean_neighbors(self, keys: Column) -> float:
         """Mean number of neighbours of an atom of these structures; 1 if there is no edge at all."""
-        atoms, edges = sum((self._pick(part).sum(axis=0) for part in in_blocks(keys)), np.zeros(2, np.int64))
+        atoms, edges = sum((self.rows(part).sum(axis=0) for part in in_blocks(keys)), np.zeros(2, np.int64))
         return float(edges / atoms) if edges else 1.0
 
-    def _pick(self, keys: NDArray[np.integer]) -> NDArray[np.int64]:
+    def rows(self, keys: NDArray[np.integer]) -> NDArray[np.int64]:
+        """(k, 2) atoms and edges of structures."""
         values = np.empty((len(keys), 2), dtype=np.int64)
         for store, sizes in enumerate(self.of_store):
             rows = np.flatnonzero(keys[:, 0] == store)

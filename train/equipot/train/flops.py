@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from equipot.model.config import ModelConfig
+from equipot.train.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,13 @@ def training_flops(config: ModelConfig, *, by_gradient: bool, heads_only: bool =
         edges += flops if product.per_edge else 0.0
         atoms += 0.0 if product.per_edge else flops
     return Flops(atoms, edges)
+
+
+def step_flops(recipe: Recipe, config: ModelConfig) -> Flops:
+    """Operations of a step of a recipe's training of a model."""
+    by_gradient = config.forces == "conservative" and recipe.loss.forces + recipe.loss.stress > 0
+    heads_only = recipe.finetune is not None and recipe.finetune.weights == "heads"
+    return training_flops(config, by_gradient=by_gradient, heads_only=heads_only)
 
 
 def _plain(product: Product, frozen: bool, heads_only: bool) -> int:

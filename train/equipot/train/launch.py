@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -221,6 +221,15 @@ class _Signals:
             self._deadline = time.monotonic() + self.grace
             if self.group is not None:
                 self.group.signal(signal.SIGTERM)
+
+
+class Stop(Protocol):
+    """Tells whether this process was asked to save and end."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether it was."""
+        ...
 
 
 class StopSignals:

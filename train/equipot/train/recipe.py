@@ -11,13 +11,13 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from equipot.model.config import MessageForm
 from equipot.train.errors import TrainError
-from equipot.train.sections import Section, explain, parse_bytes
+from equipot.train.sections import Section, apply_override, explain, parse_bytes
 
 # Keys that people look for and that are deliberately absent: the answer is better than "unknown key".
 _ELSEWHERE = {
@@ -266,7 +266,8 @@ class EmaSection(Section):
 class ValidationSection(Section):
     """[validation]: how often the validation split is evaluated, and when that ends training."""
 
-    every_epochs: int = Field(default=1, ge=1, description="epochs between two validations")
+    every_epochs: int | None = Field(default=1, ge=1, description="epochs between two validations")
+    every_steps: int | None = Field(default=None, ge=1, description="steps between two validations, besides")
     patience: int | None = Field(
         default=None, ge=1, description="stop after so many validations without improvement; absent: never"
     )
@@ -383,7 +384,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
-        _apply_override(values, override)
+        try:
+            apply_override(values, override)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
     return parse_recipe(values, str(path))
 
 
@@ -459,21 +463,3 @@ def _check_offloading(recipe: Recipe, ranks: int) -> None:
             f"of weights below {LEAST_IN_FILES // 2**20} MiB stay in memory. Nearest: model.width = {least}, "
             'or "cpu" instead of "nvme"'
         )
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
-        raise RecipeError(f"--set {override}: write it as section.key=value, e.g. optimizer.epochs=10")
-    try:
-        value: object = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string: --set precision=bf16
-    section = values
-    for name in names[:-1]:
-        inner = section.setdefault(name, {})
-        if not isinstance(inner, dict):
-            raise RecipeError(f"--set {override}: {name} is a value, not a section")
-        section = inner
-    section[names[-1]] = value

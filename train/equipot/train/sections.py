@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -32,6 +33,29 @@ def parse_bytes(text: str) -> int:
     if not 1 <= value < 2**63:
         raise ValueError(f'{text!r} is no number of bytes, as "120 GB" or "1.5 TiB"')
     return int(value)
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set what ``--set section.key=value`` names, in a file's plain values.
+
+    Raises:
+        ValueError: it is not written so, or names a value as if it were a section.
+    """
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ValueError(f"--set {override}: write it as section.key=value, e.g. optimizer.epochs=10")
+    try:
+        value: object = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set precision=bf16
+    section = values
+    for name in names[:-1]:
+        inner = section.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {override}: {name} is a value, not a section")
+        section = inner
+    section[names[-1]] = value
 
 
 def explain(

@@ -10,7 +10,7 @@ import torch
 
 from equipot.model.config import ModelConfig
 from equipot.train.dataset import Batch
-from equipot.train.flops import training_flops
+from equipot.train.flops import step_flops
 from equipot.train.peak import matrix_product_rate
 from equipot.train.recipe import Recipe
 from equipot.train.world import World
@@ -43,9 +43,7 @@ class Throughput:
     def __init__(self, config: ModelConfig, recipe: Recipe, world: World) -> None:
         self._world = world
         self._structures = recipe.batch.structures
-        by_gradient = config.forces == "conservative" and recipe.loss.forces + recipe.loss.stress > 0
-        heads_only = recipe.finetune is not None and recipe.finetune.weights == "heads"
-        self._flops = training_flops(config, by_gradient=by_gradient, heads_only=heads_only)
+        self._flops = step_flops(recipe, config)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         rate = matrix_product_rate(dtype, world.device, torch.get_num_threads())
         self._peak = world.sum([rate])[0]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from equipot.train.incidents import (
     trouble_with_gradient,
     trouble_with_loss,
 )
-from equipot.train.launch import available_cores
+from equipot.train.launch import Stop, available_cores
 from equipot.train.loader import Loader, StepBatches
 from equipot.train.loss import Counts, weighted
 from equipot.train.metrics import Metrics, Row, SourceRow
@@ -43,12 +42,6 @@ from equipot.train.schedule import learning_rate
 from equipot.train.state import TrainerState
 from equipot.train.throughput import Speed, Throughput
 from equipot.train.world import World
-
-
-class Stop(Protocol):
-    """Tells whether this process was asked to save and end."""
-
-    requested: bool
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool, stop: Stop, peer_timeout: float) -> None:
@@ -301,16 +294,18 @@ class Trainer:
         return self._state.step / self.parts.sampler.steps_per_epoch
 
     def _validation_is_due(self) -> bool:
-        step = self._state.step
-        every = self._recipe.validation.every_epochs * self.parts.sampler.steps_per_epoch
-        due = step >= self._total or (step > 0 and step % every == 0)
+        step, settings = self._state.step, self._recipe.validation
+        due = step >= self._total or self._falls_on(settings.every_epochs, settings.every_steps)
         return due and self._state.validated_step != step
 
     def _checkpoint_is_due(self) -> bool:
-        step, settings = self._state.step, self._recipe.checkpoint
-        epochs = (settings.every_epochs or 0) * self.parts.sampler.steps_per_epoch
-        due = any(every and step % every == 0 for every in (epochs, settings.every_steps or 0))
-        return step > 0 and (due or self._state.is_best) and self._state.differs_from(self._saved)
+        settings = self._recipe.checkpoint
+        due = self._falls_on(settings.every_epochs, settings.every_steps) or self._state.is_best
+        return self._state.step > 0 and due and self._state.differs_from(self._saved)
+
+    def _falls_on(self, epochs: int | None, steps: int | None) -> bool:
+        intervals = ((epochs or 0) * self.parts.sampler.steps_per_epoch, steps or 0)
+        return self._state.step > 0 and any(every and self._state.step % every == 0 for every in intervals)
 
     def _validate(self) -> None:
         """Errors of the averaged weights on the validation split; keeps count of the best."""

@@ -24,6 +24,7 @@ from equipot.train.launch import (
     PEER_SECONDS,
     STOP_SIGNALS,
     Failure,
+    Stop,
     StopSignals,
     choose_interface,
     free_port,
@@ -85,7 +86,7 @@ class StopRequest:
         self.requested = True
 
 
-def work(job: Job, stop: StopRequest) -> None:
+def work(job: Job, stop: Stop) -> None:
     """Be one rank of the run; alone in the world if no launcher made this process a rank."""
     before = dict(os.environ)
     if in_a_launched_rank():
