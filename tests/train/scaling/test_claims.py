@@ -47,7 +47,7 @@ def test_of_many_that_try_at_once_one_has_it(tmp_path: Path) -> None:
     for number in range(20):
         folder = tmp_path / str(number)
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda _, folder=folder: claim(folder), range(8)))  # type: ignore[misc]
+            found = list(pool.map(lambda _, folder=folder: claim(folder), range(8)))
         assert sum(each is not None for each in found) == 1
 
 
