@@ -12,7 +12,7 @@ from equipot.train.audit.pairs import Regression
 from equipot.train.audit.run import Audit, StoreAudit
 from equipot.train.audit.sketch import Sketch
 
-_STYLE = """
+STYLE = """
 body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1rem}
 body{color:#1b1f24;background:#fff}
 h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem}
@@ -38,7 +38,7 @@ def render(audit: Audit, when: str) -> str:
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width,initial-scale=1"><title>Data audit</title>',
-        f"<style>{_STYLE}</style></head><body>",
+        f"<style>{STYLE}</style></head><body>",
         "<h1>Is the aggregate consistent?</h1>",
         f'<p class="answer {worst}"><b>{escape(audit.answer[:1].upper() + audit.answer[1:])}.</b></p>',
         f"<p class=quiet>{_scope(audit)} {escape(when)}.</p>",

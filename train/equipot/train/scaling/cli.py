@@ -11,10 +11,13 @@ from rich.console import Console
 
 from equipot.train.launch import available_cores
 from equipot.train.long_work import stop_signals
+from equipot.train.scaling.cli_fit import fit, memory, report
 from equipot.train.scaling.declaration import load_study
 from equipot.train.scaling.folder import StudyFolder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+for command in (fit, report, memory):
+    app.command()(command)
 
 
 @app.callback()

@@ -1,0 +1,110 @@
+"""Whether another architecture reaches the base's errors with less compute, source by source."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from equipot.train.scaling.compare import Effect, effect
+from equipot.train.scaling.rows import Row
+from equipot.train.scaling.slices import Family, setting_of
+
+SHARES = (0.25, 1.0)
+_ALLOWED = 1.06
+"""A share of the compute may be exceeded by so much: steps are whole numbers."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contest:
+    """A candidate with a share of the base's compute, paired by seed with the base."""
+
+    family: Family
+    label: str
+    share: float
+    pairs: tuple[tuple[Row, Row], ...]
+    by_source: Mapping[str, Effect]
+    """Ratios of the loss, of all sources together (`ALL`) and of each."""
+
+    @property
+    def reached(self) -> list[str]:
+        """Sources on which the candidate's mean is not above the base's."""
+        return [name for name, each in self.by_source.items() if name != ALL and each.ratio <= 1]
+
+    @property
+    def surely_reached(self) -> list[str]:
+        """Those on which it is below in the eyes of the seeds."""
+        return [name for name in self.reached if self.by_source[name].significant]
+
+
+ALL = "all sources"
+
+
+def contests(rows: Sequence[Row], base: Family, level: float = 0.9) -> list[Contest]:
+    """Candidates at a quarter of the base's compute, and at all of it.
+
+    A candidate's setting meets the best of the base's settings that took so many times its compute on the
+    same data, of those that share an experiment with it if there are any; seeds meet seeds. Of a family's
+    settings the one of least validation loss is taken. The most successful come first.
+    """
+    usable = [row for row in rows if row.usable and not row.holdout]
+    plain = [row for row in usable if Family.of(row) == base]
+    others = {Family.of(row) for row in usable if row.architecture != base.architecture}
+    found = []
+    for family in sorted(others):
+        mine = [row for row in usable if Family.of(row) == family]
+        for share in SHARES:
+            best = _best(mine, plain, share)
+            if best:
+                by_source = _by_source(best, level)
+                found.append(Contest(family, family.label(base), share, tuple(best), by_source))
+    return sorted(found, key=lambda each: (each.share, -len(each.reached), each.by_source[ALL].ratio))
+
+
+def _best(mine: Sequence[Row], plain: Sequence[Row], share: float) -> list[tuple[Row, Row]]:
+    """Pairs (base, candidate) by seed of the candidate's best setting that has a rival."""
+    found = []
+    for setting in _settings(mine):
+        rivals = [each for each in _settings(plain) if _meet(setting, each, share)]
+        names = {name for row in setting for name in row.group}
+        rivals = [each for each in rivals if any(names & set(row.group) for row in each)] or rivals
+        if not rivals:
+            continue
+        by_seed = {row.seed: row for row in min(rivals, key=_mean)}
+        pairs = [(by_seed[row.seed], row) for row in setting if row.seed in by_seed]
+        if pairs:
+            found.append((-len(pairs), _mean(setting), pairs))
+    return min(found, key=lambda each: each[:2])[2] if found else []
+
+
+def _settings(rows: Sequence[Row]) -> list[list[Row]]:
+    by_setting: dict[Hashable, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_setting[setting_of(row)].append(row)
+    return list(by_setting.values())
+
+
+def _meet(candidate: Sequence[Row], rival: Sequence[Row], share: float) -> bool:
+    one, other = candidate[0], rival[0]
+    equal = one.data_fraction == other.data_fraction
+    return equal and share / 1.5 < one.flops / other.flops <= share * _ALLOWED
+
+
+def _mean(rows: Sequence[Row]) -> float:
+    """Of the validation loss: what is compared in the end has no part in the choice."""
+    return float(np.mean([row.validation_loss or np.inf for row in rows]))
+
+
+def _by_source(pairs: Sequence[tuple[Row, Row]], level: float) -> dict[str, Effect]:
+    sources = sorted({name for pair in pairs for row in pair for name in row.test.get("by_source", {})})
+    wanted = {ALL: [(a.value("loss"), b.value("loss")) for a, b in pairs]}
+    wanted |= {
+        name: [(a.of_source(name, "loss"), b.of_source(name, "loss")) for a, b in pairs] for name in sources
+    }
+    effects = {
+        name: effect([(one, two) for one, two in values if one and two], level)
+        for name, values in wanted.items()
+    }
+    return {name: each for name, each in effects.items() if each is not None}

@@ -1,0 +1,192 @@
+"""Families of points against the base family: paired by setting and seed, and law against law."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from equipot.train.scaling.fit import DATA, SIZE, Fits, Law
+from equipot.train.scaling.rows import METRICS, Row
+from equipot.train.scaling.slices import Family
+
+SIGNIFICANT = 0.05
+_CLOSE = 1.1
+"""Compute whose ratio is less is equal, where widths are chosen for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """How many times a metric of the base a family's is, over pairs."""
+
+    ratio: float
+    low: float
+    high: float
+    """Of the level's confidence, by Student's t over the pairs' log ratios; infinite for one pair."""
+    probability: float
+    """Of pairs so different without any effect; 1 for one pair."""
+    pairs: int
+    ratios: tuple[float, ...]
+
+    @property
+    def significant(self) -> bool:
+        """Whether pairs (seeds) agree on it."""
+        return self.pairs > 1 and self.probability < SIGNIFICANT
+
+    def words(self, what: str) -> str:
+        """A verdict."""
+        change = f"{abs(self.ratio - 1):.1%} {'higher' if self.ratio > 1 else 'lower'}"
+        if self.pairs == 1:
+            return f"{what} {change} in the one pair there is: no verdict without more seeds"
+        span = f"{self.level_words()}, {self.pairs} pairs"
+        if self.significant:
+            return f"{what} {change} ({span}, p = {self.probability:.2g})"
+        return f"{what} not told apart ({change}; {span}, p = {self.probability:.2g})"
+
+    def level_words(self) -> str:
+        """The interval."""
+        return f"{self.low - 1:+.1%} to {self.high - 1:+.1%}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LawShift:
+    """A law's parameters beside the base's law over the same variable at the same everything else."""
+
+    law: Law
+    base: Law
+    exponent: tuple[float, float, float]
+    """Difference, and its interval."""
+    offset_ratio: tuple[float, float, float]
+
+    @property
+    def exponent_significant(self) -> bool:
+        """Whether the interval of the difference leaves out zero."""
+        return not self.exponent[1] <= 0 <= self.exponent[2]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """A family against the base."""
+
+    family: Family
+    label: str
+    changes: Mapping[str, tuple[str, str]]
+    how: str
+    """What pairs have in common."""
+    pairs: tuple[tuple[Row, Row], ...]
+    """(base, family)"""
+    effects: Mapping[str, Effect]
+    shifts: tuple[LawShift, ...]
+
+
+_PAIRINGS: Sequence[tuple[str, Callable[[Row], Hashable]]] = (
+    (
+        "same width, depth, data, steps and seed",
+        lambda row: (row.width, row.layers, row.data_fraction, row.steps, row.structures_per_step, row.seed),
+    ),
+    (
+        "same width, depth, data and seed, equal compute",
+        lambda row: (row.width, row.layers, row.data_fraction, row.structures_per_step, row.seed),
+    ),
+    ("same data and seed, equal compute", lambda row: (row.data_fraction, row.structures_per_step, row.seed)),
+)
+
+
+def compare_families(rows: Sequence[Row], fits: Fits) -> list[Comparison]:
+    """Every family against the base, those that differ in one thing first."""
+    usable = [row for row in rows if row.usable]
+    families = {Family.of(row) for row in usable} - {fits.base}
+    found = [compare(usable, fits, family) for family in families]
+    return sorted(found, key=lambda each: (len(each.changes), sorted(each.changes.items()), each.label))
+
+
+def compare(rows: Sequence[Row], fits: Fits, family: Family) -> Comparison:
+    """One family against the base."""
+    mine = [row for row in rows if Family.of(row) == family]
+    theirs = [row for row in rows if Family.of(row) == fits.base]
+    how, pairs = "", []
+    for how, key in _PAIRINGS:  # noqa: B007 - the last one that was tried is told
+        pairs = _paired(theirs, mine, key)
+        if pairs:
+            break
+    level = next((law.fit.level for law in fits.laws if law.fit), 0.9)
+    return Comparison(
+        family=family,
+        label=family.label(fits.base),
+        changes=family.changes(fits.base),
+        how=how if pairs else "",
+        pairs=tuple(pairs),
+        effects={metric: effect for metric in METRICS if (effect := effect_of(pairs, metric, level))},
+        shifts=tuple(_shifts(fits, family)),
+    )
+
+
+def effect_of(pairs: Sequence[tuple[Row, Row]], metric: str, level: float) -> Effect | None:
+    """The ratio of a metric over pairs; None where no pair has it."""
+    values = [(base.value(metric), other.value(metric)) for base, other in pairs]
+    return effect([(a, b) for a, b in values if a and b], level)
+
+
+def effect(values: Sequence[tuple[float, float]], level: float) -> Effect | None:
+    """The geometric mean of second over first; None of nothing."""
+    if not values:
+        return None
+    logs = np.log([b / a for a, b in values])
+    mean, n = float(logs.mean()), len(logs)
+    low, high, probability = 0.0, np.inf, 1.0
+    if n > 1:
+        error = max(float(logs.std(ddof=1)), 1e-12) / np.sqrt(n)
+        half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * error
+        low, high = float(np.exp(mean - half)), float(np.exp(mean + half))
+        probability = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    return Effect(float(np.exp(mean)), low, high, probability, n, tuple(np.exp(logs).tolist()))
+
+
+def _paired(
+    theirs: Sequence[Row], mine: Sequence[Row], key: Callable[[Row], Hashable]
+) -> list[tuple[Row, Row]]:
+    by_key: dict[Hashable, list[Row]] = defaultdict(list)
+    for row in theirs:
+        by_key[key(row)].append(row)
+    pairs = []
+    for row in mine:
+        near = [other for other in by_key[key(row)] if _close(row, other)]
+        same = [other for other in near if other.steps == row.steps and other.width == row.width]
+        if same or near:
+            best = min(same or near, key=lambda other: abs(np.log(other.flops / row.flops)))
+            pairs.append((best, row))
+    return pairs
+
+
+def _close(row: Row, other: Row) -> bool:
+    equal = other.steps == row.steps and other.width == row.width and other.layers == row.layers
+    return equal or 1 / _CLOSE < row.flops / other.flops < _CLOSE
+
+
+def _shifts(fits: Fits, family: Family) -> list[LawShift]:
+    found = []
+    for kind in (SIZE, DATA):
+        for law in fits.of(kind, family=family):
+            for base in fits.of(kind):
+                if law.fit is None or base.fit is None or law.slice.fixed != base.slice.fixed:
+                    continue
+                found.append(shift(base, law))
+                break
+    return found
+
+
+def shift(base: Law, law: Law) -> LawShift:
+    """How two fitted single-variable laws differ; their replicates are independent."""
+    assert base.fit is not None
+    assert law.fit is not None
+    tails = ((1 - law.fit.level) / 2, (1 + law.fit.level) / 2)
+    difference = law.fit.replicates.exponent[:, 0] - base.fit.replicates.exponent[:, 0]
+    ratio = law.fit.replicates.offset / np.maximum(base.fit.replicates.offset, 1e-300)
+    best = float(law.fit.best.exponent[0, 0] - base.fit.best.exponent[0, 0])
+    offset = float(law.fit.best.offset[0] / max(base.fit.best.offset[0], 1e-300))
+    low, high = np.quantile(difference, tails)
+    ratio_low, ratio_high = np.quantile(ratio, tails)
+    return LawShift(law, base, (best, float(low), float(high)), (offset, float(ratio_low), float(ratio_high)))

@@ -1,0 +1,214 @@
+"""Which points of a study belong to one curve: same everything, but for what the curve is over."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from equipot.train.scaling.laws import Array
+from equipot.train.scaling.rows import SWITCHES, Row
+
+_SAME = 1.03
+"""Lengths whose ratio is less are the same: steps are whole numbers."""
+
+_WORDS: Mapping[str, Callable[[str], str]] = {
+    "architecture": str,
+    "forces": lambda value: f"{value} forces",
+    "residual": lambda value: {"true": "residuals", "false": "no residuals"}.get(value, f"{value} residuals"),
+    "normalisation": lambda value: "no normalisation" if value == "none" else f"{value} norm",
+    "inputs": lambda value: f"{value} inputs",
+    "references": lambda value: f"{value} references",
+    "overrides": str,
+}
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Family:
+    """Architecture and switches: what is not size, data, length or seed."""
+
+    architecture: str
+    forces: str
+    residual: str
+    normalisation: str
+    inputs: str
+    references: str
+    overrides: str
+
+    @staticmethod
+    def of(row: Row) -> Family:
+        """Of a point."""
+        return Family(*(str(getattr(row, name)) for name in Family.__slots__))
+
+    def changes(self, base: Family) -> dict[str, tuple[str, str]]:
+        """Field → (the base's, this one's), of those that differ."""
+        pairs = ((name, (getattr(base, name), getattr(self, name))) for name in self.__slots__)
+        return {name: pair for name, pair in pairs if pair[0] != pair[1]}
+
+    def label(self, base: Family) -> str:
+        """What it is in the words of what differs from the base."""
+        changed = self.changes(base)
+        words = [_WORDS[name](pair[1]) or "no overrides" for name, pair in changed.items()]
+        return ", ".join(words) if words else base.architecture
+
+
+def base_family(rows: Sequence[Row]) -> Family:
+    """The family that most points are of: what others are compared with."""
+    counts: dict[Family, int] = defaultdict(int)
+    for row in rows:
+        counts[Family.of(row)] += 1
+    return max(sorted(counts), key=lambda family: counts[family])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """Points of one family along one or two variables."""
+
+    family: Family
+    variables: tuple[str, ...]
+    """Of `VARIABLES`."""
+    fixed: tuple[tuple[str, str], ...]
+    """What is the same for all, in words."""
+    rows: tuple[Row, ...]
+    held_out: tuple[Row, ...]
+
+    @property
+    def x(self) -> Array:
+        """(n, K) variables of the rows."""
+        return variables_of(self.rows, self.variables)
+
+    @property
+    def distinct(self) -> int:
+        """Different settings of the variables."""
+        return len(np.unique(self.x, axis=0)) if self.rows else 0
+
+    @property
+    def title(self) -> str:
+        """What it is over, and what is the same."""
+        return f"{' and '.join(self.variables)} at " + ", ".join(f"{k} {v}" for k, v in self.fixed)
+
+
+VARIABLES: Mapping[str, Callable[[Row], float]] = {
+    "parameters": lambda row: row.parameters,
+    "training structures": lambda row: row.train_structures,
+    "structures seen": lambda row: row.structures,
+    "model FLOPs": lambda row: row.flops,
+}
+
+
+def variables_of(rows: Sequence[Row], names: Sequence[str]) -> Array:
+    """(n, K) values."""
+    values = [[VARIABLES[name](row) for name in names] for row in rows]
+    return np.array(values, dtype=np.float64).reshape(len(rows), len(names))
+
+
+LENGTHS: Mapping[str, Callable[[Row], float]] = {
+    "steps": lambda row: row.steps,
+    "epochs": lambda row: row.epochs,
+    "FLOPs": lambda row: row.flops,
+}
+"""In what points may be of one length."""
+
+
+def slices(rows: Iterable[Row], variables: tuple[str, ...]) -> list[Slice]:
+    """Every set of points along some variables, that with most settings first.
+
+    A curve in parameters holds layers, data, batch and length; one in data holds the model, the batch and
+    the length; one in both holds layers, batch and length; one in parameters and structures seen holds
+    layers, data and batch. The length is the same in steps, in epochs or in FLOPs.
+    """
+    usable = [row for row in rows if row.usable]
+    found: list[Slice] = []
+    for unit in LENGTHS:
+        for family, fixed, members in _alike(usable, variables, unit):
+            each = Slice(
+                family=family,
+                variables=variables,
+                fixed=fixed,
+                rows=tuple(row for row in members if not row.holdout),
+                held_out=tuple(row for row in members if row.holdout),
+            )
+            names = {row.name for row in each.rows}
+            if names and not any(
+                other.family == family and names <= {row.name for row in other.rows} for other in found
+            ):
+                found.append(each)
+    return sorted(found, key=lambda each: (-each.distinct, -len(each.rows), each.fixed))
+
+
+Fixed = tuple[tuple[str, str], ...]
+
+
+def _alike(
+    rows: Sequence[Row], variables: tuple[str, ...], unit: str
+) -> Iterator[tuple[Family, Fixed, list[Row]]]:
+    parts: dict[tuple[Family, Fixed], list[Row]] = defaultdict(list)
+    for row in rows:
+        parts[(Family.of(row), _held(row, variables))].append(row)
+    for (family, fixed), members in parts.items():
+        if "structures seen" in variables:
+            yield family, fixed, members
+            continue
+        for amount, equal in _equally_long(members, LENGTHS[unit]):
+            shown = f"{amount:.0f}" if unit == "steps" else f"{amount:.3g}"
+            yield family, (*fixed, (unit, shown)), equal
+
+
+def _equally_long(rows: Sequence[Row], length: Callable[[Row], float]) -> Iterator[tuple[float, list[Row]]]:
+    ordered = sorted(rows, key=length)
+    run: list[Row] = []
+    for row in ordered:
+        if run and length(row) > _SAME * length(run[0]):
+            yield length(run[0]), run
+            run = []
+        run.append(row)
+    if run:
+        yield length(run[0]), run
+
+
+def _held(row: Row, variables: tuple[str, ...]) -> Fixed:
+    held: list[tuple[str, Any]] = [("layers", row.layers)]
+    if "parameters" not in variables:
+        held.append(("width", row.width))
+    if "training structures" not in variables:
+        held.append(("data fraction", f"{row.data_fraction:g}"))
+    if row.structures_per_step:
+        held.append(("batch", row.structures_per_step))
+    return tuple((name, str(value)) for name, value in held)
+
+
+def frontier(rows: Sequence[Row]) -> list[Row]:
+    """Points that no other with as much or less compute beats, by the mean loss of their setting's seeds."""
+    settings: dict[Hashable, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.usable and not row.holdout:
+            settings[setting_of(row)].append(row)
+    ranked = sorted(
+        (float(np.mean([r.flops for r in each])), float(np.mean([r.value("loss") for r in each])), k)
+        for k, each in enumerate(settings.values())
+    )
+    members, best, kept = list(settings.values()), np.inf, []
+    for _, loss, k in ranked:
+        if loss < best:
+            best = loss
+            kept += members[k]
+    return kept
+
+
+def setting_of(row: Row) -> Hashable:
+    """Everything but the seed that decides a result: seeds of one setting share it."""
+    return (
+        Family.of(row),
+        row.width,
+        row.layers,
+        row.data_fraction,
+        row.structures_per_step,
+        row.steps,
+        row.learning_rate,
+    )
+
+
+assert set(SWITCHES) <= set(Family.__slots__)

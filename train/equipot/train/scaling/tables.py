@@ -1,0 +1,242 @@
+"""Tables of a study's report: a title, a head and rows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from equipot.train.scaling.better import Contest
+from equipot.train.scaling.compare import Comparison
+from equipot.train.scaling.fit import SIZE_AND_DATA, SIZE_AND_SEEN, Fits, Law
+from equipot.train.scaling.rows import Row, StudyResults
+
+_ERRORS: Sequence[tuple[str, str, float]] = (
+    ("energy MAE, meV/atom", "energy_mae_per_atom", 1000),
+    ("energy RMSE", "energy_rmse_per_atom", 1000),
+    ("force MAE, meV/Å", "force_mae", 1000),
+    ("force RMSE", "force_rmse", 1000),
+    ("force cosine", "force_cosine", 1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Text to be shown; the first column is left-aligned."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    folded: bool = False
+
+
+def laws(fits: Fits, kind: tuple[str, ...]) -> Table:
+    """Single-variable laws of all metrics and families."""
+    found = [law for law in fits.laws if law.slice.variables == kind]
+    head = ("of", "metric", "at", "points", "E", "A", "exponent", "scatter", "seeds")
+    return Table(f"Laws in {kind[0]}", head, tuple(_law(law, fits) for law in found), folded=True)
+
+
+def brief(fits: Fits) -> Table:
+    """Single-variable laws in few columns: of the loss, and of the base's energies and forces."""
+    rows: list[tuple[str, ...]] = []
+    for law in fits.laws:
+        if len(law.letters) > 1 or (law.metric != "loss" and law.slice.family != fits.base):
+            continue
+        length = [f"{value} {name}" for name, value in law.slice.fixed if name in ("steps", "epochs")]
+        name = f"{law.slice.family.label(fits.base)}: {law.metric} in {law.slice.variables[0]}"
+        name += f", {length[0]}" if length else ""
+        if law.fit is None:
+            rows.append((name, "–", "–", "–", law.refused))
+            continue
+        found = law.fit.intervals(law.letters)
+        notes = "; ".join(f"{key}: {each.note}" for key, each in found.items() if each.note and key != "A")
+        spans = [_span(each.value, each.low, each.high) for key, each in found.items() if key != "A"]
+        rows.append((name, *spans, f"{law.fit.spread:.1%}", notes))
+    return Table("Laws L = E + A·x^−α", ("law", "E", "α", "scatter", "note"), tuple(rows))
+
+
+def joint(fits: Fits) -> Table:
+    """Laws in parameters and data."""
+    found = [law for law in fits.laws if law.slice.variables in (SIZE_AND_DATA, SIZE_AND_SEEN)]
+    rows = []
+    for law in found:
+        fixed = ", ".join(f"{k} {v}" for k, v in law.slice.fixed)
+        name = law.slice.family.label(fits.base)
+        if law.fit is None:
+            rows.append((name, " and ".join(law.slice.variables), fixed, law.refused))
+            continue
+        words = "; ".join(
+            f"{key} {_span(each.value, each.low, each.high)}{f' [{each.note}]' if each.note else ''}"
+            for key, each in law.fit.intervals(law.letters).items()
+        )
+        rows.append((name, " and ".join(law.slice.variables), fixed, words))
+    return Table(
+        "Joint laws L = E + A_N·N^−α_N + …", ("of", "in", "at", "parameters"), tuple(rows), folded=True
+    )
+
+
+def optima(fits: Fits) -> Table:
+    """What budgets are best spent on."""
+    rows = tuple(
+        (
+            f"{each.budget:.3g}",
+            f"{each.width} ({each.width_interval[0]}–{each.width_interval[1]})",
+            str(fits.layers),
+            f"{each.parameters:,.0f}",
+            f"{each.structures:,.0f} ({each.structures_interval[0]:,.0f}–{each.structures_interval[1]:,.0f})",
+            f"{each.structures / fits.epoch_structures:.3g}",
+            _span(float(each.band.fitted[0]), float(each.band.run_low[0]), float(each.band.run_high[0])),
+        )
+        for each in fits.optima
+    )
+    head = ("FLOPs", "width", "layers", "parameters", "structures seen", "epochs", "loss (a run's band)")
+    return Table("Best use of a budget", head, rows)
+
+
+def held_out(fits: Fits) -> Table:
+    """Every prediction of a held-out point."""
+    rows = tuple(
+        (
+            each.row.name,
+            f"{law.metric} in {' and '.join(law.slice.variables)}",
+            f"{each.observed:.4g}",
+            _span(each.fitted, each.low, each.high),
+            f"{each.fitted / each.observed - 1:+.1%}",
+            "yes" if each.inside else "no",
+        )
+        for law, each in fits.foretold
+    )
+    return Table("Held out", ("point", "law", "observed", "foretold (a run's band)", "error", "inside"), rows)
+
+
+def comparisons(found: Sequence[Comparison]) -> Table:
+    """Effects and shifts."""
+    rows = []
+    for each in found:
+        for metric, effect in each.effects.items():
+            rows.append(
+                (
+                    each.label,
+                    metric,
+                    _span(effect.ratio, effect.low, effect.high)
+                    if effect.pairs > 1
+                    else f"{effect.ratio:.3g}",
+                    str(effect.pairs),
+                    f"{effect.probability:.2g}" if effect.pairs > 1 else "–",
+                    each.how,
+                )
+            )
+        for shift in each.shifts:
+            rows.append(
+                (
+                    each.label,
+                    f"exponent in {shift.law.slice.variables[0]}",
+                    _span(*shift.exponent),
+                    "–",
+                    "–",
+                    "difference",
+                )
+            )
+    head = ("of", "what", "times the base's", "pairs", "p", "pairs share")
+    return Table("Against the base", head, tuple(rows), folded=True)
+
+
+def contests(found: Sequence[Contest]) -> Table:
+    """Ratios by source."""
+    rows = tuple(
+        (
+            each.label,
+            f"{each.share:.0%}",
+            source,
+            _span(effect.ratio, effect.low, effect.high) if effect.pairs > 1 else f"{effect.ratio:.3g}",
+            str(effect.pairs),
+        )
+        for each in found
+        for source, effect in each.by_source.items()
+    )
+    return Table("Against the base's full compute", ("of", "compute", "source", "loss ratio", "pairs"), rows)
+
+
+def sources(row: Row) -> Table:
+    """Errors on the test split by source, and the trivial baselines beside them."""
+    rows = [("all", *_errors(row.test))]
+    rows += [(name, *_errors(found)) for name, found in row.test.get("by_source", {}).items()]
+    for name, found in row.baselines.items():
+        rows.append((f"baseline: {name.replace('_', ' ')}", *_errors(found)))
+        rows += [(f"… on {source}", *_errors(each)) for source, each in found.get("by_source", {}).items()]
+    return Table("Test split, by groups never trained on", ("source", *(e[0] for e in _ERRORS)), tuple(rows))
+
+
+def unseen(row: Row) -> Table:
+    """Errors on sources never trained on."""
+    rows = []
+    for name, found in row.unseen.items():
+        left = f"{found.get('unsupported', '–')} of {found.get('structures_in_store', '–')}"
+        if "problem" in found:
+            rows.append((name, *["–"] * len(_ERRORS), left, found["problem"]))
+            continue
+        baseline = found.get("baseline", {})
+        rows.append(
+            (name, *_errors(found), left, f"shift by {found.get('energies_shifted_by', 0)} structures")
+        )
+        rows.append(("… references, zero forces", *_errors(baseline), "", ""))
+    head = ("source", *(each[0] for each in _ERRORS), "left out", "energies")
+    return Table("Sources never trained on", head, tuple(rows))
+
+
+def points(results: StudyResults) -> Table:
+    """Every finished point."""
+    rows = tuple(
+        (
+            row.name,
+            ", ".join(row.group),
+            f"{row.parameters:,}",
+            f"{row.train_structures:,}",
+            f"{row.steps:,}",
+            f"{row.epochs:.3g}",
+            f"{row.flops:.3g}",
+            _number(row.value("loss")),
+            *(_number(row.test.get(key), factor) for _, key, factor in (_ERRORS[0], _ERRORS[2], _ERRORS[4])),
+            row.stopped + (", held out" if row.holdout else ""),
+        )
+        for row in results.rows
+    )
+    head = (
+        *("point", "experiments", "parameters", "structures", "steps", "epochs", "FLOPs", "test loss"),
+        *("energy MAE, meV/atom", "force MAE, meV/Å", "force cosine", "ended"),
+    )
+    return Table("Points", head, rows, folded=True)
+
+
+def _law(law: Law, fits: Fits) -> tuple[str, ...]:
+    name = law.slice.family.label(fits.base)
+    fixed = ", ".join(f"{k} {v}" for k, v in law.slice.fixed)
+    if law.fit is None:
+        return (name, law.metric, fixed, str(len(law.slice.rows)), law.refused, "", "", "", "")
+    found = law.fit.intervals(law.letters)
+    seeds = "–" if law.fit.seed_spread is None else f"{law.fit.seed_spread:.1%}"
+    return (
+        name,
+        law.metric,
+        fixed,
+        f"{len(law.slice.rows)} of {law.fit.settings} settings",
+        *(
+            _span(each.value, each.low, each.high) + (f" [{each.note}]" if each.note else "")
+            for each in found.values()
+        ),
+        f"{law.fit.spread:.1%}",
+        seeds,
+    )
+
+
+def _errors(found: Mapping[str, Any]) -> list[str]:
+    return [_number(found.get(key), factor) for _, key, factor in _ERRORS]
+
+
+def _number(value: float | None, factor: float = 1) -> str:
+    return "–" if value is None else f"{value * factor:.4g}"
+
+
+def _span(value: float, low: float, high: float) -> str:
+    return f"{value:.3g} ({low:.3g} to {high:.3g})"
