@@ -71,11 +71,16 @@ def test_budgets_are_times_or_flops() -> None:
 
 
 def test_seconds_follow_what_was_measured() -> None:
-    speed = Speed([Measured(1e8, 0.02), Measured(1e10, 0.2), Measured(1e10, 0.2)])
+    usual = Speed([])
+    assert not usual.is_measured
+    assert 0 < usual.step_seconds(1e6) < usual.step_seconds(1e12)
+    slow = Measured(1e8, 3 * usual.step_seconds(1e8))
+    busy = Measured(1e10, 5 * usual.step_seconds(1e10))
+    speed = Speed([slow, busy, busy])
     assert speed.is_measured
-    assert speed.step_seconds(1e6) == pytest.approx(0.02)  # overhead, whatever the width
-    assert speed.step_seconds(1e9) == pytest.approx(math.sqrt(0.02 * 0.2), rel=0.1)
-    assert speed.step_seconds(1e11) == pytest.approx(2.0)  # at the same rate
-    fresh = Speed([])
-    assert not fresh.is_measured
-    assert 0 < fresh.step_seconds(1e6) < fresh.step_seconds(1e12)
+    assert speed.step_seconds(1e8) == pytest.approx(slow.step_seconds)
+    assert speed.step_seconds(1e10) == pytest.approx(busy.step_seconds)
+    assert speed.step_seconds(1e9) == pytest.approx(math.sqrt(15) * usual.step_seconds(1e9))
+    # half the FLOPs of a step that is nothing but overhead take as long; twice those of a large one, twice
+    assert speed.step_seconds(1e5) == pytest.approx(speed.step_seconds(5e4), rel=1e-3)
+    assert speed.step_seconds(2e13) == pytest.approx(2 * speed.step_seconds(1e13), rel=1e-2)

@@ -1,4 +1,4 @@
-"""What a study is made of, as a TOML file checked before anything starts. Knows no torch and opens no data.
+"""What a study is made of, as a TOML file checked before anything starts. Opens no data.
 
 A study is read with :func:`load_study`; every field carries its meaning and default. Relative paths are
 relative to the directory in which the command is run, as in a recipe.

@@ -1,4 +1,4 @@
-"""Which points a study declares: products of axes, by experiment. Opens no data, knows no torch."""
+"""Which points a study declares: products of axes, experiment by experiment. Opens no data."""
 
 from __future__ import annotations
 
