@@ -134,6 +134,24 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    file, out = tmp_path / "study.toml", tmp_path / "out"
+    file.write_text(LONG)
+    process = subprocess.Popen(command(file, out), stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list(out.glob("points/*/run/checkpoints/step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (claimed,) = out.glob("points/*/claim-*.json")
+    os.kill(json.loads(claimed.read_text())["pid"], signal.SIGKILL)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert trained(out) == [1, 1]
+    assert any("resumed from" in path.read_text() for path in out.glob("points/*/train.log"))
+
+
+@pytest.mark.slow
 def test_a_study_that_is_asked_to_stop_saves_and_goes_on(tmp_path: Path) -> None:
     file, out = tmp_path / "study.toml", tmp_path / "out"
     file.write_text(LONG.replace("600", "3000"))

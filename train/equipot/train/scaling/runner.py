@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,10 +19,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from equipot.train.launch import GRACE_SECONDS, wait_policy
 from equipot.train.scaling.claims import holder
+from equipot.train.scaling.declaration import StudyError
 from equipot.train.scaling.folder import StudyFolder, read_json, write_json
 from equipot.train.scaling.point import Point
 from equipot.train.scaling.speed import Speed
-from equipot.train.scaling.worker import Assignment, is_open, measured_in, seconds_left
+from equipot.train.scaling.worker import RENEW, Assignment, is_open, measured_in, seconds_left
 
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 2.0
@@ -89,8 +91,9 @@ class _Workers:
                 start_new_session=True,  # a terminal's Ctrl-C goes to the runner alone
             )
         assert process.stdin is not None
-        process.stdin.write(self.work.to_json().encode())
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended at once: that is seen when it is waited for
+            process.stdin.write(self.work.to_json().encode())
+            process.stdin.close()
         self.processes.append(process)
 
     def tend(self, *, again: bool) -> bool:
@@ -99,10 +102,10 @@ class _Workers:
             if process.poll() is None:
                 continue
             self.processes.remove(process)
-            if process.returncode:
+            if process.returncode not in (0, RENEW):
                 self._note_crash(process)
-                if again:
-                    self.start()
+            if process.returncode and again:
+                self.start()
         return bool(self.processes)
 
     def _note_crash(self, process: subprocess.Popen[bytes]) -> None:
@@ -140,6 +143,9 @@ def run_points(work: Assignment, workers: int, stopped: Sequence[int], console: 
         workers: processes of this machine.
         stopped: signals that have come meanwhile: the first one saves and ends, see `long_work`.
         console: to show on.
+
+    Raises:
+        StudyError: the processes cannot be started.
     """
     team = _Workers(work)
     now = standing(work)
@@ -153,6 +159,10 @@ def run_points(work: Assignment, workers: int, stopped: Sequence[int], console: 
         team.signal(signal.SIGKILL)
         for process in team.processes:
             process.wait()
+    if team.cannot_start:
+        raise StudyError(
+            f"worker processes end before they train anything; see {StudyFolder(work.folder).logs}"
+        )
     return standing(work)
 
 

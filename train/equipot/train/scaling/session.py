@@ -119,17 +119,17 @@ def conclude(begun: Begun, end: Standing, console: Console, *, stopped: bool) ->
 def print_points(begun: Begun, console: Console) -> None:
     """The points in their order, with what they take."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("point", overflow="fold")
     for column in ("parameters", "structures", "steps", "rate", "FLOPs"):
         table.add_column(column, justify="right")
-    table.add_column("of")
+    table.add_column("experiments", overflow="fold")
+    table.add_column("point", overflow="fold")
     for each in begun.points:
         point = each.point
         numbers = (f"{point.parameters:,}", f"{point.train_structures:,}", f"{point.steps:,}")
         held = " (held out)" if point.holdout else ""
         table.add_row(
-            point.name, *numbers, f"{point.learning_rate:g}", f"{point.target_flops:.2e}",
-            ", ".join(point.group) + held,
+            *numbers, f"{point.learning_rate:g}", f"{point.target_flops:.2e}",
+            ", ".join(point.group) + held, point.name,
         )  # fmt: skip
     console.print(table)
     total = sum(each.point.target_flops for each in begun.points)

@@ -25,6 +25,9 @@ from equipot.train.scaling.speed import Measured, Speed
 from equipot.train.worker import StopRequest, end_with_parent
 
 _IDLE_SECONDS = 1.0
+_MOST_POINTS = 50
+RENEW = 75
+"""Exit code of a process that asks for another in its place: some 10 MB a point are never given back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,12 +109,12 @@ class _Stop:
         return self.ended or (self.claim is not None and self.claim.is_lost)
 
 
-def run(work: Assignment, request: StopRequest) -> None:
-    """Train points until none is left, or until asked to stop."""
+def run(work: Assignment, request: StopRequest) -> int:
+    """Train points until none is left, or until asked to stop; the exit code."""
     from equipot.train.scaling.train_point import train_point, why  # torch and deepspeed: seconds
 
     folder, stop = StudyFolder(work.folder), _Stop(request, work.deadline)
-    for point, recipe, mine in _next(work, folder, stop):
+    for count, (point, recipe, mine) in enumerate(_next(work, folder, stop), start=1):
         place = folder.point(point.name)
         stop.claim = mine
         with mine:
@@ -124,6 +127,9 @@ def run(work: Assignment, request: StopRequest) -> None:
         if done:
             place.failure.unlink(missing_ok=True)
             forget(place.path)
+        if count == _MOST_POINTS:
+            return RENEW
+    return 0
 
 
 def _next(work: Assignment, folder: StudyFolder, stop: _Stop) -> Iterator[tuple[Point, Recipe, Claim]]:
@@ -178,8 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request.listen()
     end_with_parent(options.parent)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core each
-    run(Assignment.from_json(sys.stdin.read()), request)
-    return 0
+    return run(Assignment.from_json(sys.stdin.read()), request)
 
 
 if __name__ == "__main__":
