@@ -73,14 +73,14 @@ def test_budgets_are_times_or_flops() -> None:
 def test_seconds_follow_what_was_measured() -> None:
     usual = Speed([])
     assert not usual.is_measured
-    assert 0 < usual.step_seconds(1e6) < usual.step_seconds(1e12)
-    slow = Measured(1e8, 3 * usual.step_seconds(1e8))
-    busy = Measured(1e10, 5 * usual.step_seconds(1e10))
+    assert 0 < usual.step_seconds(1e6, 3) < usual.step_seconds(1e6, 12) < usual.step_seconds(1e12, 3)
+    slow = Measured(1e8, 3, 3 * usual.step_seconds(1e8, 3))
+    busy = Measured(1e10, 3, 5 * usual.step_seconds(1e10, 3))
     speed = Speed([slow, busy, busy])
     assert speed.is_measured
-    assert speed.step_seconds(1e8) == pytest.approx(slow.step_seconds)
-    assert speed.step_seconds(1e10) == pytest.approx(busy.step_seconds)
-    assert speed.step_seconds(1e9) == pytest.approx(math.sqrt(15) * usual.step_seconds(1e9))
+    assert speed.step_seconds(1e8, 3) == pytest.approx(slow.step_seconds)
+    assert speed.step_seconds(1e10, 3) == pytest.approx(busy.step_seconds)
+    assert speed.step_seconds(1e9, 3) == pytest.approx(math.sqrt(15) * usual.step_seconds(1e9, 3))
     # half the FLOPs of a step that is nothing but overhead take as long; twice those of a large one, twice
-    assert speed.step_seconds(1e5) == pytest.approx(speed.step_seconds(5e4), rel=1e-3)
-    assert speed.step_seconds(2e13) == pytest.approx(2 * speed.step_seconds(1e13), rel=1e-2)
+    assert speed.step_seconds(1e5, 3) == pytest.approx(speed.step_seconds(5e4, 3), rel=1e-3)
+    assert speed.step_seconds(2e13, 3) == pytest.approx(2 * speed.step_seconds(1e13, 3), rel=1e-2)

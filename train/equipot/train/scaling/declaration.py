@@ -117,11 +117,13 @@ class Length(Section):
 
 
 class RateSection(Section):
-    """[rate]: the peak learning rate by width, rate = peak · (at_width / width)^power, up to most."""
+    """[rate]: peak · (at_width / width)^power · (at_layers / layers)^depth, the peak learning rate, up to most."""
 
     peak: float = Field(default=4e-3, gt=0, le=1, description="peak learning rate at at_width")
     at_width: int = Field(default=64, ge=1, description="the width that peak is for")
     power: float = Field(default=0.5, ge=0, le=2, description="how it falls with the width; 0: it does not")
+    at_layers: int = Field(default=3, ge=1, description="the number of layers that peak is for")
+    depth: float = Field(default=0.0, ge=0, le=2, description="power by which it falls with the layers")
     most: float = Field(default=1e-2, gt=0, le=1, description="upper bound, for small widths")
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm it up")
 

@@ -114,6 +114,7 @@ class _Planner:
         optimizer: dict[str, Any] = {"steps": steps, "warmup_steps": round(rule.warmup * steps)}
         if not given:
             rate = rule.peak * (rule.at_width / recipe.model.width) ** rule.power
+            rate *= (rule.at_layers / recipe.model.layers) ** rule.depth
             optimizer["learning_rate"] = float(f"{min(rate, rule.most):.4g}")
         sections = {
             "optimizer": optimizer,

@@ -11,7 +11,8 @@ from typing import Any
 from equipot.train.recipe import Recipe
 
 STUDY_VERSION = 1
-"""Raised when the code changes what a point's result is: points of another version are trained again."""
+"""Raised when the code changes what a point's result is, or a recipe's default: points of another version
+are trained again."""
 
 _IDLE = (
     "data.mix",
@@ -76,17 +77,21 @@ class Point:
 def digest(recipe: Recipe, mix_digest: str) -> str:
     """Identity of a run's result, in hexadecimal: the recipe, the data, and the version of the study's code.
 
+    Of the recipe count the values that are not the defaults, so that a key that is added to recipes leaves
+    the points that do not use it as they are.
+
     Args:
         recipe: of the point.
         mix_digest: what is trained, validated and tested on.
     """
-    values = recipe.model_dump(mode="json")
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
     for key in _IDLE:
         section, _, name = key.partition(".")
         if name:
-            values[section].pop(name, None)
+            values.get(section, {}).pop(name, None)
         else:
-            values.pop(section)
+            values.pop(section, None)
+    values = {name: value for name, value in values.items() if value != {}}
     body = {"recipe": values, "mix": mix_digest, "study_version": STUDY_VERSION}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from equipot.train.long_work import told_bar
 from equipot.train.scaling.data import left_out, prepare_data
@@ -19,6 +18,7 @@ from equipot.train.scaling.grid import wishes
 from equipot.train.scaling.order import in_order, parse_budget, shared, within
 from equipot.train.scaling.planning import Planned, plan
 from equipot.train.scaling.runner import Standing, duration, failures, run_points, standing
+from equipot.train.scaling.speed import Speed
 from equipot.train.scaling.worker import Assignment
 
 STOPPED = 130
@@ -118,22 +118,29 @@ def conclude(begun: Begun, end: Standing, console: Console, *, stopped: bool) ->
 
 def print_points(begun: Begun, console: Console) -> None:
     """The points in their order, with what they take."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("parameters", "structures", "steps", "rate", "FLOPs"):
-        table.add_column(column, justify="right")
-    table.add_column("experiments", overflow="fold")
-    table.add_column("point", overflow="fold")
+    usual = Speed([])
+    heads = ("parameters", "structures", "steps", "rate", "FLOPs", "s")
+    lines = [[*heads, "point", "experiments"]]
+    total = seconds = 0.0
     for each in begun.points:
         point = each.point
+        takes = point.steps * usual.step_seconds(each.step_flops, point.layers)
+        total, seconds = total + point.target_flops, seconds + takes
         numbers = (f"{point.parameters:,}", f"{point.train_structures:,}", f"{point.steps:,}")
         held = " (held out)" if point.holdout else ""
-        table.add_row(
-            *numbers, f"{point.learning_rate:g}", f"{point.target_flops:.2e}",
-            ", ".join(point.group) + held, point.name,
+        lines.append(
+            [*numbers, f"{point.learning_rate:.4g}", f"{point.target_flops:.2e}", f"{takes:.0f}", point.name,
+             ", ".join(point.group) + held]
         )  # fmt: skip
-    console.print(table)
-    total = sum(each.point.target_flops for each in begun.points)
-    console.print(f"{len(begun.points)} points, {total:.3g} model FLOPs of training")
+    widths = [max(len(line[k]) for line in lines) for k in range(len(heads))]
+    for line in lines:
+        numbers_there = "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=False))
+        console.print(escape(f"{numbers_there}  {line[-2]}  {line[-1]}"), soft_wrap=True)
+    console.print(
+        f"{len(begun.points)} points, {total:.3g} model FLOPs of training, {duration(seconds)} of a core "
+        "that nothing else is done on",
+        soft_wrap=True,
+    )
 
 
 def _settle(folder: StudyFolder, each: Planned) -> None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_STEP_SECONDS = 0.02
-_FLOPS_A_SECOND = 4e10
-"""What a step takes whatever its width, and what its products take besides, on one core of a server's CPU."""
+_STEP_SECONDS, _LAYER_SECONDS, _FLOPS_A_SECOND = 0.005, 0.005, 4e10
+"""What a step and each of its layers take whatever the width, and what products take besides, on one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +17,7 @@ class Measured:
     """Steps of one kind that were timed, validations included."""
 
     step_flops: float
+    layers: int
     step_seconds: float
 
 
@@ -25,7 +25,7 @@ class Speed:
     """Seconds of a step by its FLOPs: a core's usual ones, times how much longer measured steps took.
 
     That factor is interpolated between measured steps by the logarithm of FLOPs, and stays outside of them:
-    small steps take as long as each other, large ones go at a rate.
+    small steps take as long as their layers do, large ones go at a rate.
     """
 
     def __init__(self, measured: Sequence[Measured]) -> None:
@@ -33,18 +33,18 @@ class Speed:
         alike: dict[float, list[tuple[float, float]]] = {}
         for each in measured:
             at = math.log(each.step_flops)
-            factor = math.log(each.step_seconds / _usual(each.step_flops))
+            factor = math.log(each.step_seconds / _usual(each.step_flops, each.layers))
             alike.setdefault(round(at, 1), []).append((at, factor))
         self._points = np.array(sorted(np.mean(each, axis=0).tolist() for each in alike.values()))
 
-    def step_seconds(self, step_flops: float) -> float:
-        """Of a step of so many FLOPs."""
-        usual = _usual(step_flops)
+    def step_seconds(self, step_flops: float, layers: int) -> float:
+        """Of a step of so many FLOPs, through so many layers."""
+        usual = _usual(step_flops, layers)
         if not self.is_measured:
             return usual
         factor = np.interp(math.log(step_flops), self._points[:, 0], self._points[:, 1])
         return usual * math.exp(float(factor))
 
 
-def _usual(step_flops: float) -> float:
-    return _STEP_SECONDS + step_flops / _FLOPS_A_SECOND
+def _usual(step_flops: float, layers: int) -> float:
+    return _STEP_SECONDS + layers * _LAYER_SECONDS + step_flops / _FLOPS_A_SECOND

@@ -82,7 +82,7 @@ def measured_in(folder: StudyFolder) -> list[Measured]:
         result = read_json(path) or {}
         steps, seconds, flops = result.get("steps"), result.get("seconds"), result.get("flops")
         if steps and seconds and flops:
-            found.append(Measured(flops / steps, seconds / steps))
+            found.append(Measured(flops / steps, int(result["point"]["layers"]), seconds / steps))
     return found
 
 
@@ -160,7 +160,7 @@ def _fits(point: Point, place: PointFolder, speed: Speed, deadline: float | None
 def seconds_left(point: Point, folder: PointFolder, speed: Speed) -> float:
     """What the training of a point is going to take from where it stands."""
     steps = point.steps - progress_of(folder).get("step", 0)
-    return max(0, steps) * speed.step_seconds(point.target_flops / point.steps)
+    return max(0, steps) * speed.step_seconds(point.target_flops / point.steps, point.layers)
 
 
 def progress_of(folder: PointFolder) -> dict[str, int]:
