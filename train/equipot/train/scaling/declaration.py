@@ -117,7 +117,7 @@ class Length(Section):
 
 
 class RateSection(Section):
-    """[rate]: peak · (at_width / width)^power · (at_layers / layers)^depth, the peak learning rate, up to most."""
+    """[rate]: peak · (at_width / width)^power · (at_layers / layers)^depth, and no more than most."""
 
     peak: float = Field(default=4e-3, gt=0, le=1, description="peak learning rate at at_width")
     at_width: int = Field(default=64, ge=1, description="the width that peak is for")
