@@ -174,6 +174,14 @@ def test_models_and_machines_that_the_quick_ways_do_not_take(
     assert not half.batch_invariant
     batch = collate(structures["molecules"], dtype=torch.float32)
     assert torch.isfinite(half(batch).forces).all()  # type: ignore[arg-type]
+    for fields in ({"residual": "initial"}, {"architecture": "moments"}):
+        other = make_model(dtype=torch.float32, **fields)
+        frozen = FrozenPotential(make_model(dtype=torch.float32, **fields))
+        assert frozen.way == "autograd"
+        assert_same(frozen(batch, stress=True), other(batch, stress=True), 1e-6)
+        narrow = FrozenPotential(make_model(dtype=torch.bfloat16, **fields))(batch)
+        assert torch.isfinite(narrow.forces).all()  # type: ignore[arg-type]
+        assert narrow.energy.dtype == torch.float64
     with kernels.pure_torch():
         assert FrozenPotential(make_model()).way == "analytic"
         with pytest.raises(ValueError, match="compiled"):

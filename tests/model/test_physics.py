@@ -40,22 +40,50 @@ def test_forces_and_stress_are_the_energys_gradient(
     check(make_model(messages=messages), structures[kind])
 
 
-@pytest.mark.parametrize("fields", [{"residual": False}, {"normalisation": "none"}, {"layers": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"residual": False}, {"residual": "initial"}, {"normalisation": "none"}, {"layers": 1}],
+    ids=lambda fields: str(*fields.values()),
+)
+@pytest.mark.parametrize("architecture", ["egnn", "moments"])
 @pytest.mark.parametrize("check", [*CHECKS, CONSERVATIVE_CHECKS[0]], ids=lambda check: check.__name__)
 def test_other_configs_obey_too(
     check: Check,
+    architecture: str,
     fields: dict[str, object],
     structures: dict[str, list[Graph]],
     make_model: Callable[..., Potential],
 ) -> None:
-    check(make_model(**fields), structures["mixed"])
+    check(make_model(architecture=architecture, **fields), structures["mixed"])
 
 
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
-def test_float32_obeys_within_its_precision(
-    forces: str, structures: dict[str, list[Graph]], make_model: Callable[..., Potential]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_moments_obey(
+    check: Check,
+    kind: str,
+    forces: str,
+    structures: dict[str, list[Graph]],
+    make_model: Callable[..., Potential],
 ) -> None:
-    model = make_model(forces=forces, dtype=torch.float32)
+    check(make_model(architecture="moments", forces=forces), structures[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("check", CONSERVATIVE_CHECKS, ids=lambda check: check.__name__)
+def test_forces_and_stress_of_moments_are_the_energys_gradient(
+    check: Check, kind: str, structures: dict[str, list[Graph]], make_model: Callable[..., Potential]
+) -> None:
+    check(make_model(architecture="moments"), structures[kind])
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct"])
+@pytest.mark.parametrize("architecture", ["egnn", "moments"])
+def test_float32_obeys_within_its_precision(
+    architecture: str, forces: str, structures: dict[str, list[Graph]], make_model: Callable[..., Potential]
+) -> None:
+    model = make_model(architecture=architecture, forces=forces, dtype=torch.float32)
     for check in CHECKS:
         check(model, structures["mixed"])
 

@@ -1,6 +1,6 @@
 """What every network between embeddings and heads has in common: the seam at which architectures enter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from equipot.model.config import ModelConfig
 from equipot.model.geometry import Edges
 from equipot.model.heads import ForceHead
+from equipot.model.residual import layer_input
 
 RunLayer = Callable[[nn.Module, Tensor, Edges], Tensor]
 
@@ -27,6 +28,8 @@ class Backbone(nn.Module):
 
     reads_directions: ClassVar[bool] = False
     """Whether it reads `Edges.directions`. Lengths alone make forces cheaper."""
+    compiles: ClassVar[bool] = True
+    """Whether torch.compile can follow it in eval mode."""
     has_forms: ClassVar[bool] = False
     """Whether its messages have the orders of evaluation of `ModelConfig.messages`."""
     force_head: ClassVar[type[nn.Module]] = ForceHead
@@ -34,4 +37,12 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self._config = config
         self.run_layer: RunLayer = run_layer_directly
+
+    def run_layers(self, layers: Iterable[nn.Module], h: Tensor, edges: Edges) -> Tensor:
+        """What the last layer gives, of what the first is given."""
+        first = h
+        for layer in layers:
+            h = self.run_layer(layer, layer_input(self._config, h, first), edges)
+        return h

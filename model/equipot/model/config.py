@@ -10,8 +10,10 @@ from equipot.model.elements import MAX_ATOMIC_NUMBER
 from equipot.model.errors import ModelError
 
 _CHOICES = {
-    "forces": ("conservative", "direct"),
+    "forces": ("conservative", "direct", "invariant"),
+    "inputs": ("invariant", "raw"),
     "normalisation": ("layer", "none"),
+    "residual": (True, False, "initial"),
 }
 MessageForm = Literal["fast", "balanced", "lean", "split", "plain"]
 _TUPLES = ("elements", "levels_of_theory", "charges", "spin_multiplicities")
@@ -31,10 +33,13 @@ class ModelConfig:
     """Radius in Å beyond which two atoms exchange no message."""
     radial: int = 16
     """Radial basis functions between 0 and the cutoff."""
-    forces: Literal["conservative", "direct"] = "conservative"
-    """``conservative``: minus the energy's gradient; ``direct``: an equivariant head of its own."""
-    residual: bool = True
-    """Whether a layer adds to the atoms' features or replaces them."""
+    forces: Literal["conservative", "direct", "invariant"] = "conservative"
+    """``conservative``: minus the energy's gradient; ``direct``: an equivariant head of its own;
+    ``invariant``: a control of the scaling study, a head of invariants alone, whose forces do not turn."""
+    inputs: Literal["invariant", "raw"] = "invariant"
+    """``raw``: a control of the scaling study, coordinates as features of atoms; no symmetry is left."""
+    residual: bool | Literal["initial"] = True
+    """Whether a layer adds to the atoms' features or replaces them; ``initial``: see `residual`."""
     normalisation: Literal["layer", "none"] = "layer"
     """LayerNorm before each layer and before the heads, or nothing."""
     messages: MessageForm | tuple[MessageForm, ...] = "fast"
@@ -62,13 +67,17 @@ class ModelConfig:
                 raise ModelError(f"model config: {name} is {value!r}; give a positive number")
             object.__setattr__(self, name, float(value))
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ModelError(
-                    f"model config: {name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
-                )
+            value = getattr(self, name)
+            # A number is no answer, though 1 == True.
+            if value not in choices or not isinstance(value, bool | str):
+                words = ", ".join(str(choice).lower() for choice in choices)
+                raise ModelError(f"model config: {name} is {value!r}; choose one of {words}")
+        if self.inputs == "raw" and self.forces == "conservative":
+            raise ModelError(
+                "model config: inputs = 'raw' gives energies that are no function of edges, and forces = "
+                "'conservative' are derivatives by edges; use forces = 'direct' or 'invariant'"
+            )
         self._check_messages()
-        if not isinstance(self.residual, bool):
-            raise ModelError(f"model config: residual is {self.residual!r}; give true or false")
         if not isinstance(self.architecture, str) or not self.architecture:
             raise ModelError(f"model config: architecture is {self.architecture!r}; give a name")
         self._check_sets()
@@ -115,10 +124,15 @@ class ModelConfig:
             raise ModelError(f"model config: levels_of_theory is {levels}; give non-empty names")
 
     def to_json(self) -> dict[str, Any]:
-        """The config as JSON types, one key per field."""
+        """The config as JSON types, one key per field.
+
+        What no bundle has, a control's inputs, is written only where it is chosen: earlier releases do not
+        know the key, and read bundles without it.
+        """
         return {
             field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
             for field in dataclasses.fields(self)
+            if (field.name, getattr(self, field.name)) != ("inputs", "invariant")
         }
 
     @classmethod

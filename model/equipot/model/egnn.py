@@ -18,12 +18,13 @@ from equipot.model.messages import MessageSum
 from equipot.model.node_linear import NodeLinear
 from equipot.model.norm import LayerNorm
 from equipot.model.recalled import Recipe, computed_again, stays
+from equipot.model.residual import Residual
 
 
 class EGNNLayer(nn.Module):
     """One round of messages: u_i = W_d silu(W_c h_i + W_g Σ_j m_ij / √mean_neighbors + b) + b'."""
 
-    def __init__(self, config: ModelConfig, form: MessageForm) -> None:
+    def __init__(self, config: ModelConfig, form: MessageForm, place: int) -> None:
         super().__init__()
         width = config.width
         self.norm = LayerNorm(width) if config.normalisation == "layer" else nn.Identity()
@@ -31,7 +32,7 @@ class EGNNLayer(nn.Module):
         self.own = NodeLinear(width, width)
         self.gathered = NodeLinear(width, width, bias=False)
         self.down = NodeLinear(width, width)
-        self.residual = config.residual
+        self.residual = Residual(config, place)
         self.forgets = form == "lean"
         # The root keeps a sum of n independent messages at the size of one; dividing by n instead left a
         # quarter more force error after the same training.
@@ -49,7 +50,7 @@ class EGNNLayer(nn.Module):
         rows = before.detach()
         with self._again(hidden, lambda: functional.silu(rows), put_off):
             update: Tensor = self.down(hidden, put_off).to(stream.dtype)
-        return stream + update if self.residual else update
+        return self.residual.leave(stream, update)
 
     def _again(self, tensor: Tensor, recipe: Recipe, put_off: bool) -> AbstractContextManager[None]:
         """Lean forgets what little work makes again, but for second derivatives."""
@@ -64,12 +65,13 @@ class EGNN(Backbone):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.layers = nn.ModuleList(EGNNLayer(config, form) for form in config.message_forms)
+        self.layers = nn.ModuleList(
+            EGNNLayer(config, form, place) for place, form in enumerate(config.message_forms)
+        )
         self.norm = LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
 
     def forward(self, h: Tensor, edges: Edges) -> Tensor:
         """Features (N, H) in the edges' dtype from embeddings (N, H)."""
-        for layer in self.layers:
-            h = self.run_layer(layer, h, edges)
+        h = self.run_layers(self.layers, h, edges)
         out: Tensor = self.norm(h.to(edges.radial.dtype))
         return out

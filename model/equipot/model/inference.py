@@ -104,6 +104,7 @@ def _ways(potential: Potential) -> list[Way]:
     devices = {parameter.device.type for parameter in potential.parameters()}
     # Blocks are for a processor's caches; in bfloat16 sums need the care that autograd's way takes.
     known = all(type(module) in _KNOWN for module in potential.modules())
+    known = known and potential.config.residual != "initial"
     if not known or devices != {"cpu"} or dtypes not in ({torch.float32}, {torch.float64}):
         return ["autograd"]
     if packed_bytes(potential) > PACK_BYTES or kernels.library() is None:

@@ -113,7 +113,7 @@ def _forward(
         sums.index_add_(0, geometry.edges.receivers[block], message.mul_(geometry.envelope[block]))
     trace.update.addmm_(sums.mul_(layer.message_scale), layer.gathered.weight.t())
     out: Tensor = layer.down(functional.silu(trace.update))
-    return (out.add_(x) if layer.residual else out), trace
+    return (out.add_(x) if layer.residual.adds else out), trace
 
 
 def _edge_values(
@@ -181,7 +181,7 @@ def _back(
     g_h = g_update @ layer.own.weight
     g_h.addmm_(g_receiver, up.receiver.weight).addmm_(g_sender, up.sender.weight)
     through = _norm_backward(layer.norm, g_h, trace.stream)
-    return through.add_(g) if layer.residual else through
+    return through.add_(g) if layer.residual.adds else through
 
 
 def _norm_backward(norm: nn.Module, g: Tensor, x: Tensor) -> Tensor:

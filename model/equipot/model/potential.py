@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,16 @@ from equipot.model.geometry import (
 )
 from equipot.model.heads import Embedding, EnergyHead
 from equipot.model.messages import BLOCKED_FORMS
+from equipot.model.moments import MomentsBackbone
 from equipot.model.references import References
 
-BACKBONES: dict[str, type[Backbone]] = {"egnn": EGNN}
+T = TypeVar("T")
+
+# What a config's words stand for. Training's controls are added by the study that has them.
+BACKBONES: dict[str, type[Backbone]] = {"egnn": EGNN, "moments": MomentsBackbone}
+EMBEDDINGS: dict[str, type[Embedding]] = {"invariant": Embedding}
+FORCE_HEADS: dict[str, type[nn.Module]] = {}
+"""Besides ``direct``, which is the backbone's own."""
 
 # Small, not zero: an untrained model predicts almost its references, and every weight has a gradient at once.
 _OUTPUT_GAIN = 0.1
@@ -55,17 +63,16 @@ class Potential(nn.Module):
     def __init__(self, config: ModelConfig, references: References) -> None:
         super().__init__()
         references.check_against(config)
-        if config.architecture not in BACKBONES:
-            raise ModelError(
-                f"model config: architecture is {config.architecture!r}; choose one of {', '.join(BACKBONES)}"
-            )
         self.config = config
         self.references = references
         self._reference_tensors: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.embedding = Embedding(config)
-        self.backbone = BACKBONES[config.architecture](config)
+        self.embedding = _known(EMBEDDINGS, "inputs", config.inputs)(config)
+        self.backbone = _known(BACKBONES, "architecture", config.architecture)(config)
         self.energy_head = EnergyHead(config)
-        self.force_head = self.backbone.force_head(config) if config.forces == "direct" else None
+        self.force_head: nn.Module | None = None
+        if config.forces != "conservative":
+            heads = {"direct": self.backbone.force_head} | FORCE_HEADS
+            self.force_head = _known(heads, "forces", config.forces)(config)
         if not self.energy_head.down.weight.is_meta:
             self.reset_parameters()
 
@@ -187,6 +194,11 @@ class Potential(nn.Module):
         )
 
     def _check_compiling(self, *, by_gradient: bool) -> None:
+        if not self.backbone.compiles:
+            _refuse_compiling(
+                f"architecture = {self.config.architecture!r} cannot be compiled: it sorts edges by numbers "
+                "that a trace does not have; use it uncompiled"
+            )
         if self._in_blocks():
             _refuse_compiling(
                 f"messages = {self.config.messages!r} cannot be compiled: it works by blocks of edges, with "
@@ -274,6 +286,12 @@ class Potential(nn.Module):
                 torch.tensor(self.references.scale, device=device),
             )
         return self._reference_tensors[device]
+
+
+def _known(registry: Mapping[str, T], field: str, word: str) -> T:
+    if word not in registry:
+        raise ModelError(f"model config: {field} is {word!r}; choose one of {', '.join(registry)}")
+    return registry[word]
 
 
 # Raised within the trace, it would be taken for code that cannot be traced.

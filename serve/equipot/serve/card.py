@@ -70,7 +70,7 @@ class ModelCard:
             spin_multiplicities=config.spin_multiplicities,
             cutoff=config.cutoff,
             mean_neighbors=config.mean_neighbors,
-            force_mode=config.forces,
+            force_mode="unknown" if config.forces == "invariant" else config.forces,
             # Stress is a derivative of the energy: a direct head has none.
             has_stress=config.forces == "conservative",
             dtype=card.dtype,

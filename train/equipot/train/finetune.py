@@ -73,17 +73,18 @@ def with_architecture(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
 
 def _agreed(recipe: Recipe, theirs: Mapping[str, Any], who: str) -> Recipe:
     model: dict[str, Any] = {}
-    for name in ModelSection.model_fields:
+    for name, field in ModelSection.model_fields.items():
         mine = getattr(recipe.model, name)
         if name in _FREE:
             model[name] = mine
             continue
-        if name in recipe.model.model_fields_set and mine != theirs[name]:
+        their = theirs.get(name, field.default)
+        if name in recipe.model.model_fields_set and mine != their:
             raise RecipeError(
-                f"model.{name} = {mine!r} contradicts finetune.bundle: {who} {theirs[name]!r}. Remove "
+                f"model.{name} = {mine!r} contradicts finetune.bundle: {who} {their!r}. Remove "
                 "the key; a fine-tuned model has its bundle's architecture"
             )
-        model[name] = theirs[name]
+        model[name] = their
     return recipe.model_copy(update={"model": ModelSection(**model)})
 
 

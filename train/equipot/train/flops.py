@@ -1,8 +1,9 @@
 """How many floating-point operations a training step's matrix products are, by configuration. Knows no torch.
 
 Counted is what the function needs, as torch's autograd evaluates it; of the EGNN, in the split form of its
-messages (:mod:`equipot.model.messages`): what other forms, activation checkpointing or ZeRO stage 3 do
-besides is not. A product of (n, a) and (a, b) numbers is 2·n·a·b operations, and everything else is left out.
+messages (:mod:`equipot.model.messages`): what other forms, empty slots of edges (:mod:`equipot.model.slots`),
+activation checkpointing or ZeRO stage 3 do besides is not. A product of (n, a) and (a, b) numbers is 2·n·a·b
+operations, and everything else is left out.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _plain(product: Product, frozen: bool, heads_only: bool) -> int:
     # forward; then the weight's gradient; then that of the features, unless nothing before them learns
     if frozen:
         return 1
-    by_features = product.last if heads_only else product.learns
+    by_features = product.last or product.with_geometry if heads_only else product.learns
     return 1 + (not product.with_geometry) + by_features
 
 
@@ -109,4 +110,30 @@ def _egnn(config: ModelConfig) -> Iterator[Product]:
         yield Product(width * levels, per_edge=True, head=True, last=True)
 
 
-_PRODUCTS: Mapping[str, Callable[[ModelConfig], Iterator[Product]]] = {"egnn": _egnn}
+_DEGREES = (1, 3, 5)  # harmonics of each degree; `equipot.model.harmonics` has them, and torch
+
+
+def _moments(config: ModelConfig) -> Iterator[Product]:
+    width, levels = config.width, len(config.levels_of_theory)
+    for layer in range(config.layers):
+        for _ in ("sender", "own"):
+            yield Product(width**2, per_edge=False, moves=layer > 0)
+        yield from _filters(config, sum(_DEGREES), head=False)
+        for size in _DEGREES[1:]:
+            yield Product(size * width**2, per_edge=False)
+        yield Product(len(_DEGREES) * width**2, per_edge=False)
+        yield Product(width**2, per_edge=False)
+    yield from _energy_head(config)
+    if config.forces == "direct":
+        for _ in ("sender", "up"):
+            yield Product(width**2, per_edge=False, head=True)
+        yield from _filters(config, 3, head=True)
+        yield Product(3 * width * levels, per_edge=False, head=True, last=True)
+
+
+def _filters(config: ModelConfig, angular: int, *, head: bool) -> Iterator[Product]:
+    yield Product(config.radial * config.width, per_edge=True, head=head, learns=False)
+    yield Product(angular * config.width, per_edge=True, head=head, with_geometry=True)
+
+
+_PRODUCTS: Mapping[str, Callable[[ModelConfig], Iterator[Product]]] = {"egnn": _egnn, "moments": _moments}

@@ -108,7 +108,10 @@ class DataSection(Section):
 class ModelSection(Section):
     """[model]: the network; elements, charges and mean neighbours come from the training split."""
 
-    architecture: Literal["egnn"] = Field(default="egnn", description="the kind of network")
+    architecture: Literal["egnn", "moments"] = Field(
+        default="egnn",
+        description="the kind of network: egnn, or moments, which takes less compute for the same error",
+    )
     width: int = Field(
         default=128, ge=1, le=65536, description="channels per atom; parameters grow as width²"
     )
@@ -116,9 +119,13 @@ class ModelSection(Section):
     cutoff: float = Field(default=5.0, gt=0, le=20, description="radius of interaction, Å")
     radial: int = Field(default=16, ge=1, le=512, description="radial basis functions")
     forces: Literal["conservative", "direct"] = Field(
-        default="conservative", description="−∂E/∂positions, or a head of its own (cheaper, no stress)"
+        default="conservative",
+        description="−∂E/∂positions, or a head of its own (cheaper, no stress)",
     )
-    residual: bool = Field(default=True, description="layers add to their input")
+    residual: bool | Literal["initial"] = Field(
+        default=True,
+        description="layers add to their input; initial: and to the embeddings, for deep stacks (GCNII)",
+    )
     normalisation: Literal["layer", "none"] = Field(
         default="layer", description="layer norm of node features"
     )
@@ -139,6 +146,15 @@ class ModelSection(Section):
                     f"{word!r} is none of {known}; give one of them, or a list of one for each layer"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _forms_are_the_egnns(self) -> Self:
+        if self.architecture != "egnn" and self.messages != "fast":
+            raise ValueError(
+                f"messages = {self.messages!r} are orders of evaluation of the egnn; remove the key, "
+                f"{self.architecture} has one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_form_for_each_layer(self) -> Self:

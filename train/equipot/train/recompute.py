@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -11,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from equipot.model.duals import dual, has_tangent, parts_of
 from equipot.model.geometry import Edges
+
+_MOVING = ("radial", "envelope", "directions", "angular")
+"""What of edges depends on positions, and so has tangents."""
 
 
 def recomputed(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
@@ -27,20 +31,15 @@ def recomputed(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
 def _recomputed_with_tangents(layer: nn.Module, h: Tensor, edges: Edges) -> Tensor:
     # Dual numbers end with their level, before the backward pass begins: what is computed again starts from
     # values and tangents apart, at a level of its own.
-    def run(*parts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        duals = [
-            None if value is None else dual(value, tangent)
-            for value, tangent in zip(parts[::2], parts[1::2], strict=True)
-        ]
-        stream, radial, envelope, directions = duals
-        assert stream is not None
-        assert radial is not None
-        assert envelope is not None
-        inner = replace(edges, radial=radial, envelope=envelope, directions=directions)
-        return parts_of(layer(stream, inner))
+    names = [name for name in _MOVING if getattr(edges, name) is not None]
 
-    read = (h, edges.radial, edges.envelope, edges.directions)
-    pairs = [part for tensor in read for part in ((None, None) if tensor is None else parts_of(tensor))]
+    def run(*parts: Tensor) -> tuple[Tensor, Tensor | None]:
+        stream, *read = (dual(*pair) for pair in zip(parts[::2], parts[1::2], strict=True))
+        inner: dict[str, Any] = dict(zip(names, read, strict=True))
+        return parts_of(layer(stream, replace(edges, **inner)))
+
+    read = [h, *(getattr(edges, name) for name in names)]
+    pairs = [part for tensor in read for part in parts_of(tensor)]
     outputs = checkpoint(
         run,
         *pairs,
