@@ -21,6 +21,7 @@ from equipot.train.finetune import (
     read_parent,
 )
 from equipot.train.inherit import suited_references
+from equipot.train.joint_references import joint_references
 from equipot.train.long_work import told_bar
 from equipot.train.mix import Mix
 from equipot.train.mix_build import build_mix
@@ -110,7 +111,7 @@ def make_card(recipe: Recipe, mix: Mix) -> RunCard:
         recipe=recipe,
         config=config,
         parent=None if parent is None else ParentRecord.of(recipe, parent),
-        references=mix.card.references,
+        references=joint_references(mix) if recipe.data.references == "shared" else mix.card.references,
         stores=tuple(StoreRecord.of(store) for store in mix.stores),
         mix=MixRecord.of(mix, recipe.data.subset, own=recipe.data.mix is None),
     )

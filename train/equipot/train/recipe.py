@@ -68,6 +68,11 @@ class DataSection(Section):
         description='how much of the training split: a fraction in (0, 1], or bytes as "120 GB"; smaller '
         "subsets lie inside larger ones, validation and test stay the same",
     )
+    references: Literal["per-level", "shared"] = Field(
+        default="per-level",
+        description="reference energies by element and level of theory; shared is a control of the scaling "
+        "study: one of each element for all levels",
+    )
     fractions: tuple[float, float, float] | None = Field(
         default=None,
         description="shares of training, validation and test; they add up to 1; 0.8, 0.1, 0.1 by default",

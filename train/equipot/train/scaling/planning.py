@@ -140,7 +140,7 @@ class _Planner:
     def _point(self, wish: Wish, recipe: Recipe, card: RunCard, sight: Sight, each: float) -> Point:
         model = recipe.model
         identity = digest(recipe, self._data.mix.card.digest)
-        references = str(getattr(recipe.data, "references", "per-level"))
+        references = recipe.data.references
         overrides = {key: value for key, value in wish.axes.items() if is_key(key)}
         return Point(
             name=name_of(recipe, references, identity),
