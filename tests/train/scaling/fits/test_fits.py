@@ -130,8 +130,9 @@ def test_depth_is_compared_at_equal_size_and_its_verdict_follows_the_numbers(
         sizes = [row.parameters for row in each.rows]
         assert max(sizes) / min(sizes) < 1.25
     words = list(of_depth(list(series.values()), fits, 0.9))
-    assert any("no residuals: 12 layers are worse than 3" in line for line in words)
-    assert any(line.startswith("egnn: 12 layers are not told apart from 3") for line in words)
+    assert any("no residuals" in line and "12 layers are worse than 3" in line for line in words)
+    assert any("egnn" in line and "12 layers are not told apart from 3" in line for line in words)
+    assert any(line.endswith("Width wins between 2 and 12 layers.") for line in words)
 
 
 def test_the_table_has_every_point_and_the_tests_errors(results: StudyResults) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,17 +82,25 @@ class Comparison:
     shifts: tuple[LawShift, ...]
 
 
-_PAIRINGS: Sequence[tuple[str, Callable[[Row], Hashable]]] = (
+_Key = Callable[[Row], Hashable]
+_PAIRINGS: Sequence[tuple[str, bool, _Key]] = (
     (
         "same width, depth, data, steps and seed",
+        False,
         lambda row: (row.width, row.layers, row.data_fraction, row.steps, row.structures_per_step, row.seed),
     ),
     (
         "same width, depth, data and seed, equal compute",
+        True,
         lambda row: (row.width, row.layers, row.data_fraction, row.structures_per_step, row.seed),
     ),
-    ("same data and seed, equal compute", lambda row: (row.data_fraction, row.structures_per_step, row.seed)),
+    (
+        "same data and seed, equal compute",
+        True,
+        lambda row: (row.data_fraction, row.structures_per_step, row.seed),
+    ),
 )
+"""What pairs have in common, whether compute is, and all else that is."""
 
 
 def compare_families(rows: Sequence[Row], fits: Fits) -> list[Comparison]:
@@ -108,10 +116,14 @@ def compare(rows: Sequence[Row], fits: Fits, family: Family) -> Comparison:
     mine = [row for row in rows if Family.of(row) == family]
     theirs = [row for row in rows if Family.of(row) == fits.base]
     how, pairs = "", []
-    for how, key in _PAIRINGS:  # noqa: B007 - the last one that was tried is told
-        pairs = _paired(theirs, mine, key)
+    backbone = family.architecture != fits.base.architecture
+    # of other architectures it is the budget that has to be the same, not the width
+    for how, equal, key in reversed(_PAIRINGS) if backbone else _PAIRINGS:  # noqa: B007 - it is told
+        pairs = _paired(theirs, mine, key, equal_compute=equal)
         if pairs:
             break
+    usual = Counter(row.layers for row in theirs).most_common(1)[0][0]
+    pairs = [pair for pair in pairs if pair[1].layers == usual] or pairs
     level = next((law.fit.level for law in fits.laws if law.fit), 0.9)
     return Comparison(
         family=family,
@@ -146,24 +158,21 @@ def effect(values: Sequence[tuple[float, float]], level: float) -> Effect | None
 
 
 def _paired(
-    theirs: Sequence[Row], mine: Sequence[Row], key: Callable[[Row], Hashable]
+    theirs: Sequence[Row], mine: Sequence[Row], key: _Key, *, equal_compute: bool
 ) -> list[tuple[Row, Row]]:
     by_key: dict[Hashable, list[Row]] = defaultdict(list)
     for row in theirs:
         by_key[key(row)].append(row)
     pairs = []
     for row in mine:
-        near = [other for other in by_key[key(row)] if _close(row, other)]
-        same = [other for other in near if other.steps == row.steps and other.width == row.width]
-        if same or near:
-            best = min(same or near, key=lambda other: abs(np.log(other.flops / row.flops)))
+        near = by_key[key(row)]
+        if equal_compute:
+            near = [other for other in near if 1 / _CLOSE < row.flops / other.flops < _CLOSE]
+        near = [other for other in near if set(other.group) & set(row.group)] or near
+        if near:
+            best = min(near, key=lambda other: abs(np.log(other.flops / row.flops)))
             pairs.append((best, row))
     return pairs
-
-
-def _close(row: Row, other: Row) -> bool:
-    equal = other.steps == row.steps and other.width == row.width and other.layers == row.layers
-    return equal or 1 / _CLOSE < row.flops / other.flops < _CLOSE
 
 
 def _shifts(fits: Fits, family: Family) -> list[LawShift]:

@@ -29,8 +29,8 @@ _SHORT = {"loss": "loss", "energy": "energy MAE", "forces": "force MAE"}
 
 
 def is_confound(comparison: Comparison) -> bool:
-    """Whether one switch alone differs."""
-    return len(comparison.changes) == 1 and next(iter(comparison.changes)) in SWITCHES
+    """Whether switches alone differ."""
+    return set(comparison.changes) <= set(SWITCHES)
 
 
 def is_architecture(comparison: Comparison) -> bool:
@@ -129,10 +129,10 @@ def of_contests(contests: Sequence[Contest]) -> Figure | None:
     """The loss of candidates over that of the base, by source and share of the base's compute."""
     if not contests:
         return None
-    figure, axes = panels(
-        len(contests), width=4.8, height=1.5 + 0.4 * max(len(c.by_source) for c in contests)
-    )
-    for axis, contest in zip(axes, contests, strict=True):
+    shown = [each for k, each in enumerate(contests) if k == 0 or each.reached] or contests
+    height = 1.2 + 0.35 * max(len(each.by_source) for each in shown)
+    figure, axes = grid(len(shown), min(3, len(shown)), width=4.6, height=height)
+    for axis, contest in zip(axes, shown, strict=True):
         names = list(contest.by_source)
         for k, name in enumerate(names):
             _interval(axis, contest.by_source[name], k, COLOURS[0 if k else 6], "o" if k else "D")

@@ -32,7 +32,7 @@ LETTERS = {
 SIZE, DATA, COMPUTE = ("parameters",), ("training structures",), ("model FLOPs",)
 SIZE_AND_DATA, SIZE_AND_SEEN = ("parameters", "training structures"), ("parameters", "structures seen")
 _KINDS = (SIZE, DATA, SIZE_AND_DATA, SIZE_AND_SEEN)
-_OF_BASE = 3
+_OF_BASE = 4
 """Curves of one kind that are fitted of the base family, at most."""
 
 

@@ -152,12 +152,13 @@ def _alike(
         if "structures seen" in variables:
             yield family, fixed, members
             continue
-        for amount, equal in _equally_long(members, LENGTHS[unit]):
+        for amount, equal in equally_long(members, LENGTHS[unit]):
             shown = f"{amount:.0f}" if unit == "steps" else f"{amount:.3g}"
             yield family, (*fixed, (unit, shown)), equal
 
 
-def _equally_long(rows: Sequence[Row], length: Callable[[Row], float]) -> Iterator[tuple[float, list[Row]]]:
+def equally_long(rows: Sequence[Row], length: Callable[[Row], float]) -> Iterator[tuple[float, list[Row]]]:
+    """Points of one length, and it, the shortest first."""
     ordered = sorted(rows, key=length)
     run: list[Row] = []
     for row in ordered:

@@ -62,13 +62,17 @@ def of_steps_and_epochs(fits: Fits) -> Iterator[str]:
 
 def steps_against_epochs(fits: Fits) -> LawShift | None:
     """The base's law in data at equal epochs beside that at equal steps."""
-    by_unit: dict[str, Law] = {}
-    for law in fits.of(DATA):
-        unit = next((name for name in ("steps", "epochs") if name in dict(law.slice.fixed)), "")
-        if law.fit is not None:
-            by_unit.setdefault(unit, law)
-    if {"steps", "epochs"} <= set(by_unit):
-        return shift(by_unit["steps"], by_unit["epochs"])
+
+    def apart(law: Law) -> tuple[str, tuple[tuple[str, str], ...]]:
+        rest = tuple(each for each in law.slice.fixed if each[0] not in ("steps", "epochs"))
+        return next((name for name in ("steps", "epochs") if name in dict(law.slice.fixed)), ""), rest
+
+    fitted = [law for law in fits.of(DATA) if law.fit is not None]
+    for one in fitted:
+        for other in fitted:
+            (unit, rest), (other_unit, other_rest) = apart(one), apart(other)
+            if (unit, other_unit) == ("steps", "epochs") and rest == other_rest:
+                return shift(one, other)
     return None
 
 
@@ -131,7 +135,7 @@ def of_compute(fits: Fits) -> Iterator[str]:
 def of_depth(series: Sequence[DepthSeries], fits: Fits, level: float) -> Iterator[str]:
     """Width against depth at equal size; whether deep models are as good as shallow ones, by family."""
     for each in series:
-        label = each.family.label(fits.base)
+        label = each.label(fits.base)
         means = {
             depth: float(np.mean([row.value("loss") for row in each.rows if row.layers == depth]))
             for depth in each.depths
@@ -140,7 +144,7 @@ def of_depth(series: Sequence[DepthSeries], fits: Fits, level: float) -> Iterato
         shallow, deep = each.depths[0], each.depths[-1]
         yield (
             f"{label}: of equal size the best has {best} layers; {_depth_words(each, deep, best, level)}; "
-            f"{_depth_words(each, shallow, best, level)}."
+            f"{_depth_words(each, shallow, best, level)}. {_width_or_depth(each, level)}"
         )
         if deep >= _DEEP:
             reference = min(each.depths, key=lambda depth: abs(depth - 3))
@@ -245,6 +249,14 @@ def _over_depth(series: DepthSeries, one: int, other: int, level: float) -> Any:
     first, second = by_seed(one), by_seed(other)
     pairs = [(first[s].value("loss"), second[s].value("loss")) for s in sorted(set(first) & set(second))]
     return effect([(a, b) for a, b in pairs if a and b], level)
+
+
+def _width_or_depth(series: DepthSeries, level: float) -> str:
+    shallow, deep = series.depths[0], series.depths[-1]
+    found = _over_depth(series, shallow, deep, level)
+    if found is None or not found.significant:
+        return f"Neither width nor depth wins between {shallow} and {deep} layers."
+    return f"{'Width' if found.ratio > 1 else 'Depth'} wins between {shallow} and {deep} layers."
 
 
 def _depth_words(series: DepthSeries, depth: int, best: int, level: float) -> str:
