@@ -22,6 +22,7 @@ from equipot.train.scaling import (
 from equipot.train.scaling.better import contests
 from equipot.train.scaling.compare import compare_families
 from equipot.train.scaling.fit import COMPUTE, DATA, SIZE, Fits
+from equipot.train.scaling.folder import StudyFolder, read_json
 from equipot.train.scaling.page import Part, Picture, render
 from equipot.train.scaling.pictures import save, style
 from equipot.train.scaling.rows import Row, StudyResults, read_memory, seeds_of, write_results
@@ -61,9 +62,9 @@ def write_report(results: StudyResults, fits: Fits, when: str) -> Written:
     with style():
         parts = list(_parts(results, fits, album))
     page = results.path / PAGE
-    page.write_text(
-        render(f"Scaling study {results.path.name}", _scope(results, fits), when, parts), encoding="utf-8"
-    )
+    declared = read_json(StudyFolder(results.path).resolved) or {}
+    title = f"Scaling study {declared.get('name', results.path.name)}"
+    page.write_text(render(title, _scope(results, fits, declared), when, parts), encoding="utf-8")
     return Written(page, write_fits(results, fits), write_results(results), tuple(album.paths))
 
 
@@ -257,7 +258,7 @@ def best_row(rows: Sequence[Row], base: Family) -> Row:
     return min(mine, key=lambda row: row.value("loss") or np.inf)
 
 
-def _scope(results: StudyResults, fits: Fits) -> Sequence[str]:
+def _scope(results: StudyResults, fits: Fits, declared: Mapping[str, Any]) -> Sequence[str]:
     rows = results.usable
     ended: Mapping[str, int] = {}
     for row in results.rows:
@@ -265,7 +266,9 @@ def _scope(results: StudyResults, fits: Fits) -> Sequence[str]:
     left = ", ".join(f"{count} {word}" for word, count in ended.items() if word != "finished")
     base = fits.base
     switches: dict[str, Any] = {name: getattr(base, name) for name in Family.__slots__ if getattr(base, name)}
+    question = declared.get("question", "")
     lines = [
+        *([f"{question}."] if question else []),
         f"{len(rows)} points with {seeds_of(rows)} seed(s), {min(row.parameters for row in rows):,} to "
         f"{max(row.parameters for row in rows):,} parameters, up to "
         f"{max(row.train_structures for row in rows):,} training structures and "
