@@ -21,9 +21,10 @@ from equipot.train.launch import GRACE_SECONDS, wait_policy
 from equipot.train.scaling.claims import holder
 from equipot.train.scaling.declaration import StudyError
 from equipot.train.scaling.folder import StudyFolder, read_json, write_json
+from equipot.train.scaling.headway import measured_in, seconds_left
 from equipot.train.scaling.point import Point
 from equipot.train.scaling.speed import Speed
-from equipot.train.scaling.worker import RENEW, Assignment, is_open, measured_in, seconds_left
+from equipot.train.scaling.worker import RENEW, Assignment, is_open
 
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 2.0

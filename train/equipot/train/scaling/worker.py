@@ -20,8 +20,9 @@ from typing import Any
 from equipot.train.recipe import Recipe
 from equipot.train.scaling.claims import Claim, claim, forget
 from equipot.train.scaling.folder import PointFolder, StudyFolder, read_json, write_json
+from equipot.train.scaling.headway import measured_in, seconds_left, steps_made
 from equipot.train.scaling.point import Point
-from equipot.train.scaling.speed import Measured, Speed
+from equipot.train.scaling.speed import Speed
 from equipot.train.worker import StopRequest, end_with_parent
 
 _IDLE_SECONDS = 1.0
@@ -73,17 +74,6 @@ class Assignment:
                 (Point.from_json(point), Recipe.model_validate(recipe)) for point, recipe in values["points"]
             ],
         )
-
-
-def measured_in(folder: StudyFolder) -> list[Measured]:
-    """How long the steps of the finished points took."""
-    found = []
-    for path in folder.points.glob("*/result.json"):
-        result = read_json(path) or {}
-        steps, seconds, flops = result.get("steps"), result.get("seconds"), result.get("flops")
-        if steps and seconds and flops:
-            found.append(Measured(flops / steps, int(result["point"]["layers"]), seconds / steps))
-    return found
 
 
 def is_open(folder: PointFolder, began: float) -> bool:
@@ -141,7 +131,7 @@ def _next(work: Assignment, folder: StudyFolder, stop: _Stop) -> Iterator[tuple[
             place = folder.point(point.name)
             if not _fits(point, place, speed, work.deadline):
                 continue
-            mine = claim(place.path, lambda place=place: progress_of(place))  # type: ignore[misc]
+            mine = claim(place.path, lambda place=place: {"step": steps_made(place)})  # type: ignore[misc]
             if mine is not None and place.is_finished:
                 forget(place.path)
             elif mine is not None:
@@ -155,24 +145,6 @@ def _next(work: Assignment, folder: StudyFolder, stop: _Stop) -> Iterator[tuple[
 
 def _fits(point: Point, place: PointFolder, speed: Speed, deadline: float | None) -> bool:
     return deadline is None or time.time() + seconds_left(point, place, speed) < deadline
-
-
-def seconds_left(point: Point, folder: PointFolder, speed: Speed) -> float:
-    """What the training of a point is going to take from where it stands."""
-    steps = point.steps - progress_of(folder).get("step", 0)
-    return max(0, steps) * speed.step_seconds(point.target_flops / point.steps, point.layers)
-
-
-def progress_of(folder: PointFolder) -> dict[str, int]:
-    """The steps that a point's run has made so far, from the end of its metrics."""
-    path = folder.run / "metrics.csv"
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 2000))
-            lines = file.read().decode().splitlines()
-        return {"step": int(lines[-1].split(",")[0])} if len(lines) > 1 else {}
-    except (OSError, ValueError):
-        return {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
