@@ -63,6 +63,7 @@ TABLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "max_queue_edges": ("budget", "queue_edges"),
         "max_sessions": ("sessions", "most"),
         "session_idle": ("sessions", "idle_seconds"),
+        "jobs": ("jobs", "folder"),
         "repository": ("repository", "url"),
         "repository_poll": ("repository", "poll"),
         "preload": ("repository", "preload"),
@@ -234,6 +235,13 @@ def serve(
     session_idle: Annotated[
         float, typer.Option(help="Seconds without a step after which a session is ended.")
     ] = DEFAULT_SESSIONS.idle_seconds,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for jobs, which go on without their callers and after restarts; this server's own.",
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(help="How long accepted requests may take once the server is told to stop.")
     ] = 30.0,

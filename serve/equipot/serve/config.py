@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from equipot.serve.batcher import Budget
 from equipot.serve.errors import ServeError
 from equipot.serve.foreign.spec import CalculatorSpec
+from equipot.serve.jobs.settings import JobSettings
 from equipot.serve.logs import LogFormat
 from equipot.serve.mapping import read
 from equipot.serve.repository.settings import RepositorySettings, anchored
@@ -125,6 +126,7 @@ class ServeConfig:
             numbers then hold only where that cannot be done.
         limits: of requests.
         sessions: what may be open at once, and for how long idle.
+        jobs: that outlive their callers' connections; None keeps none.
         tls_cert: PEM file of the server's certificate and those that lead to its CA; None serves plaintext.
         tls_key: PEM file of its private key.
         tls_client_ca: PEM file of CAs; callers must show a certificate of one of them (mTLS). None asks for
@@ -166,6 +168,7 @@ class ServeConfig:
     calibrate: bool = False
     limits: RequestLimits = DEFAULT_LIMITS
     sessions: SessionLimits = DEFAULT_SESSIONS
+    jobs: JobSettings | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None

@@ -71,6 +71,12 @@ class NotServed(CallError):
     reason = "NOT_SERVED"
 
 
+class NoSuchJob(CallError):
+    """The caller has no job of this name."""
+
+    reason = "NO_SUCH_JOB"
+
+
 class OverLimit(CallError):
     """The request is larger than this server takes, now and later."""
 

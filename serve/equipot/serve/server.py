@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -27,6 +27,9 @@ from equipot.serve.door import Door
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
 from equipot.serve.inference_protocol import InferenceServicer
+from equipot.serve.jobs import servicer as jobs
+from equipot.serve.jobs.metrics import JobMetrics
+from equipot.serve.jobs.servicer import JobServicer
 from equipot.serve.metrics import Metrics, MetricsEndpoint
 from equipot.serve.motion.servicer import MotionServicer
 from equipot.serve.opening import Opened, open_models
@@ -34,6 +37,7 @@ from equipot.serve.registry import Registry
 from equipot.serve.reread import keep_current
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
 from equipot.serve.sessions import SessionServicer
+from equipot.serve.status import Context
 from equipot.serve.tracing import call_tracer
 from equipot.serve.trust import Trust, server_options
 
@@ -157,13 +161,25 @@ class GrpcServer:
             share_of=self._trust.quotas.share_of,
         )
         self._motion.add_to(self._server)
+        self._jobs: JobServicer | None = None
+        if config.jobs is not None:
+            self._jobs = JobServicer(
+                config.jobs,
+                move=lambda request: self._motion.relax(request, cast("Context", None)),
+                check=self._motion.check,
+                find=lambda name, session: self._gate.registry().find(name, session=session),
+                quotas=self._trust.quotas,
+                metrics=JobMetrics(metrics.registry),
+            )
+            self._jobs.add_to(self._server)
         InferenceServicer(servicer, ready=lambda: self._health.serving).add_to(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.admins:
             self._admin.add_to(self._server)
         if config.reflection:
             administered = (admin.SERVICE,) if config.admins else ()
-            ours = (SERVICE, *administered, inference_protocol.SERVICE)
+            kept = (jobs.SERVICE,) if config.jobs is not None else ()
+            ours = (SERVICE, *kept, *administered, inference_protocol.SERVICE)
             names = (*ours, health.SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self._keeping: asyncio.Task[None] | None = None
@@ -201,6 +217,8 @@ class GrpcServer:
     def open(self, opened: Opened) -> None:
         """Serves these models."""
         self._gate.open(opened.registry, opened.shadow)
+        if self._jobs is not None:
+            self._jobs.open()
         if opened.keeper is not None:
             self._admin.open(opened.keeper)
         self._health.set(serving=opened.registry.ready)
@@ -223,6 +241,8 @@ class GrpcServer:
         logger.info("draining: new calls are refused, accepted ones have %g s", seconds)
         self._gate.close()
         self._sessions.drain()
+        if self._jobs is not None:
+            await self._jobs.close()
         self._motion.drain()
         self._admin.close()
         try:
@@ -238,6 +258,8 @@ class GrpcServer:
         if self._keeping is not None:
             self._keeping.cancel()
         self._health.close()
+        if self._jobs is not None:
+            await self._jobs.close()
         await self._server.stop(LAST_ANSWERS_SECONDS)
         self._motion.close()
         self._dispatcher.close()

@@ -22,6 +22,7 @@ from equipot.serve.errors import (
     DeadlineUnreachable,
     Forbidden,
     InvalidRequest,
+    NoSuchJob,
     NotPossible,
     NotReady,
     NotServed,
@@ -45,6 +46,7 @@ CODES: Mapping[type[CallError], grpc.StatusCode] = MappingProxyType(
     {
         InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
         NotServed: grpc.StatusCode.NOT_FOUND,
+        NoSuchJob: grpc.StatusCode.NOT_FOUND,
         OverLimit: grpc.StatusCode.RESOURCE_EXHAUSTED,
         OverQuota: grpc.StatusCode.RESOURCE_EXHAUSTED,
         QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,

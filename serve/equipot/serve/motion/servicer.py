@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import NotReady, QueueFull
 from equipot.serve.metrics import Metrics
+from equipot.serve.models import ServedModel
 from equipot.serve.motion.crew import Member, Party
 from equipot.serve.motion.errand import Errand
 from equipot.serve.motion.mover import Mover
@@ -76,6 +77,10 @@ class MotionServicer:
     def close(self) -> None:
         """Lets the thread go."""
         self._mover.close()
+
+    def check(self, request: pb.RelaxRequest, model: ServedModel) -> None:
+        """Raises CallError if `relax` would."""
+        self._understand(request, self._potential.understand(_question(request), model, None))
 
     async def relax(self, request: pb.RelaxRequest, context: Context) -> AsyncGenerator[pb.RelaxReply, None]:
         """Results, and progress and tokens if they are wanted, as structures come to rest."""

@@ -1,0 +1,1 @@
+"""Jobs: work that outlives its caller's connection, kept in a folder and gone on with after any end."""

@@ -1,0 +1,400 @@
+"""Runs jobs: some structures of each at a time, as requests like any other, in what time others leave.
+
+Knows no SQL and nothing of how structures move: it asks for what is left of a job, and notes what it is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
+
+from equipot.serve.call import Call, enter
+from equipot.serve.errors import CallError, NotReady, NotServed, OverQuota, QueueFull
+from equipot.serve.jobs import kinds
+from equipot.serve.jobs.desk import Desk, wait_for
+from equipot.serve.jobs.kinds import Chunk
+from equipot.serve.jobs.records import JobRecord, JobState, Piece, StoreDamaged, StoreError
+from equipot.serve.jobs.settings import JobSettings
+from equipot.serve.jobs.store import Store
+from equipot.serve.models import ServedModel
+from equipot.serve.quotas import Quotas
+from equipot.wire.v1 import potential_pb2 as pb
+
+LANES = 2
+"""Chunks of one job that move at once: where the last of one are slow, the other's are many."""
+
+CHUNK_BATCHES = 16
+"""Of the model's largest batches, that a chunk holds atoms for: the last few structures of many fill none."""
+
+CHUNK_STRUCTURES = 4_096
+
+MOST_IDENTITIES = 64
+"""Whose jobs move at once whatever the atoms: each of so many has one chunk at least."""
+
+LOOK_SECONDS = 1.0
+"""How often it is looked whether something can be begun."""
+
+RETRY_MODEL = 10.0
+"""Between two looks whether a bundle is back that a job waits for."""
+
+RETRY_FAILED = 5.0
+MOST_FAILED = 3
+"""How often the server may fail on one chunk before its job is given up."""
+
+SWEEP_SECONDS = 60.0
+
+logger = logging.getLogger(__name__)
+
+MoveStructures = Callable[[pb.RelaxRequest], AsyncGenerator[pb.RelaxReply, None]]
+FindModel = Callable[[str, str], ServedModel]
+"""By a name and whose it is, as a request gives them."""
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One open job.
+
+    Attributes:
+        record: as it was written last.
+        settings: its request, by its bundle's digest.
+        reason: why it cannot go on now; empty if it can.
+        not_before: when to try again, by `time.monotonic`.
+        next: first structure that no chunk has had yet; None if there is none left.
+        again: first structures of pieces that a chunk gave back.
+        peeked: a piece that did not fit into the last chunk.
+        chunk_atoms: that a chunk may hold.
+        lanes: tasks that move chunks.
+        moving: atoms of these.
+        structures: of these that have not come to their end.
+        since: when it began to move here, and how many were done then.
+        failed: times that the server failed on it, one after the other.
+        held: keeps its bundle in memory.
+    """
+
+    record: JobRecord
+    settings: pb.RelaxRequest
+    reason: str = ""
+    not_before: float = 0.0
+    next: int | None = 0
+    again: list[int] = field(default_factory=list)
+    peeked: Piece | None = None
+    chunk_atoms: int = 0
+    lanes: set[asyncio.Task[None]] = field(default_factory=set)
+    moving: int = 0
+    structures: int = 0
+    since: tuple[float, int] | None = None
+    failed: int = 0
+    held: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether there is a chunk that could begin now."""
+        left = self.next is not None or self.peeked is not None or bool(self.again)
+        return left and len(self.lanes) < LANES and time.monotonic() >= self.not_before
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Until it is done at the pace it has had here; 0 if that is not known."""
+        if self.since is None:
+            return 0.0
+        begun, before = self.since
+        done = self.record.n_done - before
+        left = self.record.n_structures - self.record.n_done
+        return left * (time.monotonic() - begun) / done if done else 0.0
+
+    def pause(self, seconds: float, reason: str) -> None:
+        """Tries again so much later."""
+        self.not_before = time.monotonic() + seconds
+        self.reason = reason
+
+
+class Runner:
+    """Goes on with every open job until it has ended, or the server ends.
+
+    Args:
+        store: of the jobs.
+        settings: of the operator.
+        move: answers one request as a caller's; of what it raises, `CallError` is the request's.
+        find: the model of a name.
+        quotas: of the identities.
+        on_written: told each job when something of it was written.
+
+    Attributes:
+        desk: where jobs are read and written.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: JobSettings,
+        *,
+        move: MoveStructures,
+        find: FindModel,
+        quotas: Quotas,
+        on_written: Callable[[JobRecord], None],
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._move_structures = move
+        self._find = find
+        self._quotas = quotas
+        self._on_written = on_written
+        self._runs: dict[int, Run] = {}
+        self._changed = asyncio.Event()
+        self._steering: asyncio.Task[None] | None = None
+        self.desk = Desk(store, save_seconds=settings.save_seconds, on_written=self._written)
+
+    async def open(self) -> None:
+        """Goes on with what there is."""
+        for record in await self.desk.do(self._store.open_jobs):
+            self._take(record)
+        if self._runs:
+            logger.info("going on with %d jobs", len(self._runs))
+        self.desk.open()
+        self._steering = asyncio.create_task(self._steer())
+
+    def submitted(self, record: JobRecord) -> None:
+        """Takes note of a job that may be complete now."""
+        if record.state is JobState.OPEN and record.key not in self._runs:
+            self._take(record)
+            self._changed.set()
+        self.desk.changed(record.key)
+
+    def run_of(self, key: int) -> Run | None:
+        """How an open job fares."""
+        return self._runs.get(key)
+
+    def ahead_of(self, record: JobRecord) -> int:
+        """Open jobs of the same identity that were there before."""
+        return sum(
+            run.record.identity == record.identity and key < record.key for key, run in self._runs.items()
+        )
+
+    async def end(self, key: int, state: JobState, reason: str = "") -> JobRecord | None:
+        """Stops a job and ends it; what it has found stays.
+
+        Raises:
+            StoreError: that cannot be written now.
+        """
+        run = self._runs.get(key)
+        try:
+            if run is not None:
+                run.pause(math.inf, reason)
+                await _stopped(run.lanes)
+                self.desk.forget(key)
+                await self.desk.write()
+            record = await self.desk.do(self._store.end, key, state, reason)
+        except StoreError as error:
+            if run is not None:
+                run.pause(RETRY_FAILED, str(error))
+            raise
+        if record is not None:
+            self._written(record)
+        self._drop(key)
+        self.desk.changed(key)
+        return record
+
+    async def close(self) -> None:
+        """Stops everything where it is, to be gone on with at the next start."""
+        await _stopped({self._steering} if self._steering is not None else set())
+        for run in self._runs.values():
+            await _stopped(run.lanes)
+            run.held.close()
+        self.desk.wake_all()
+        await self.desk.close()
+
+    def _take(self, record: JobRecord) -> None:
+        model = pb.ModelReference.FromString(record.model)
+        settings = pb.RelaxRequest.FromString(record.request)
+        settings.model = f"{model.name}@{model.digest}"
+        settings.level_of_theory = model.level_of_theory
+        settings.session = record.id
+        self._runs[record.key] = Run(record, settings)
+
+    def _drop(self, key: int) -> None:
+        run = self._runs.pop(key, None)
+        if run is not None:
+            run.held.close()
+
+    def _written(self, record: JobRecord) -> None:
+        run = self._runs.get(record.key)
+        if run is not None:
+            run.record = record
+            if record.state.ended:
+                self._drop(record.key)
+        self._on_written(record)
+
+    async def _steer(self) -> None:
+        swept = -math.inf
+        while True:
+            self._changed.clear()
+            try:
+                while (run := self._next_run()) is not None:
+                    await self._begin(run)
+                if time.monotonic() - swept > SWEEP_SECONDS:
+                    swept = time.monotonic()
+                    await self._sweep()
+            except StoreError as error:
+                logger.error("jobs stand still: %s", error)
+            await wait_for(self._changed, LOOK_SECONDS)
+
+    async def _sweep(self) -> None:
+        limits = self._settings
+        for record in await self.desk.do(
+            self._store.sweep, keep_seconds=limits.keep_seconds, most_bytes=limits.most_bytes
+        ):
+            self.desk.changed(record.key)
+        for key, run in list(self._runs.items()):
+            idle = time.time() - run.record.changed
+            if run.reason and not run.lanes and idle > limits.keep_seconds:
+                await self.end(
+                    key, JobState.FAILED, f"given up after {limits.keep_days:g} days: {run.reason}"
+                )
+
+    def _next_run(self) -> Run | None:
+        """Whose turn it is: of the identity that has least for its weight, the job that has least."""
+        if self.desk.problem:
+            return None
+        of_identity: dict[str, int] = {}
+        for run in self._runs.values():
+            if run.lanes:
+                identity = run.record.identity
+                of_identity[identity] = of_identity.get(identity, 0) + run.moving
+        able = [run for run in self._runs.values() if run.may_begin]
+        if sum(of_identity.values()) >= self._settings.moving_atoms:
+            able = [run for run in able if run.record.identity not in of_identity]
+            if len(of_identity) >= MOST_IDENTITIES:
+                return None
+
+        def has(run: Run) -> tuple[float, int, int]:
+            identity = run.record.identity
+            weight = self._quotas.share_of(identity).weight
+            return of_identity.get(identity, 0) / weight, run.moving, run.record.key
+
+        return min(able, key=has, default=None)
+
+    async def _begin(self, run: Run) -> None:
+        """Starts the next chunk of a job, if its bundle is there."""
+        key = run.record.key
+        if not run.lanes:
+            run.held.close()
+            try:
+                model = self._find(run.settings.model, run.record.id)
+            except CallError as error:
+                wait = error.retry_after if isinstance(error, NotReady) else RETRY_MODEL
+                run.pause(wait or RETRY_MODEL, error.message)
+                return
+            run.held.enter_context(model.in_use())
+            run.chunk_atoms = self._chunk_atoms(run, model)
+        try:
+            chunk = await self._load(run)
+        except StoreDamaged as error:
+            await self.end(key, JobState.FAILED, str(error))
+            return
+        if chunk is None or key not in self._runs:
+            return
+        run.reason = ""
+        run.since = run.since or (time.monotonic(), run.record.n_done)
+        run.moving += chunk.n_atoms
+        run.structures += len(chunk.places)
+        lane = asyncio.create_task(self._move(run, chunk))
+        run.lanes.add(lane)
+        lane.add_done_callback(run.lanes.discard)
+
+    def _chunk_atoms(self, run: Run, model: ServedModel) -> int:
+        batch = model.capacity.limit.edges / max(1.0, model.card.mean_neighbors)
+        allowed = self._quotas.allowance(run.record.identity).request_atoms or math.inf
+        return int(min(CHUNK_BATCHES * batch, self._settings.moving_atoms, allowed))
+
+    async def _load(self, run: Run) -> Chunk | None:
+        """The next structures of a job that have not come to their end; None if there are none."""
+        if run.again:
+            # What is known of them is read, so it must have been written.
+            await self.desk.write(ways=True)
+        key, pieces = run.record.key, list[Piece]()
+        ended: set[int] = set()
+        ways: dict[int, bytes] = {}
+        atoms = structures = 0
+        while (piece := await self._next_piece(run)) is not None:
+            atoms, structures = atoms + piece.n_atoms, structures + piece.n_structures
+            if pieces and (atoms > run.chunk_atoms or structures > CHUNK_STRUCTURES):
+                run.peeked = piece
+                break
+            at_end = await self.desk.do(self._store.ends, key, piece)
+            if len(at_end) < piece.n_structures:
+                ended |= at_end
+                ways.update(await self.desk.do(self._store.walks, key, piece))
+                pieces.append(piece)
+        if not pieces:
+            return None
+        return await asyncio.to_thread(kinds.chunk_of, run.settings, pieces, ended, ways)
+
+    async def _next_piece(self, run: Run) -> Piece | None:
+        piece: Piece | None = None
+        if run.peeked is not None:
+            piece, run.peeked = run.peeked, None
+        elif run.again:
+            piece = await self.desk.do(self._store.next_piece, run.record.key, run.again.pop(0))
+        elif run.next is not None:
+            piece = await self.desk.do(self._store.next_piece, run.record.key, run.next)
+            run.next = None if piece is None else piece.first + piece.n_structures
+        return piece
+
+    async def _move(self, run: Run, chunk: Chunk) -> None:
+        """Moves a chunk to its end, or gives back what is left of it."""
+        record = run.record
+        account = self._quotas.account(record.identity, now=time.monotonic())
+        enter(Call(method="job", request_id=record.id, identity=record.identity, account=account))
+        left, failure = set(chunk.places), ""
+        try:
+            async with aclosing(self._move_structures(chunk.request)) as replies:
+                async for reply in replies:
+                    move = kinds.move_of(reply, chunk)
+                    if move is None:
+                        continue
+                    if move.ended:
+                        left.discard(move.place)
+                        run.structures -= 1
+                    await self.desk.note(record.key, move)
+                    run.failed = 0
+        except (NotReady, QueueFull, OverQuota) as error:
+            run.pause(error.retry_after or RETRY_FAILED, error.message)
+        except NotServed as error:
+            run.pause(RETRY_MODEL, error.message)
+        except CallError as error:
+            failure = error.message
+        except Exception:
+            logger.exception("job %s failed on %d structures", record.id, len(chunk.places))
+            run.failed += 1
+            run.pause(RETRY_FAILED, "the server failed on it; its log has the reason")
+            if run.failed >= MOST_FAILED:
+                failure = run.reason
+        finally:
+            run.moving -= chunk.n_atoms
+            run.structures -= len(left)
+            if left:
+                run.again.extend(chunk.firsts)
+            self._changed.set()
+        if failure:
+            await self._give_up(record.key, failure)
+
+    async def _give_up(self, key: int, reason: str) -> None:
+        run = self._runs.get(key)
+        this = asyncio.current_task()
+        if run is not None and this is not None:
+            run.lanes.discard(this)
+        with contextlib.suppress(StoreError):
+            await self.end(key, JobState.FAILED, reason)
+
+
+async def _stopped(tasks: set[asyncio.Task[None]]) -> None:
+    there = [task for task in tasks if task is not asyncio.current_task()]
+    for task in there:
+        task.cancel()
+    await asyncio.gather(*there, return_exceptions=True)
