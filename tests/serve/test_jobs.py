@@ -1,23 +1,16 @@
-"""Jobs on a real server: submitted, attached to, ended; whose they are; what a killed server loses (nothing)."""
+"""Jobs on a real server: submitted, fetched, ended; whose they are; what a killed server does not lose."""
 
 from __future__ import annotations
 
-import asyncio
-import math
-import time
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from tests.serve.conftest import Bundles, Process, arrays, inside, molecule, run, running
+from tests.serve.conftest import Bundles, Process, arrays, molecule, running
 
 from equipot.model.batch import System
-from equipot.serve.config import ServeConfig
-from equipot.serve.jobs.settings import JobSettings
 from equipot.wire.v1 import jobs_pb2 as jpb
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import encode_structures

@@ -12,6 +12,8 @@ from equipot.client.errors import (
     DeadlineExceeded,
     InvalidRequest,
     InvalidStructure,
+    JobFailed,
+    JobNotFound,
     LimitExceeded,
     ModelChanged,
     ModelNotFound,
@@ -23,6 +25,8 @@ from equipot.client.errors import (
     Unauthenticated,
 )
 from equipot.client.explanation import Explanation
+from equipot.client.job_info import JobInfo, JobResult
+from equipot.client.jobs import Jobs
 from equipot.client.relax import Relaxed
 from equipot.client.results import Limits, ModelInfo, ModelReference, Prediction, Predictions
 from equipot.client.retry import RetryPolicy
@@ -46,6 +50,11 @@ __all__ = [
     "Health",
     "InvalidRequest",
     "InvalidStructure",
+    "JobFailed",
+    "JobInfo",
+    "JobNotFound",
+    "JobResult",
+    "Jobs",
     "LimitExceeded",
     "Limits",
     "ModelChanged",

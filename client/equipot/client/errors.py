@@ -81,6 +81,14 @@ class ModelNotFound(ClientError):
     """The server serves no such model, or the model does not know the level of theory."""
 
 
+class JobNotFound(ClientError):
+    """The server has no such job of this caller's."""
+
+
+class JobFailed(ClientError):
+    """A job ended before all of its structures had come to their end."""
+
+
 class ModelChanged(ClientError):
     """Another bundle answers than the one that answered first."""
 
@@ -218,6 +226,8 @@ def _typed(call: _FailedCall, status: status_pb2.Status | None, address: str) ->
             return InvalidRequest(message, field=_field_at_fault(status))
         case grpc.StatusCode.UNAUTHENTICATED:
             return Unauthenticated(f"{address} refuses the call: {message}")
+        case grpc.StatusCode.NOT_FOUND if _reason(status) == "NO_SUCH_JOB":
+            return JobNotFound(message)
         case grpc.StatusCode.NOT_FOUND:
             return ModelNotFound(message)
         case grpc.StatusCode.FAILED_PRECONDITION | grpc.StatusCode.PERMISSION_DENIED:
@@ -254,6 +264,11 @@ def _retry_after(status: status_pb2.Status | None) -> float | None:
     for detail in _details(status, error_details_pb2.RetryInfo):
         return float(detail.retry_delay.ToMilliseconds() / 1000)
     return None
+
+
+def _reason(status: status_pb2.Status | None) -> str:
+    """By which programs tell errors of one status apart; empty if the server did not say."""
+    return next((str(info.reason) for info in _details(status, error_details_pb2.ErrorInfo)), "")
 
 
 def _field_at_fault(status: status_pb2.Status | None) -> str:

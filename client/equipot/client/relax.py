@@ -203,18 +203,29 @@ class Relaxation(Moves):
         model = ModelReference.from_wire(result.model)
         self.settle(model)
         index = self.index_of(result.index)
-        failure = failure_of(result, index)
-        return index, Relaxed(
-            positions=floats(result.positions, (n_atoms, 3)),
-            cell=floats(result.cell, (3, 3)),
-            energy=math.nan if failure else result.energy,
-            forces=None if failure else floats(result.forces, (n_atoms, 3)),
-            stress=floats(result.stress, (3, 3)) if result.stress and not failure else None,
-            converged=result.converged,
-            steps=result.steps,
-            failure=failure,
-            model=model,
-        )
+        return index, relaxed_of(result, n_atoms, index)
+
+
+def relaxed_of(result: pb.RelaxResult, n_atoms: int, index: int) -> Relaxed:
+    """The result of a structure with so many atoms, whose failure bears this index.
+
+    Raises:
+        ServerError: it does not fit the structure.
+    """
+    failure = failure_of(result, index)
+    if failure is not None and not result.HasField("model"):
+        return _refused(failure, n_atoms)
+    return Relaxed(
+        positions=floats(result.positions, (n_atoms, 3)),
+        cell=floats(result.cell, (3, 3)),
+        energy=math.nan if failure else result.energy,
+        forces=None if failure else floats(result.forces, (n_atoms, 3)),
+        stress=floats(result.stress, (3, 3)) if result.stress and not failure else None,
+        converged=result.converged,
+        steps=result.steps,
+        failure=failure,
+        model=ModelReference.from_wire(result.model),
+    )
 
 
 def _refused(failure: Failure, n_atoms: int) -> Relaxed:

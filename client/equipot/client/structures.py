@@ -163,10 +163,12 @@ def pack(structures: Sequence[Structure]) -> StructureArrays:
     """One flat batch of the structures, in their order."""
     return StructureArrays(
         n_atoms=np.array([len(structure) for structure in structures], dtype=np.int64),
-        atomic_numbers=np.concatenate([structure.atomic_numbers for structure in structures]),
-        positions=np.concatenate([structure.positions for structure in structures]),
-        cell=np.stack([structure.cell for structure in structures]),
-        pbc=np.stack([structure.pbc for structure in structures]),
+        atomic_numbers=np.concatenate(
+            [np.zeros(0, dtype=np.int32), *(structure.atomic_numbers for structure in structures)]
+        ),
+        positions=np.concatenate([np.zeros((0, 3)), *(structure.positions for structure in structures)]),
+        cell=np.array([structure.cell for structure in structures], dtype=np.float64).reshape(-1, 3, 3),
+        pbc=np.array([structure.pbc for structure in structures], dtype=np.bool_).reshape(-1, 3),
         charge=np.array([structure.charge for structure in structures], dtype=np.int32),
         spin_multiplicity=np.array([structure.spin_multiplicity for structure in structures], dtype=np.int32),
     )

@@ -15,12 +15,14 @@ from typing import Any, Protocol, Self, TypeVar, Unpack
 
 import grpc
 
+from equipot.client.attempts import persist
 from equipot.client.batches import Part, Priority, Wish, cut, gone_meanwhile
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
 from equipot.client.credentials import Credentials, FileState, Tls, TokenSource
 from equipot.client.errands import Way, run
 from equipot.client.errors import ClientError, LimitExceeded, ModelNotFound, from_rpc_error
 from equipot.client.explanation import Explanation, explained, together
+from equipot.client.jobs import Jobs, Line
 from equipot.client.relax import Progressed, Relaxed, RelaxSettings, RelaxWords, relaxations
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
@@ -336,6 +338,12 @@ class Client:
         for errand in relaxations(items, parts, wish, settings, told=on_progress, most_bytes=most_bytes):
             yield from run(errand, way)
 
+    @property
+    def jobs(self) -> Jobs:
+        """Work that the server keeps, and goes on with whether anybody is connected or not."""
+        line = Line(self._settings, self._open_channel, self._token, self.model, self._understand)
+        return Jobs(line)
+
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """The models that the server serves."""
         reply = self._ask(self._connected().ListModels, pb.ListModelsRequest(), timeout)
@@ -364,9 +372,7 @@ class Client:
         Raises:
             ServerUnavailable: nothing answers.
         """
-        self._connected()
-        assert self._channel is not None
-        check = self._channel.unary_unary(HEALTH_METHOD, None, None)
+        check = self._open_channel().unary_unary(HEALTH_METHOD, None, None)
         try:
             return decode_health(check(b"", timeout=self._settings.seconds(timeout)))
         except grpc.RpcError as error:
@@ -457,17 +463,12 @@ class Client:
     def _persist(
         self, first: Callable[[], _Reply], again: Callable[[], _Reply], deadline: Deadline
     ) -> _Reply:
-        attempt, call = 1, first
-        while True:
-            try:
-                return call()
-            except grpc.RpcError as error:
-                problem = self._settings.explained(from_rpc_error(error, self.address))
-                delay = self._settings.retry.delay(problem, attempt, deadline.remaining)
-                if delay is None:
-                    raise problem from error
-            time.sleep(delay)
-            attempt, call = attempt + 1, again
+        return persist(first, again, deadline, self._settings.retry, self._understand)
+
+    def _open_channel(self) -> grpc.Channel:
+        self._connected()
+        assert self._channel is not None
+        return self._channel
 
     def _connected(self) -> PotentialServiceStub:
         with self._lock:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import NoReturn, cast
+from typing import NoReturn
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -37,7 +37,6 @@ from equipot.serve.registry import Registry
 from equipot.serve.reread import keep_current
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
 from equipot.serve.sessions import SessionServicer
-from equipot.serve.status import Context
 from equipot.serve.tracing import call_tracer
 from equipot.serve.trust import Trust, server_options
 
@@ -165,7 +164,7 @@ class GrpcServer:
         if config.jobs is not None:
             self._jobs = JobServicer(
                 config.jobs,
-                move=lambda request: self._motion.relax(request, cast("Context", None)),
+                move=self._motion.relaxed,
                 check=self._motion.check,
                 find=lambda name, session: self._gate.registry().find(name, session=session),
                 quotas=self._trust.quotas,

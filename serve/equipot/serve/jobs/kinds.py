@@ -14,7 +14,13 @@ import numpy as np
 from equipot.serve.errors import InvalidRequest
 from equipot.serve.jobs.records import Move, Piece
 from equipot.wire.v1 import jobs_pb2, potential_pb2
-from equipot.wire.v1.codec import Int64Array, StructureArrays, decode_structures, encode_structures
+from equipot.wire.v1.codec import (
+    Int64Array,
+    StructureArrays,
+    decode_flags,
+    decode_structures,
+    encode_structures,
+)
 
 PIECE_ATOMS = 1_024
 PIECE_STRUCTURES = 64
@@ -23,6 +29,9 @@ PIECE_STRUCTURES = 64
 RESULT_BYTES = 512
 RESULT_BYTES_PER_ATOM = 24 + 24 + 4
 """Room that a result takes: positions, forces and atomic numbers."""
+
+TOKEN_STEPS = 10
+"""How many steps apart a structure's state is told; how often it is written is the clock's business."""
 
 RELAX = "relax"
 
@@ -53,7 +62,7 @@ def settings_of(request: potential_pb2.RelaxRequest) -> potential_pb2.RelaxReque
     """The request without its structures, and without what may differ from one call to the next."""
     settings = potential_pb2.RelaxRequest()
     settings.CopyFrom(request)
-    for name in ("structures", "fixed", "session", "progress_every"):
+    for name in ("structures", "fixed", "session", "progress_every", "token_every", "tokens"):
         settings.ClearField(name)
     if settings.priority == potential_pb2.PRIORITY_UNSPECIFIED:
         settings.priority = potential_pb2.PRIORITY_LOW
@@ -67,13 +76,14 @@ def pieces_of(request: potential_pb2.RelaxRequest, start: int) -> Iterator[Piece
         CodecError: its arrays do not fit together.
     """
     arrays = decode_structures(request.structures)
-    fixed = np.frombuffer(request.fixed, dtype=np.uint8)
+    fixed = decode_flags("fixed", request.fixed, len(arrays.positions))
     offsets = arrays.offsets
     for first, stop in _ranges(arrays):
         piece = _cut(arrays, first, stop, offsets)
-        held = fixed[offsets[first] : offsets[stop]] if len(fixed) else fixed
+        held = fixed[offsets[first] : offsets[stop]]
         message = potential_pb2.RelaxRequest(
-            structures=encode_structures(piece), fixed=held.tobytes() if held.any() else b""
+            structures=encode_structures(piece),
+            fixed=held.astype(np.uint8).tobytes() if held.any() else b"",
         )
         data = message.SerializeToString()
         yield Piece(start + first, stop - first, int(offsets[stop] - offsets[first]), data)
@@ -95,6 +105,7 @@ def chunk_of(
     """
     kept: list[StructureArrays] = []
     held: list[bytes] = []
+    tokens: list[bytes] = []
     places: list[int] = []
     for piece in pieces:
         message = potential_pb2.RelaxRequest.FromString(piece.data)
@@ -105,6 +116,7 @@ def chunk_of(
             if (place := piece.first + index) not in ended:
                 kept.append(_cut(arrays, index, index + 1, offsets))
                 held.append(fixed[offsets[index] : offsets[index + 1]])
+                tokens.append(ways.get(place, b""))
                 places.append(place)
     request = potential_pb2.RelaxRequest()
     request.CopyFrom(settings)
@@ -113,11 +125,16 @@ def chunk_of(
     request.fixed = b"".join(held)
     if not any(request.fixed):
         request.fixed = b""
+    if any(tokens):
+        request.tokens.extend(tokens)
+    request.structures.SetInParent()
     return Chunk(request, tuple(places), structures, tuple(piece.first for piece in pieces))
 
 
 def move_of(reply: potential_pb2.RelaxReply, chunk: Chunk) -> Move | None:
     """What a reply to a chunk's request says of one structure; None if nothing that is to be kept."""
+    if reply.HasField("token"):
+        return Move(place=chunk.places[reply.token.index], walk=reply.token.token)
     if not reply.HasField("result"):
         return None
     relaxed = reply.result
@@ -154,7 +171,7 @@ def refusals_of(request: jobs_pb2.SubmitJobRequest) -> tuple[Move, ...]:
     for failure in request.refused:
         if failure.index >= len(counts) or counts[failure.index]:
             raise InvalidRequest(
-                f"structure {failure.index} is refused, and is not among the {len(counts)} of this part with no"
+                f"structure {failure.index} is refused, and is none of this part's {len(counts)} that has no"
                 " atoms",
                 field="refused",
             )

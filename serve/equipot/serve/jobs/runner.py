@@ -51,7 +51,9 @@ SWEEP_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
 
-MoveStructures = Callable[[pb.RelaxRequest], AsyncGenerator[pb.RelaxReply, None]]
+MoveStructures = Callable[[pb.RelaxRequest, ServedModel], AsyncGenerator[pb.RelaxReply, None]]
+"""Answers a request by a model as a caller's."""
+
 FindModel = Callable[[str, str], ServedModel]
 """By a name and whose it is, as a request gives them."""
 
@@ -63,6 +65,7 @@ class Run:
     Attributes:
         record: as it was written last.
         settings: its request, by its bundle's digest.
+        model: that computes it, while it is held.
         reason: why it cannot go on now; empty if it can.
         not_before: when to try again, by `time.monotonic`.
         next: first structure that no chunk has had yet; None if there is none left.
@@ -79,6 +82,7 @@ class Run:
 
     record: JobRecord
     settings: pb.RelaxRequest
+    model: ServedModel | None = None
     reason: str = ""
     not_before: float = 0.0
     next: int | None = 0
@@ -120,7 +124,7 @@ class Runner:
     Args:
         store: of the jobs.
         settings: of the operator.
-        move: answers one request as a caller's; of what it raises, `CallError` is the request's.
+        move: answers one request; of what it raises, `CallError` is the request's.
         find: the model of a name.
         quotas: of the identities.
         on_written: told each job when something of it was written.
@@ -215,6 +219,7 @@ class Runner:
         settings.model = f"{model.name}@{model.digest}"
         settings.level_of_theory = model.level_of_theory
         settings.session = record.id
+        settings.token_every = kinds.TOKEN_STEPS
         self._runs[record.key] = Run(record, settings)
 
     def _drop(self, key: int) -> None:
@@ -285,7 +290,7 @@ class Runner:
         if not run.lanes:
             run.held.close()
             try:
-                model = self._find(run.settings.model, run.record.id)
+                run.model = model = self._find(run.settings.model, run.record.id)
             except CallError as error:
                 wait = error.retry_after if isinstance(error, NotReady) else RETRY_MODEL
                 run.pause(wait or RETRY_MODEL, error.message)
@@ -303,7 +308,8 @@ class Runner:
         run.since = run.since or (time.monotonic(), run.record.n_done)
         run.moving += chunk.n_atoms
         run.structures += len(chunk.places)
-        lane = asyncio.create_task(self._move(run, chunk))
+        assert run.model is not None
+        lane = asyncio.create_task(self._move(run, chunk, run.model))
         run.lanes.add(lane)
         lane.add_done_callback(run.lanes.discard)
 
@@ -346,14 +352,16 @@ class Runner:
             run.next = None if piece is None else piece.first + piece.n_structures
         return piece
 
-    async def _move(self, run: Run, chunk: Chunk) -> None:
+    async def _move(self, run: Run, chunk: Chunk, model: ServedModel) -> None:
         """Moves a chunk to its end, or gives back what is left of it."""
         record = run.record
         account = self._quotas.account(record.identity, now=time.monotonic())
-        enter(Call(method="job", request_id=record.id, identity=record.identity, account=account))
+        call = Call(method="job", request_id=record.id, identity=record.identity, account=account)
+        call.model = model.name
+        enter(call)
         left, failure = set(chunk.places), ""
         try:
-            async with aclosing(self._move_structures(chunk.request)) as replies:
+            async with aclosing(self._move_structures(chunk.request, model)) as replies:
                 async for reply in replies:
                     move = kinds.move_of(reply, chunk)
                     if move is None:

@@ -38,6 +38,7 @@ from equipot.serve.servicer import RETRY_DRAINING
 from equipot.serve.status import Context, guarded, guarded_reply_stream
 from equipot.wire.v1 import jobs_pb2 as jpb
 from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.codec import CodecError
 
 SERVICE = jpb.DESCRIPTOR.services_by_name["JobService"].full_name
 
@@ -72,7 +73,7 @@ class JobServicer:
 
     Args:
         settings: of the operator.
-        move: answers one request of a job as a caller's.
+        move: answers one request of a job.
         check: raises what is wrong with one.
         find: the model that a name means to a session.
         quotas: of the identities.
@@ -154,24 +155,23 @@ class JobServicer:
         if request.WhichOneof("kind") != kinds.RELAX:
             raise InvalidRequest("the request does not say what is to be done: give relax", field="kind")
         record = await self._read(self._store.job, current_call().identity, request.id)
-        asked = pb.RelaxRequest()
-        asked.CopyFrom(request.relax)
-        asked.session = request.id
+        part = await asyncio.to_thread(_part_of, request)
+        name = request.relax.model
         if record is not None:
-            # Its name may have come to mean another bundle since the first part.
+            # The name may have come to mean another bundle since the first part.
             reference = pb.ModelReference.FromString(record.model)
-            asked.model = f"{reference.name}@{reference.digest}"
-        model = self._find(asked.model, asked.session)
-        with model.in_use():
-            self._check(asked, model)
+            name = f"{reference.name}@{reference.digest}"
+        model = self._find(name, request.id)
+        settings = kinds.settings_of(request.relax)
+        refused = {move.place for move in part.moves}
+        self._check(kinds.chunk_of(settings, part.pieces, refused, {}).request, model)
         level = model.level_index(request.relax.level_of_theory)
         opening = Opening(
             label=request.label,
             kind=kinds.RELAX,
-            request=kinds.settings_of(request.relax).SerializeToString(deterministic=True),
+            request=settings.SerializeToString(deterministic=True),
             model=model.reference(level).SerializeToString() if record is None else record.model,
         )
-        part = await asyncio.to_thread(_part_of, request)
         begins = record is None
         record = await self._read(
             self._store.submit, current_call().identity, request.id, opening, part, self._room
@@ -309,7 +309,10 @@ class JobServicer:
 def _part_of(request: jpb.SubmitJobRequest) -> Part:
     """What a call adds to its job."""
     relax = request.relax
-    pieces = tuple(kinds.pieces_of(relax, request.start))
+    try:
+        pieces = tuple(kinds.pieces_of(relax, request.start))
+    except CodecError as error:
+        raise InvalidRequest(str(error), field=f"structures.{error.field}") from error
     n_structures, n_atoms = len(relax.structures.n_atoms), sum(relax.structures.n_atoms)
     digest = hashlib.sha256()
     for piece in pieces:

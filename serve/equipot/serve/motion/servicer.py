@@ -79,12 +79,19 @@ class MotionServicer:
         self._mover.close()
 
     def check(self, request: pb.RelaxRequest, model: ServedModel) -> None:
-        """Raises CallError if `relax` would."""
-        self._understand(request, self._potential.understand(_question(request), model, None))
+        """Raises CallError where `relaxed` would."""
+        RelaxErrand.understand(request, model, self._potential)
 
     async def relax(self, request: pb.RelaxRequest, context: Context) -> AsyncGenerator[pb.RelaxReply, None]:
         """Results, and progress and tokens if they are wanted, as structures come to rest."""
-        model = self._potential.find(request, context)
+        async with aclosing(self.relaxed(request, self._potential.find(request, context))) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def relaxed(
+        self, request: pb.RelaxRequest, model: ServedModel
+    ) -> AsyncGenerator[pb.RelaxReply, None]:
+        """As `relax`, by this model."""
         with model.in_use():
             errand = RelaxErrand.understand(request, model, self._potential)
             async with aclosing(self._carry_out(errand)) as replies:

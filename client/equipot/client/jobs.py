@@ -1,0 +1,252 @@
+"""Jobs that a server keeps: submitted once, fetched when it suits. Opens no connection itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, Unpack
+from uuid import uuid4
+
+import grpc
+import numpy as np
+
+from equipot.client.attempts import persist
+from equipot.client.batches import PRIORITIES, Part, Priority, cut
+from equipot.client.credentials import TokenSource
+from equipot.client.errors import ClientError, Refused, ServerError
+from equipot.client.job_info import JobInfo, JobResult
+from equipot.client.moving import fixed_of
+from equipot.client.relax import RelaxSettings, RelaxWords
+from equipot.client.results import ModelInfo
+from equipot.client.retry import Deadline
+from equipot.client.settings import Settings
+from equipot.client.structures import StructuresLike, each_structure
+from equipot.wire.v1 import jobs_pb2 as jpb
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.codec import StructureArrays, decode_structures, encode_failures, encode_structures
+from equipot.wire.v1.jobs_pb2_grpc import JobServiceStub
+
+ATOMS_PER_PART = 65_536
+"""A job travels in parts of about so many atoms: each is on the server's disk before the next one leaves."""
+
+_Reply = TypeVar("_Reply")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """How a client reaches its server.
+
+    Attributes:
+        settings: of the client.
+        channel: the one that is open now.
+        token: to show.
+        model: asks for a model by name.
+        understand: gRPC's error in our words.
+    """
+
+    settings: Settings
+    channel: Callable[[], grpc.Channel]
+    token: TokenSource
+    model: Callable[[str], ModelInfo]
+    understand: Callable[[grpc.RpcError], ClientError]
+
+
+class Jobs:
+    """The jobs of this client's identity on its server; made by `Client.jobs`.
+
+    Raises:
+        Refused: by every method, if the server keeps no jobs.
+        JobNotFound: by every method that names a job, if there is none of that name or it is another's.
+    """
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def relax(
+        self,
+        structures: StructuresLike,
+        *,
+        id: str = "",
+        label: str = "",
+        level_of_theory: str = "",
+        model: str | None = None,
+        priority: Priority = "low",
+        on_sent: Callable[[int], None] | None = None,
+        **how: Unpack[RelaxWords],
+    ) -> JobInfo:
+        """Has the server relax any number of structures, and returns when it has them all on its disk.
+
+        Structures that cannot be sent have their failures among the results, the others go on.
+
+        Args:
+            structures: as of `Client.relax`.
+            id: 1 to 64 letters, digits, and . _ -, the caller's own for each job; empty: a new one. To submit
+                the same again under one id, as after a lost connection, makes one job.
+            label: any text to know it by.
+            level_of_theory: one of the model's; empty: its only one.
+            model: another than the client's.
+            priority: among all work of the server; "low" lets others go first.
+            on_sent: told how many structures the server has.
+            how: fmax, steps, optimizer, cell, pressure, max_step; see `RelaxWords`.
+
+        Raises:
+            InvalidRequest: a setting out of its range, or a constraint that is not FixAtoms.
+            LimitExceeded: the server has no room for it.
+            Refused: another job has this id already.
+        """
+        settings = RelaxSettings(**how)
+        wish = self._line.settings.wish(model, level_of_theory, forces=True, stress=settings.cell != "fixed")
+        items = list(each_structure(structures))
+        limits = self._line.model(wish.model).limits
+        parts = cut(
+            items,
+            limits,
+            atoms_per_request=min(limits.max_atoms_per_request or ATOMS_PER_PART, ATOMS_PER_PART),
+            max_message_bytes=self._line.settings.max_message_bytes,
+        )
+        id, start = id or f"relax-{uuid4().hex[:12]}", 0
+        # An empty job is one, too.
+        for part, following in (
+            itertools.pairwise(itertools.chain(parts, (None,))) if items else ((Part(), None),)
+        ):
+            assert part is not None
+            relax = settings.request(wish, part.structures, fixed_of(items, part, start))
+            relax.priority = pb.PRIORITY_NORMAL if priority == "normal" else PRIORITIES[priority]
+            relax.structures.CopyFrom(_with_refused(relax.structures, part))
+            request = jpb.SubmitJobRequest(
+                id=id,
+                label=label,
+                start=start,
+                last=following is None,
+                relax=relax,
+                refused=encode_failures(part.failures),
+            )
+            info = JobInfo.from_wire(self._ask(lambda stub: stub.SubmitJob, request))
+            start += len(part.n_atoms)
+            if on_sent is not None:
+                on_sent(start)
+        return info
+
+    def get(self, id: str) -> JobInfo:
+        """How far a job is."""
+        return JobInfo.from_wire(self._ask(lambda stub: stub.GetJob, jpb.GetJobRequest(id=id)))
+
+    def list(self) -> tuple[JobInfo, ...]:
+        """This identity's jobs, the newest first."""
+        reply = self._ask(lambda stub: stub.ListJobs, jpb.ListJobsRequest())
+        return tuple(JobInfo.from_wire(job) for job in reply.jobs)
+
+    def cancel(self, id: str) -> JobInfo:
+        """Ends a job; what it has found stays."""
+        return JobInfo.from_wire(self._ask(lambda stub: stub.CancelJob, jpb.CancelJobRequest(id=id)))
+
+    def delete(self, id: str) -> None:
+        """Ends a job and forgets it with its results."""
+        self._ask(lambda stub: stub.DeleteJob, jpb.DeleteJobRequest(id=id))
+
+    def attach(
+        self,
+        id: str,
+        *,
+        after: int = 0,
+        follow: bool = True,
+        on_progress: Callable[[JobInfo], None] | None = None,
+    ) -> Generator[JobResult, None, None]:
+        """A job's results in the order in which they came, each once, until it has ended.
+
+        After a lost connection it goes on behind the last result, also with a server that was started again.
+
+        Args:
+            id: of the job.
+            after: the number of the last result that the caller has already.
+            follow: whether to wait for results that are still to come.
+            on_progress: told how far the job is: first, about every second, and last.
+
+        Raises:
+            ServerUnavailable: the server was away for longer than the client tries.
+        """
+        attempt, over = 1, False
+        while not over:
+            try:
+                for reply in self._attached(jpb.AttachJobRequest(id=id, after=after, now=not follow)):
+                    attempt = 1
+                    if reply.HasField("result"):
+                        if reply.result.number != after + 1:
+                            raise ServerError(f"result {reply.result.number} came behind result {after}")
+                        after += 1
+                        yield JobResult.from_wire(reply.result)
+                    elif on_progress is not None:
+                        on_progress(JobInfo.from_wire(reply.job))
+                over = True
+            except grpc.RpcError as error:
+                problem = self._understand(error)
+                delay = self._line.settings.retry.delay(problem, attempt, math.inf)
+                if delay is None:
+                    raise problem from error
+                time.sleep(delay)
+                attempt += 1
+
+    def wait(self, id: str) -> JobInfo:
+        """A job once it has ended; see `JobInfo.raise_for_failure`."""
+        last: list[JobInfo] = []
+        # Its results are not what is waited for: only the last status counts.
+        for _ in self.attach(id, after=self.get(id).n_results, on_progress=last.append):
+            pass
+        return last[-1]
+
+    def _attached(self, request: jpb.AttachJobRequest) -> Generator[jpb.AttachJobReply, None, None]:
+        call: Any = self._stub().AttachJob(request, metadata=self._line.token.headers())
+        try:
+            yield from call
+        finally:
+            call.cancel()
+
+    def _ask(self, method: Callable[[JobServiceStub], Callable[..., _Reply]], request: object) -> _Reply:
+        settings = self._line.settings
+        deadline = Deadline(settings.timeout)
+
+        def attempt() -> _Reply:
+            call = method(self._stub())
+            return call(request, timeout=deadline.require(), metadata=self._line.token.headers())
+
+        return persist(attempt, attempt, deadline, settings.retry, self._understand)
+
+    def _stub(self) -> JobServiceStub:
+        return JobServiceStub(self._line.channel())
+
+    def _understand(self, error: grpc.RpcError) -> ClientError:
+        problem = self._line.understand(error)
+        if isinstance(problem, ServerError) and problem.code == "UNIMPLEMENTED":
+            return Refused(
+                f"{self._line.settings.address} keeps no jobs: start it with `equipot serve --jobs DIR`, or"
+                " ask without a job"
+            )
+        return problem
+
+
+def _with_refused(structures: pb.Structures, part: Part) -> pb.Structures:
+    """A part's structures with those of it that are refused, which have no atoms."""
+    if len(part.places) == len(part.n_atoms):
+        return structures
+    return encode_structures(_spaced(decode_structures(structures), part.places, len(part.n_atoms)))
+
+
+def _spaced(arrays: StructureArrays, places: Sequence[int], count: int) -> StructureArrays:
+    """The structures at these places of so many, and nothing at the others."""
+
+    def spaced(values: Any) -> Any:  # noqa: ANN401  # any of the arrays by structure
+        wide = np.zeros((count, *values.shape[1:]), dtype=values.dtype)
+        wide[places] = values
+        return wide
+
+    return replace(
+        arrays,
+        n_atoms=spaced(arrays.n_atoms),
+        cell=spaced(arrays.cell),
+        pbc=spaced(arrays.pbc),
+        charge=spaced(arrays.charge),
+        spin_multiplicity=spaced(arrays.spin_multiplicity),
+    )
