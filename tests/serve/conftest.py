@@ -295,6 +295,15 @@ def server(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield process
 
 
+@pytest.fixture(scope="session")
+def jobs_server(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One server that keeps jobs."""
+    folder = tmp_path_factory.mktemp("jobs")
+    words = [bundles.tiny, "--dtype", "float64", "--threads", 1, "--jobs", folder / "jobs"]
+    with running(*words, "--max-atoms", 200, stderr=folder / "log") as process:
+        yield process
+
+
 @pytest.fixture
 def channel(server: Process) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(server.address) as channel:

@@ -57,6 +57,7 @@ class TestSettings:
             ({"ray": {"replicas": 3, "max_replicas": 2}}, "max-replicas is 2, allowed are 3"),
             ({"ray": 3}, "ray is 3; it takes a table"),
             ({"tls_cert": "c", "tls_key": "k"}, "Ray's proxy listens without TLS"),
+            ({"jobs": {"folder": "j"}}, "--jobs needs one server"),
             (
                 {"admins": ["*"], "repository": {"url": "m"}, "ray": {"replicas": 2}},
                 "--admin would reach one of several replicas",

@@ -50,6 +50,7 @@ VERBS: dict[str, Verb] = {
     "doctor": Verb("say what this machine and installation have", "equipot.cli.doctor", "app", ""),
     "predict": Verb("predict every frame of a file", "equipot.client.cli", "predict_app", "ase"),
     "relax": Verb("relax every frame of a file on a server", "equipot.client.cli_relax", "app", "ase"),
+    "jobs": Verb("list, fetch and end the jobs that a server keeps", "equipot.client.cli_jobs", "app", "ase"),
 }
 
 

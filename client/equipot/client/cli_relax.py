@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+from uuid import uuid4
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from equipot.client.cli import DEFAULT_ADDRESS, Address, Interruption, Timeout
-from equipot.client.errors import ClientError, describe
+from equipot.client.cli_jobs import PATIENT
+from equipot.client.errors import ClientError, JobNotFound
 from equipot.client.options import (
     AllowPlaintextToken,
     TlsCa,
@@ -24,10 +24,13 @@ from equipot.client.options import (
     UseTls,
     shown,
 )
-from equipot.client.relax import Relaxed
+from equipot.client.outcome import Outcome
+from equipot.client.relax import RelaxWords
 from equipot.client.settings import DEFAULT_TIMEOUT
+from equipot.client.sync import Client
 
-_MOST_FAILURES = 20
+if TYPE_CHECKING:
+    from ase import Atoms
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -50,6 +53,10 @@ def relax(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on after the frames that OUT.partial has already")
     ] = False,
+    job: Annotated[
+        bool,
+        typer.Option("--job", help="submit it: the server goes on whether we are connected or not"),
+    ] = False,
     timeout: Timeout = DEFAULT_TIMEOUT,
     tls: UseTls = False,
     tls_ca: TlsCa = None,
@@ -64,6 +71,7 @@ def relax(
     Atoms that a FixAtoms constraint of the file holds stay. Frames that cannot be relaxed are written where
     they began, with the reason in `equipot_failure`; those that ran out of steps have `equipot_converged` F;
     the exit code is then 1. A run that is stopped leaves its finished frames in OUT.partial for --resume.
+    With --job a server that was started with --jobs keeps the work and its results: Ctrl-C only detaches.
     """
     from equipot.client.frames import FrameReader, UnorderedWriter, with_relaxed
 
@@ -83,6 +91,11 @@ def relax(
     frames = list(reader)
     reader.check()
     console = Console()
+    how = RelaxWords(fmax=fmax, steps=steps, optimizer=optimizer, cell=cell, pressure=pressure)
+    if job:
+        with trust.client(address, model=model, timeout=timeout, retry=PATIENT) as client:
+            _as_job(client, file, frames, target, level_of_theory, how, resume=resume)
+        return
     with UnorderedWriter(target, resume=resume) as writer:
         if writer.kept and max(writer.kept) >= len(frames):
             raise ClientError(
@@ -92,18 +105,12 @@ def relax(
         if writer.kept:
             done = f"going on after {len(writer.kept)} frames of {writer.partial}"
             console.print(done, soft_wrap=True, highlight=False)
-        outcome = _Outcome()
+        outcome = Outcome()
         for comment in writer.kept.values():
             outcome.recall(comment)
         with trust.client(address, model=model, timeout=timeout) as client:
             relaxing = client.relax_iter(
-                [frames[place] for place in todo],
-                level_of_theory=level_of_theory,
-                fmax=fmax,
-                steps=steps,
-                optimizer=optimizer,
-                cell=cell,
-                pressure=pressure,
+                [frames[place] for place in todo], level_of_theory=level_of_theory, **how
             )
             errors = Console(stderr=True)
             with (
@@ -126,45 +133,76 @@ def relax(
                     writer.add(place, with_relaxed(frames[place], relaxed))
                     bar.advance(task)
                     interruption.check()
-    _say(console, outcome, len(frames), target)
-    if outcome.failed or outcome.unconverged:
+    outcome.print(console, len(frames), target)
+    if not outcome.is_whole:
         raise typer.Exit(1)
 
 
-@dataclass(slots=True)
-class _Outcome:
-    """What a run came to."""
+def _as_job(
+    client: Client,
+    file: Path,
+    frames: list[Atoms],
+    target: Path,
+    level_of_theory: str,
+    how: RelaxWords,
+    *,
+    resume: bool,
+) -> None:
+    """Submits the frames unless that was done before, and fetches what there is until all is there."""
+    from equipot.client.frames import UnorderedWriter
+    from equipot.client.job_files import Slip, fetch, say_end
 
-    failed: int = 0
-    unconverged: int = 0
-    steps: int = 0
-    failures: list[str] = field(default_factory=list)
+    console, slip = Console(), Slip.read(target)
+    if slip is not None and not resume:
+        raise ClientError(
+            f"job {slip.job} fills {target} already, says {Slip.path(target)}: --resume goes on with it; to"
+            " begin anew take that file away"
+        )
+    if slip is not None and slip.address != client.address:
+        raise ClientError(f"job {slip.job} is at {slip.address}, not at {client.address}: give --address")
+    known = slip is not None
+    if slip is None:
+        slip = Slip(f"relax-{uuid4().hex[:12]}", client.address)
+    with UnorderedWriter(target, resume=resume) as writer:
+        if writer.kept and not known:
+            raise ClientError(f"{writer.partial} was begun without a job: leave --job out to go on with it")
+        if not (known and _has_all(client, slip.job, bool(writer.kept))):
+            # First the slip: whoever is stopped while it submits must know what it has submitted.
+            slip.write(target)
+            _submit(client, slip.job, file, frames, level_of_theory, how)
+        info, outcome = fetch(client, slip, target, frames, writer)
+    Slip.path(target).unlink(missing_ok=True)
+    say_end(console, info, outcome, writer.n_written, target)
+    if not outcome.is_whole or info.state != "done":
+        raise typer.Exit(1)
 
-    def add(self, place: int, relaxed: Relaxed) -> None:
-        """Takes one result into account."""
-        self.steps += relaxed.steps
-        if relaxed.failure is not None:
-            self.failed += 1
-            if len(self.failures) < _MOST_FAILURES:
-                failure = replace(relaxed.failure, index=place)
-                self.failures.append(describe(failure))
-        elif not relaxed.converged:
-            self.unconverged += 1
 
-    def recall(self, comment: str) -> None:
-        """Takes a result of an earlier run into account, as it was written."""
-        self.failed += "equipot_failure=" in comment
-        self.unconverged += "equipot_converged=F" in comment
+def _has_all(client: Client, job: str, begun: bool) -> bool:
+    """Whether the server has all of a job's structures."""
+    try:
+        return client.jobs.get(job).state != "receiving"
+    except JobNotFound:
+        if begun:
+            raise
+        return False
 
 
-def _say(console: Console, outcome: _Outcome, n_frames: int, target: Path) -> None:
-    for failure in outcome.failures:
-        console.print(f"[red]failed:[/] {escape(failure)}", soft_wrap=True, highlight=False)
-    if outcome.failed > len(outcome.failures):
-        console.print(f"… and {outcome.failed - len(outcome.failures)} more: see equipot_failure in {target}")
-    good = n_frames - outcome.failed - outcome.unconverged
-    words = [f"{good} of {n_frames} relaxed"]
-    words += [f"{outcome.unconverged} ran out of steps"] if outcome.unconverged else []
-    words += [f"{outcome.failed} failed"] if outcome.failed else []
-    console.print(f"{', '.join(words)}; {outcome.steps} steps", soft_wrap=True, highlight=False)
-    console.print(f"results: {target}", soft_wrap=True, highlight=False, markup=False)
+def _submit(
+    client: Client, job: str, file: Path, frames: list[Atoms], level_of_theory: str, how: RelaxWords
+) -> None:
+    errors = Console(stderr=True)
+    columns = (TextColumn("submitting"), BarColumn(), MofNCompleteColumn())
+    with (
+        Interruption(errors) as interruption,
+        Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar,
+    ):
+        task = bar.add_task("submitting", total=len(frames))
+
+        def sent(count: int) -> None:
+            bar.update(task, completed=count)
+            interruption.check()
+
+        client.jobs.relax(
+            frames, id=job, label=file.name, level_of_theory=level_of_theory, on_sent=sent, **how
+        )
+    Console().print(f"job {job}: {len(frames)} structures", soft_wrap=True, highlight=False, markup=False)

@@ -78,6 +78,11 @@ def split(mapping: Mapping[str, object], *, base: Path) -> tuple[ServeConfig, Ra
             "Ray's proxy listens without TLS: leave out --tls-cert and let what stands before it encrypt"
             " (a gateway, a mesh), or serve without --ray"
         )
+    if config.jobs is not None:
+        raise ServeError(
+            "--jobs needs one server that has its folder for itself, and Ray starts the next replica before the"
+            " last has ended: leave it out, or serve without --ray"
+        )
     if config.admins and max(settings.replicas, settings.max_replicas or 0) > 1:
         raise ServeError(
             "--admin would reach one of several replicas, and the others would differ from it: leave it out"
