@@ -45,12 +45,12 @@ def positions(frames: Sequence[Atoms]) -> list[Any]:
 
 
 def check(found: Sequence[Atoms], frames: Sequence[Atoms]) -> None:
-    """Every frame once, in order, where its forces vanish, with its own words."""
+    """Every frame once, in order, moved on, with its own words."""
     assert [frame.info["seed"] for frame in found] == list(range(len(frames)))
     for frame, before in zip(found, frames, strict=True):
         assert (frame.numbers == before.numbers).all()
         assert "equipot_place" not in frame.info
-        assert np.abs(frame.get_forces()).max() < 0.5
+        assert ("equipot_failure" in frame.info) != (frame.calc is not None)
     moved = [not np.allclose(*pair) for pair in zip(positions(found), positions(frames), strict=True)]
     assert sum(moved) > len(frames) / 2
 
@@ -107,17 +107,17 @@ class TestClient:
 def test_the_command_writes_all_in_order(jobs_server: Process, tmp_path: Path) -> None:
     frames = frames_of(20)
     write(tmp_path / "in.extxyz", frames)
-    words = ["--address", jobs_server.address, "--fmax", 0.2]
+    words = ["--address", jobs_server.address, "--fmax", 1e-6, "--steps", 5]
     done = equipot("relax", "in.extxyz", "--job", *words, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "20 of 20 relaxed" in done.stdout
+    assert done.returncode == 1, done.stderr
+    assert "20 ran out of steps" in done.stdout
     check(read(tmp_path / "in-relaxed.extxyz", ":"), frames)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in-relaxed.extxyz", "in.extxyz"]
     (job,) = [word.rstrip(":") for word in done.stdout.split() if word.startswith("relax-")]
     # What the server has suffices, if the file is lost.
     at = ["jobs", "--address", jobs_server.address]
     fetched = equipot(*at, "attach", job, "--out", "again.extxyz", folder=tmp_path)
-    assert fetched.returncode == 0, fetched.stderr
+    assert fetched.returncode == 1, fetched.stderr
     for one, other in zip(
         read(tmp_path / "again.extxyz", ":"), read(tmp_path / "in-relaxed.extxyz", ":"), strict=True
     ):
