@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from equipot.serve import hosts as hosts_module
 from equipot.serve import rank
 from equipot.serve.config import ServeConfig, Workers
 from equipot.serve.errors import ServeError
 from equipot.serve.hosts import Hosts
 from equipot.serve.repository.settings import RepositorySettings
-from equipot.serve.wire import Wire, WireError
+from equipot.serve.wire import Wire, WireError, read_key
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 from .conftest import Bundles, Process, ask, crystal, molecule, read, running
@@ -138,6 +140,33 @@ def test_strangers_are_turned_away_and_do_not_disturb(hosts: Hosts, key: Path) -
     placed.kill()
     with pytest.raises(WireError):
         right.receive()
+
+
+def test_a_leader_that_lets_go_at_once_is_not_called_without_end(
+    key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts_module, "PATIENCE_SECONDS", 0.1)
+    before, stop, calls = threading.active_count(), threading.Event(), 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        port = listener.getsockname()[1]
+        joining = threading.Thread(
+            target=hosts_module.join,
+            args=("127.0.0.1", port, key),
+            kwargs={"announce": lambda text: None, "stop": stop},
+        )
+        joining.start()
+        begun = time.monotonic()
+        while calls < 5:
+            wire = Wire(listener.accept()[0])
+            wire.introduce(read_key(key), leads=True)
+            wire.close()
+            calls += 1
+        assert time.monotonic() - begun >= 4 * 0.1
+        stop.set()
+    joining.join(20)
+    assert not joining.is_alive()
+    assert threading.active_count() <= before
 
 
 def test_nobody_is_let_in_by_their_own_words(key: Path) -> None:

@@ -345,7 +345,7 @@ def test_each_step_of_a_relaxation_counts(guarded: Process, stub: PotentialServi
     structures = ask([molecule(1)]).structures
     request = pb.RelaxRequest(model="tiny", structures=structures, fmax=1e-9, max_steps=5)
     replies = list(stub.Relax(request, timeout=60, metadata=bearer(MOVER, x_request_id="relax-1")))
-    assert [reply.result.steps for reply in replies] == [5]
+    assert [reply.result.steps for reply in replies if reply.HasField("result")] == [5]
     # Two at once, then four by the rate.
     assert time.monotonic() - begun > 1.5
     assert entry(guarded, "relax-1")["model"] == "tiny"

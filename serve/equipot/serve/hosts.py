@@ -26,6 +26,9 @@ INTRODUCTION_SECONDS = 10.0
 PATIENCE_SECONDS = 2.0
 """Between two tries to reach the leader."""
 
+LISTEN_SECONDS = 0.5
+"""Whoever waits for work looks so often whether it is to stop."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -191,10 +194,7 @@ def join(
     announced = False
     while not stop.is_set():
         try:
-            connection = socket.create_connection((leader, port), INTRODUCTION_SECONDS)
-            wire = Wire(connection)
-            wire.introduce(known, leads=False, name=name)
-            connection.settimeout(None)
+            wire = _introduced(leader, port, known, name)
         except OSError as error:
             if announced or not isinstance(error, ConnectionRefusedError | socket.gaierror | TimeoutError):
                 logger.warning("no leader on %s:%d: %s", leader, port, error)
@@ -204,20 +204,40 @@ def join(
         if not announced:
             announce(f"joined {leader}:{port} as {name}")
             announced = True
-        waker = threading.Thread(target=lambda held=wire: (stop.wait(), held.close()), daemon=True)
-        waker.start()
         try:
-            config = wire.receive()
-        except OSError:
-            wire.close()
-            continue
+            config = _first_word(wire, stop)
+        except OSError as error:
+            logger.warning("the leader on %s:%d went: %s", leader, port, error)
+            config = None
         if not isinstance(config, rank.RankConfig):
             wire.close()
+            # A leader that lets go at once would else be called without end.
+            stop.wait(PATIENCE_SECONDS)
             continue
         config = config.on(leader)
         threading.Thread(
             target=_run, args=(wire, config), name=f"equipot-rank-{config.rank}", daemon=True
         ).start()
+
+
+def _introduced(leader: str, port: int, key: bytes, name: str) -> Wire:
+    connection = socket.create_connection((leader, port), INTRODUCTION_SECONDS)
+    wire = Wire(connection)
+    try:
+        wire.introduce(key, leads=False, name=name)
+    except OSError:
+        wire.close()
+        raise
+    connection.settimeout(None)
+    return wire
+
+
+def _first_word(wire: Wire, stop: threading.Event) -> object:
+    """What the leader says once it has a rank to start, which may be never; None if stopped before."""
+    while not stop.is_set():
+        if wire.has_word(LISTEN_SECONDS):
+            return wire.receive()
+    return None
 
 
 def _run(wire: Wire, config: rank.RankConfig) -> None:

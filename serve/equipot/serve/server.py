@@ -23,7 +23,6 @@ from equipot.serve.admin import AdminServicer
 from equipot.serve.call import Call
 from equipot.serve.config import ServeConfig
 from equipot.serve.dispatcher import Dispatcher
-from equipot.serve.door import Door
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
 from equipot.serve.inference_protocol import InferenceServicer
@@ -109,8 +108,8 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
         leave(0)
 
 
-def _behind_a_port(door: Door, config: ServeConfig) -> grpc.aio.Server:
-    return grpc.aio.server(interceptors=[door], options=server_options(config))
+def _behind_a_port(trust: Trust, config: ServeConfig) -> grpc.aio.Server:
+    return grpc.aio.server(interceptors=[trust.door, trust.intake], options=server_options(config))
 
 
 class GrpcServer:
@@ -122,7 +121,7 @@ class GrpcServer:
         metrics: Metrics,
         *,
         on_done: Callable[[Call], None] | None = None,
-        make_server: Callable[[Door, ServeConfig], grpc.aio.Server] = _behind_a_port,
+        make_server: Callable[[Trust, ServeConfig], grpc.aio.Server] = _behind_a_port,
     ) -> None:
         """Registers what is answered.
 
@@ -144,7 +143,7 @@ class GrpcServer:
             share_of=self._trust.quotas.share_of,
         )
         self._admin = AdminServicer(config.admins, config.limits)
-        self._server = make_server(self._trust.door, config)
+        self._server = make_server(self._trust, config)
         servicer = PotentialServicer(
             self._gate, self._dispatcher, metrics, config.limits, log_structures=config.log_structures
         )
@@ -203,6 +202,11 @@ class GrpcServer:
         await self._server.start()
         self.keep_current()
         return bound
+
+    @property
+    def held_bytes(self) -> int:
+        """Of requests that are read or not yet answered."""
+        return self._trust.intake.held
 
     def keep_current(self) -> None:
         """Looks at the files of certificates, tokens and limits now and then, until `stop`."""

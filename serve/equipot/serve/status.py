@@ -103,6 +103,12 @@ async def refuse(context: Context, error: CallError) -> NoReturn:
     await context.abort(status.code, status.details, (*status.trailing_metadata, *named))
 
 
+def bare(error: CallError) -> CallError:
+    """The error without the frames it came through: they hold the request, in a circle that nobody breaks."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
+
+
 def guarded(
     method: Callable[[RequestT, Context], Awaitable[Message]], request_type: type[RequestT]
 ) -> grpc.RpcMethodHandler[bytes, Message]:
@@ -112,13 +118,19 @@ def guarded(
     """
 
     async def answer(raw: bytes, context: Context) -> Message:
+        request: RequestT | None = None
         try:
-            return await method(_parse(request_type, raw), context)
+            request = _parse(request_type, raw)
+            # It has been copied, and may be large.
+            raw = b""
+            return await method(request, context)
         except CallError as error:
-            failure = error
+            failure = bare(error)
         except Exception:
             logger.exception("%s failed", request_type.__name__)
             failure = CallError("the server failed on this request; its log has the reason")
+        # What refuses keeps this frame, in a circle, until the garbage collector comes.
+        raw, request = b"", None
         await refuse(context, failure)
 
     return grpc.unary_unary_rpc_method_handler(
@@ -170,11 +182,13 @@ async def _streamed(
     try:
         # Closed at once when the caller leaves: what it held must not wait for the garbage collector.
         async with aclosing(begin(request, context)) as replies:
+            # As in `guarded`: it may be large.
+            request = None
             async for reply in replies:
                 yield reply
         return
     except CallError as error:
-        failure = error
+        failure = bare(error)
     except Exception:
         logger.exception("%s failed", request_type.__name__)
         failure = CallError("the server failed on this request; its log has the reason")

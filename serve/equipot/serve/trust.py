@@ -10,6 +10,7 @@ import grpc
 from equipot.serve.call import Call
 from equipot.serve.config import ServeConfig
 from equipot.serve.door import Door
+from equipot.serve.intake import Intake
 from equipot.serve.metrics import NO_MODEL, Metrics
 from equipot.serve.quota_file import read_allowances
 from equipot.serve.quotas import Allowances, Quotas
@@ -41,6 +42,7 @@ class Trust:
 
     Attributes:
         door: every call's way in.
+        intake: reads the requests of those who were let in; behind a port of our own alone.
         quotas: what each identity may ask for.
 
     Raises:
@@ -66,12 +68,17 @@ class Trust:
             limits = Reread("identity limits", [limits_path], lambda: read_allowances(limits_path))
         self._tokens, self._limits = tokens, limits
         self.quotas = Quotas(Allowances() if limits is None else limits.value)
+
+        def refused(outcome: str) -> None:
+            metrics.of(NO_MODEL).request_ended(outcome)
+
+        self.intake = Intake(config.limits.message_bytes, on_refusal=refused)
         self.door = Door(
             tokens=tokens,
             quotas=self.quotas,
             open_to_all=open_to_all,
             certificates_name=config.tls_client_ca is not None,
-            on_refusal=lambda outcome: metrics.of(NO_MODEL).request_ended(outcome),
+            on_refusal=refused,
             on_done=on_done,
         )
 
@@ -110,6 +117,8 @@ def server_options(config: ServeConfig) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", LARGEST_HEADERS),
         ("grpc.absolute_max_metadata_size", LARGEST_HEADERS),
         ("grpc.max_concurrent_streams", STREAMS),
+        # Else a connection sends megabytes ahead of what is read. What is read has its window opened anyway.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.server_handshake_timeout_ms", _ms(HANDSHAKE)),
         ("grpc.keepalive_time_ms", _ms(config.keepalive)),
         ("grpc.keepalive_timeout_ms", _ms(KEEPALIVE_ANSWER)),

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import secrets
+import select
 import socket
 import struct
 from collections.abc import Callable
@@ -57,6 +58,10 @@ class Wire:
         ).encode()
         body = b"".join(block.tobytes() for block in blocks)
         self._socket.sendall(_SIZES.pack(len(header), len(body)) + header + body)
+
+    def has_word(self, seconds: float) -> bool:
+        """Whether something comes within so many seconds: a message, or the end."""
+        return bool(select.select([self._socket], [], [], seconds)[0])
 
     def receive(self) -> object:
         """The next message.

@@ -23,6 +23,7 @@ from equipot.serve.ray_app.settings import split
 from equipot.serve.ray_app.workers import call_workers
 from equipot.serve.server import GrpcServer
 from equipot.serve.tracing import call_tracer
+from equipot.serve.trust import Trust
 
 PATIENCE_SECONDS = 300.0
 """Ranks that died are started again by the replica; if they stay away longer, Ray replaces the replica."""
@@ -68,8 +69,8 @@ class Replica:
         self._seen_ready = time.monotonic()
         _here.append(self)
 
-    def _collect(self, door: Any, config: object) -> grpc.aio.Server:  # noqa: ANN401  # a Door
-        self._services = Collector(door)
+    def _collect(self, trust: Trust, config: object) -> grpc.aio.Server:
+        self._services = Collector(trust.door)
         return cast("grpc.aio.Server", self._services)
 
     def attach(self, server: Any) -> None:  # noqa: ANN401  # Ray's gRPC server has no type of its own

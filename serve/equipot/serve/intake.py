@@ -1,0 +1,190 @@
+"""Reads requests into memory, a bounded number of bytes at once. Knows neither services nor models.
+
+gRPC reads a message whole before it calls a handler, and of how many calls does not matter to it: a hundred
+callers with the largest message each would take a hundred times its memory before anything is refused. Here a
+call has room for the largest message before it is read, and keeps what it took until it is answered. HTTP/2
+holds back what nobody reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from equipot.serve.errors import CallError, InvalidRequest, QueueFull
+from equipot.serve.status import Context, bare, refuse
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+LARGEST_AT_ONCE = 8
+"""So many messages of the largest size are in memory at once; of smaller ones as many as fit."""
+
+MOMENT = 0.05
+"""Seconds in which a message that is small arrives once it is asked for: it came with the call's headers."""
+
+TRIED_AT_ONCE = 4
+"""So many calls for which there is no room are given that moment at once; that bounds what they bring."""
+
+RETRY_FULL = 1.0
+"""Seconds after which some of the messages may have been answered."""
+
+
+class Room:
+    """Bytes of requests that are in memory.
+
+    Args:
+        largest: bytes of one message at most.
+
+    Attributes:
+        held: by calls that read or wait for their answer.
+        trying: those that are read without room for them.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self.largest = largest
+        self.held = 0
+        self.trying = asyncio.Semaphore(TRIED_AT_ONCE)
+
+    @property
+    def limit(self) -> int:
+        """Beyond it nothing is read that may be large."""
+        return LARGEST_AT_ONCE * self.largest
+
+    def has(self, n_bytes: int) -> bool:
+        """Whether so many bytes more may be taken."""
+        return self.held + n_bytes <= self.limit
+
+    def full(self) -> QueueFull:
+        """The refusal of what finds no room."""
+        return QueueFull(
+            f"requests of {self.held} bytes are read or wait for their answers; the limit is {self.limit}",
+            retry_after=RETRY_FULL,
+            facts={"request_bytes": str(self.held), "max_request_bytes": str(self.limit)},
+        )
+
+
+class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time it takes none
+    """Lets a call's one message be read when there is room for it; streams of requests go by it.
+
+    Args:
+        largest: bytes of one message at most.
+        on_refusal: told the outcome of each call that finds no room.
+    """
+
+    def __init__(self, largest: int, *, on_refusal: Callable[[str], None]) -> None:
+        self._room = Room(largest)
+        self._on_refusal = on_refusal
+        self._reading: dict[str, Handler] = {}
+
+    @property
+    def held(self) -> int:
+        """Bytes of requests that are in memory."""
+        return self._room.held
+
+    async def intercept_service(  # type: ignore[override]  # there may be no handler, too
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The handler of a call, of the kind that reads its message itself."""
+        handler = await continuation(details)
+        if handler is None or handler.request_streaming:
+            return handler
+        reading = self._reading.get(details.method)
+        if reading is None:
+            reading = self._reading[details.method] = self._reads_itself(handler)
+        return reading
+
+    def _reads_itself(self, handler: Handler) -> Handler:
+        # grpc's types are those of servers with threads; under asyncio a behaviour is a coroutine.
+        inner: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        parse = handler.request_deserializer
+
+        async def answer(requests: object, context: Context) -> Any:  # noqa: ANN401  # as gRPC has it
+            taken = _Taken(self._room)
+            try:
+                # No name for the message: whoever has decoded it lets go of it.
+                return await inner(await self._read(taken, parse, context), context)
+            finally:
+                taken.change(0)
+
+        async def stream(requests: object, context: Context) -> AsyncIterator[Any]:
+            taken = _Taken(self._room)
+            try:
+                async with aclosing(inner(await self._read(taken, parse, context), context)) as replies:
+                    async for reply in replies:
+                        yield reply
+            finally:
+                taken.change(0)
+
+        if handler.response_streaming:
+            behaviour: Any = stream
+            return grpc.stream_stream_rpc_method_handler(behaviour, None, handler.response_serializer)
+        behaviour = answer
+        return grpc.stream_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
+
+    async def _read(self, taken: _Taken, parse: Callable[[bytes], Any] | None, context: Context) -> Any:  # noqa: ANN401  # as gRPC has it
+        failure: CallError
+        raw = b""
+        try:
+            raw = await _received(taken, self._room, context)
+            return raw if parse is None else parse(raw)
+        except QueueFull as full:
+            self._on_refusal(full.reason.lower())
+            failure = bare(full)
+        except DecodeError as error:
+            failure = InvalidRequest(f"the request is no message of this method: {error}")
+        except InvalidRequest as invalid:
+            failure = bare(invalid)
+        # What refuses keeps this frame, in a circle, until the garbage collector comes.
+        raw = b""
+        await refuse(context, failure)
+
+
+class _Taken:
+    """What one call has of the room."""
+
+    __slots__ = ("_bytes", "_room")
+
+    def __init__(self, room: Room) -> None:
+        self._room, self._bytes = room, 0
+
+    def change(self, n_bytes: int) -> None:
+        self._room.held += n_bytes - self._bytes
+        self._bytes = n_bytes
+
+
+async def _received(taken: _Taken, room: Room, context: Context) -> bytes:
+    if room.has(room.largest):
+        taken.change(room.largest)
+        raw: Any = await context.read()
+    else:
+        # Who sends little must not wait for those who send much, and nobody can tell before it is read:
+        # what has not come within a moment is much.
+        async with room.trying:
+            reading = asyncio.ensure_future(context.read())
+            reading.add_done_callback(_look)
+            await asyncio.wait({reading}, timeout=MOMENT)
+            if not reading.done():
+                raise room.full()
+            raw = reading.result()
+    if not isinstance(raw, bytes):
+        raise InvalidRequest("the call ended without a request")
+    taken.change(0)
+    # What is small has the room of one more message for itself, so that large ones never shut it out.
+    is_small = len(raw) <= room.largest // LARGEST_AT_ONCE
+    if not room.has(len(raw) - (room.largest if is_small else 0)):
+        raise room.full()
+    taken.change(len(raw))
+    return raw
+
+
+def _look(reading: asyncio.Future[Any]) -> None:
+    """Nobody waits for what comes after a refusal."""
+    if not reading.cancelled():
+        reading.exception()
