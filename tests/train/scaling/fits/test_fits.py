@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equipot.train.scaling.better import ALL, contests
+from equipot.train.scaling.better import ALL, contests, papers_family
 from equipot.train.scaling.compare import compare_families
 from equipot.train.scaling.figures_depth import depth_series
 from equipot.train.scaling.fit import COMPUTE, DATA, SIZE, SIZE_AND_SEEN, Fits, fit_study
 from equipot.train.scaling.optimal import Costs
 from equipot.train.scaling.rows import ResultError, StudyResults, read_study, write_results
+from equipot.train.scaling.slices import Family
 from equipot.train.scaling.verdicts import of_data_against_size, of_depth, steps_against_epochs
 
 from .synthetic import BATCH, TRAIN, Synthetic, Truth, flops_of, parameters_of
@@ -111,7 +112,7 @@ def test_each_confound_has_the_effect_that_was_put_in(
 def test_the_better_architecture_meets_the_base_at_four_times_its_compute(
     results: StudyResults, fits: Fits
 ) -> None:
-    found = {(each.label, each.share): each for each in contests(results.rows, fits.base)}
+    found = {(each.family.architecture, each.share): each for each in contests(results.rows, fits.base)}
     quarter = found[("fast-egnn", 0.25)]
     for rival, candidate in quarter.pairs:
         assert candidate.flops / rival.flops == pytest.approx(0.25, rel=0.35)
@@ -119,6 +120,26 @@ def test_the_better_architecture_meets_the_base_at_four_times_its_compute(
     assert set(quarter.by_source) == {ALL, "molecules", "crystals"}
     assert found[("fast-egnn", 1.0)].reached == ["crystals", "molecules"]
     assert not found[("gcn", 1.0)].reached
+
+
+def test_the_papers_network_is_a_rival_where_it_was_trained(tmp_path: Path) -> None:
+    made = Synthetic(tmp_path)
+    paper = {"inputs": "raw", "residual": False, "normalisation": "none"}
+    for seed in range(3):
+        made.point("size", 32, steps=400, seed=seed)
+        made.point("paper", 32, steps=400, seed=seed, **paper)
+        made.point("paper", 32, steps=400, seed=seed, **paper, forces="invariant")
+    rows = read_study(tmp_path).usable
+    family = papers_family(rows)
+    assert family is not None
+    assert family.forces == "invariant"
+    base = next(Family.of(row) for row in rows if "size" in row.group)
+    [equal] = contests(rows, family, candidates=[base])
+    assert equal.share == 1.0
+    assert len(equal.pairs) == 3
+    assert equal.surely_reached == ["crystals", "molecules"]
+    assert equal.by_source[ALL].ratio == pytest.approx(1 / (1.4 * 1.25 * 1.8), rel=0.05)
+    assert papers_family([row for row in rows if Family.of(row) == base]) is None
 
 
 def test_depth_is_compared_at_equal_size_and_its_verdict_follows_the_numbers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,6 @@ class Contest:
     """A candidate with a share of the base's compute, paired by seed with the base."""
 
     family: Family
-    label: str
     share: float
     pairs: tuple[tuple[Row, Row], ...]
     by_source: Mapping[str, Effect]
@@ -42,8 +41,21 @@ class Contest:
 ALL = "all sources"
 
 
-def contests(rows: Sequence[Row], base: Family, level: float = 0.9) -> list[Contest]:
-    """Candidates at a quarter of the base's compute, and at all of it.
+def papers_family(rows: Sequence[Row]) -> Family | None:
+    """What the paper trained, if it is among them: raw coordinates, no residuals, no normalisation."""
+    found = [
+        Family.of(row)
+        for row in rows
+        if row.inputs == "raw" and row.residual == "false" and row.normalisation == "none"
+    ]
+    # its forces were not equivariant, if that was trained too
+    return max(sorted(found), key=lambda family: family.forces == "invariant", default=None)
+
+
+def contests(
+    rows: Sequence[Row], base: Family, level: float = 0.9, candidates: Collection[Family] = ()
+) -> list[Contest]:
+    """Candidates (by default all other architectures) at a quarter of the base's compute, and at all of it.
 
     A candidate's setting meets the best of the base's settings that took so many times its compute on the
     same data, of those that share an experiment with it if there are any; seeds meet seeds. Of a family's
@@ -51,7 +63,7 @@ def contests(rows: Sequence[Row], base: Family, level: float = 0.9) -> list[Cont
     """
     usable = [row for row in rows if row.usable and not row.holdout]
     plain = [row for row in usable if Family.of(row) == base]
-    others = {Family.of(row) for row in usable if row.architecture != base.architecture}
+    others = candidates or {Family.of(row) for row in usable if row.architecture != base.architecture}
     found = []
     for family in sorted(others):
         mine = [row for row in usable if Family.of(row) == family]
@@ -59,7 +71,7 @@ def contests(rows: Sequence[Row], base: Family, level: float = 0.9) -> list[Cont
             best = _best(mine, plain, share)
             if best:
                 by_source = _by_source(best, level)
-                found.append(Contest(family, family.label(base), share, tuple(best), by_source))
+                found.append(Contest(family, share, tuple(best), by_source))
     return sorted(found, key=lambda each: (each.share, -len(each.reached), each.by_source[ALL].ratio))
 
 

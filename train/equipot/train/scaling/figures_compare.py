@@ -23,7 +23,7 @@ from equipot.train.scaling.pictures import (
     shown,
 )
 from equipot.train.scaling.rows import METRICS, SWITCHES, Row
-from equipot.train.scaling.slices import VARIABLES
+from equipot.train.scaling.slices import VARIABLES, Family
 
 _SHORT = {"loss": "loss", "energy": "energy MAE", "forces": "force MAE"}
 
@@ -125,8 +125,8 @@ def of_architectures(groups: Mapping[str, Sequence[Row]], how: str) -> Figure | 
     return figure
 
 
-def of_contests(contests: Sequence[Contest]) -> Figure | None:
-    """The loss of candidates over that of the base, by source and share of the base's compute."""
+def of_contests(contests: Sequence[Contest], base: Family) -> Figure | None:
+    """The loss of candidates over that of their rival, by source and share of the rival's compute."""
     if not contests:
         return None
     shown = [each for k, each in enumerate(contests) if k == 0 or each.reached] or contests
@@ -140,8 +140,8 @@ def of_contests(contests: Sequence[Contest]) -> Figure | None:
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set(
-            xlabel="test error / that of the base",
-            title=f"{contest.label} at {contest.share:.0%} of the compute",
+            xlabel="test loss / that of the rival",
+            title=f"{contest.family.label(base)} at {contest.share:.0%} of the compute",
         )
         log_axis(axis, "x")
     return figure

@@ -98,8 +98,16 @@ def of_memory(memory: Mapping[str, Any], rows: Sequence[Row]) -> Figure | None:
                 [100 * each["relative_memory"] for each in mine],
                 color=colour,
                 marker=marker,
-                linestyle="none",
+                linewidth=0.6,
                 markersize=5,
+            )
+            axes[1].annotate(
+                f"{mine[-1]['width']}",
+                (100 * mine[-1]["relative_time"], 100 * mine[-1]["relative_memory"]),
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=7,
+                color=colour,
             )
         axes[0].set(xlabel="width", ylabel="predicted peak memory of all ranks, GiB")
         log_axis(axes[0], "x")

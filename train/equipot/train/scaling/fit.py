@@ -32,6 +32,8 @@ LETTERS = {
 SIZE, DATA, COMPUTE = ("parameters",), ("training structures",), ("model FLOPs",)
 SIZE_AND_DATA, SIZE_AND_SEEN = ("parameters", "training structures"), ("parameters", "structures seen")
 _KINDS = (SIZE, DATA, SIZE_AND_DATA, SIZE_AND_SEEN)
+NO_TREND = 0.05
+"""Losses that would look as they do with a greater probability without any trend follow no law."""
 _OF_BASE = 4
 """Curves of one kind that are fitted of the base family, at most."""
 
@@ -251,7 +253,7 @@ def _law(metric: str, each: Slice, replicates: int, level: float) -> Law:
     try:
         fit = fit_law(x, losses, replicates=replicates, level=level)
     except TooFewPointsError as error:
-        return Law(metric, each, None, f"{each.title}: {error}", ())
+        return Law(metric, each, None, str(error), ())
     held = [row for row in each.held_out if row.value(metric) is not None]
     foretold = []
     if held:
@@ -270,7 +272,7 @@ def _optima(laws: Sequence[Law], base: Family, budgets: Sequence[float]) -> tupl
             continue
         layers = law.slice.rows[0].layers if law.slice.rows else 0
         if law.fit is None:
-            problems.append(law.refused)
+            problems.append(f"{law.slice.title}: {law.refused}")
             continue
         try:
             costs = Costs.of(law.slice.rows)

@@ -19,7 +19,7 @@ from equipot.train.scaling import (
     tables,
     verdicts,
 )
-from equipot.train.scaling.better import contests
+from equipot.train.scaling.better import contests, papers_family
 from equipot.train.scaling.compare import compare_families
 from equipot.train.scaling.fit import COMPUTE, DATA, SIZE, Fits
 from equipot.train.scaling.folder import StudyFolder, read_json
@@ -197,15 +197,16 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
     yield Part(
         "A better EGNN",
         "Is the base's error reached with a quarter of its compute?",
-        list(verdicts.of_contests(rivals)),
+        list(verdicts.of_contests(rivals, "the base", fits.base)),
         album.draw(
             "better",
             "Ratios of losses, paired by seed; 1 is the base at full compute.",
-            lambda: figures_compare.of_contests(rivals),
+            lambda: figures_compare.of_contests(rivals, fits.base),
         ),
-        [tables.contests(rivals)],
+        [tables.contests(rivals, fits.base)],
         "Compute is counted in model FLOPs; the clock depends on the kernels.",
     )
+    yield from _against_the_paper(rows, fits, album, level)
     yield from _errors(results, fits, album)
     memory = read_memory(results.path)
     yield Part(
@@ -220,6 +221,28 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
         ),
         [],
         "Predictions, of a machine without GPU; `equipot memory profile --table` measures them.",
+    )
+
+
+def _against_the_paper(rows: Sequence[Row], fits: Fits, album: _Album, level: float) -> Iterable[Part]:
+    paper = papers_family(rows)
+    ours = {fits.base} | {
+        family for family in map(Family.of, rows) if {"architecture"} == set(family.changes(fits.base))
+    }
+    found = [] if paper is None else contests(rows, paper, level, ours)
+    name = "the paper's network" if paper is None else paper.label(fits.base)
+    yield Part(
+        "Against the paper's network",
+        "On the same structures and with the same compute, what is its network (raw coordinates, no "
+        "residuals, no normalisation) worth?",
+        list(verdicts.of_contests(found, name, fits.base)),
+        album.draw(
+            "paper",
+            "Ratios of losses, paired by seed; 1 is the paper's network.",
+            lambda: figures_compare.of_contests(found, fits.base),
+        ),
+        [tables.contests(found, fits.base)],
+        "The paper's data, size and optimiser were others; what is compared here is the function.",
     )
 
 

@@ -10,6 +10,7 @@ from equipot.train.scaling.better import Contest
 from equipot.train.scaling.compare import Comparison
 from equipot.train.scaling.fit import SIZE_AND_DATA, SIZE_AND_SEEN, Fits, Law
 from equipot.train.scaling.rows import Row, StudyResults
+from equipot.train.scaling.slices import Family
 
 _ERRORS: Sequence[tuple[str, str, float]] = (
     ("energy MAE, meV/atom", "energy_mae_per_atom", 1000),
@@ -142,11 +143,11 @@ def comparisons(found: Sequence[Comparison]) -> Table:
     return Table("Against the base", head, tuple(rows), folded=True)
 
 
-def contests(found: Sequence[Contest]) -> Table:
+def contests(found: Sequence[Contest], base: Family) -> Table:
     """Ratios by source."""
     rows = tuple(
         (
-            each.label,
+            each.family.label(base),
             f"{each.share:.0%}",
             source,
             _span(effect.ratio, effect.low, effect.high) if effect.pairs > 1 else f"{effect.ratio:.3g}",
@@ -155,7 +156,7 @@ def contests(found: Sequence[Contest]) -> Table:
         for each in found
         for source, effect in each.by_source.items()
     )
-    return Table("Against the base's full compute", ("of", "compute", "source", "loss ratio", "pairs"), rows)
+    return Table("Against the rival's full compute", ("of", "compute", "source", "loss ratio", "pairs"), rows)
 
 
 def sources(row: Row) -> Table:

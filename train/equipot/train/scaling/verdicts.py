@@ -11,26 +11,27 @@ from scipy import stats
 from equipot.train.scaling.better import ALL, Contest
 from equipot.train.scaling.compare import Comparison, LawShift, effect, shift
 from equipot.train.scaling.figures_depth import DepthSeries
-from equipot.train.scaling.fit import COMPUTE, DATA, SIZE_AND_DATA, Fits, Law
+from equipot.train.scaling.fit import COMPUTE, DATA, NO_TREND, SIZE_AND_DATA, Fits, Law
 from equipot.train.scaling.rows import Row, seeds_of
+from equipot.train.scaling.slices import Family
 
 _METRICS = {"loss": "test loss", "energy": "energy MAE", "forces": "force MAE"}
 _DEEP = 10
-_NO_TREND = 0.05
 
 
 def of_law(law: Law) -> Iterator[str]:
     """One single-variable law of the loss: its exponent, its floor, how well it describes the points."""
     if law.fit is None:
-        yield f"No law: {law.refused}."
+        yield f"No law of {law.slice.title}: {law.refused}."
         return
     what, letter = law.slice.variables[0], law.letters[0]
     x, found = law.slice.x[:, 0], law.fit.intervals(law.letters)
-    if law.fit.trend > _NO_TREND:
+    if law.fit.trend > NO_TREND:
         yield (
             f"No trend of the loss with {what}: losses that do not depend on it would look like this with "
-            f"probability {law.fit.trend:.2g}."
+            f"probability {law.fit.trend:.2g} (at {_fixed(law)})."
         )
+        return
     exponent, floor = found["exponent"], found["E"]
     ends = law.fit.best.curve(np.array([[x.min()], [x.max()]]))[0]
     yield (
@@ -182,24 +183,21 @@ def of_comparisons(comparisons: Sequence[Comparison]) -> Iterator[str]:
         yield "None has been trained."
 
 
-def of_contests(found: Sequence[Contest]) -> Iterator[str]:
-    """Whether a candidate reaches the base with less compute."""
+def of_contests(found: Sequence[Contest], rival: str, base: Family) -> Iterator[str]:
+    """Whether a candidate, named by what it differs in from the base, reaches a rival with less compute."""
     for each in found:
         if each is not found[0] and not each.reached:
             continue  # the table has them
         whole = each.by_source[ALL]
         sources = len(each.by_source) - 1
         yield (
-            f"{each.label} with {each.share:.0%} of the base's compute: {whole.words('test loss')}; reaches "
-            f"the base on {len(each.reached)} of {sources} source(s)"
+            f"{each.family.label(base)} with {each.share:.0%} of the compute of {rival}: "
+            f"{whole.words('test loss')}; reaches it on {len(each.reached)} of {sources} source(s)"
             f"{_listed(each.reached)}, beyond the seeds' doubt on {len(each.surely_reached)}"
             f"{_listed(each.surely_reached)}."
         )
     if not found:
-        yield (
-            "No other architecture was trained with a quarter of the base's compute, nor all of it, on the "
-            "same data and seed."
-        )
+        yield f"Nothing was trained on the same data with the compute of {rival}, or a quarter of it."
 
 
 def of_held_out(fits: Fits) -> Iterator[str]:
