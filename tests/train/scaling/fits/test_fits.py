@@ -150,7 +150,7 @@ def test_depth_is_compared_at_equal_size_and_its_verdict_follows_the_numbers(
         assert each.depths == [2, 3, 6, 8, 12]
         sizes = [row.parameters for row in each.rows]
         assert max(sizes) / min(sizes) < 1.25
-    words = list(of_depth(list(series.values()), fits, 0.9))
+    words = list(of_depth(list(series.values()), fits))
     assert any("no residuals" in line and "12 layers are worse than 3" in line for line in words)
     assert any("egnn" in line and "12 layers are not told apart from 3" in line for line in words)
     assert any(line.endswith("Width wins between 2 and 12 layers.") for line in words)

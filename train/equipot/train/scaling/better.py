@@ -52,9 +52,7 @@ def papers_family(rows: Sequence[Row]) -> Family | None:
     return max(sorted(found), key=lambda family: family.forces == "invariant", default=None)
 
 
-def contests(
-    rows: Sequence[Row], base: Family, level: float = 0.9, candidates: Collection[Family] = ()
-) -> list[Contest]:
+def contests(rows: Sequence[Row], base: Family, candidates: Collection[Family] = ()) -> list[Contest]:
     """Candidates (by default all other architectures) at a quarter of the base's compute, and at all of it.
 
     A candidate's setting meets the best of the base's settings that took so many times its compute on the
@@ -70,7 +68,7 @@ def contests(
         for share in SHARES:
             best = _best(mine, plain, share)
             if best:
-                by_source = _by_source(best, level)
+                by_source = _by_source(best)
                 found.append(Contest(family, share, tuple(best), by_source))
     return sorted(found, key=lambda each: (each.share, -len(each.reached), each.by_source[ALL].ratio))
 
@@ -109,14 +107,13 @@ def _mean(rows: Sequence[Row]) -> float:
     return float(np.mean([row.validation_loss or np.inf for row in rows]))
 
 
-def _by_source(pairs: Sequence[tuple[Row, Row]], level: float) -> dict[str, Effect]:
+def _by_source(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Effect]:
     sources = sorted({name for pair in pairs for row in pair for name in row.test.get("by_source", {})})
     wanted = {ALL: [(a.value("loss"), b.value("loss")) for a, b in pairs]}
     wanted |= {
         name: [(a.of_source(name, "loss"), b.of_source(name, "loss")) for a, b in pairs] for name in sources
     }
     effects = {
-        name: effect([(one, two) for one, two in values if one and two], level)
-        for name, values in wanted.items()
+        name: effect([(one, two) for one, two in values if one and two]) for name, values in wanted.items()
     }
     return {name: each for name, each in effects.items() if each is not None}

@@ -14,6 +14,7 @@ from equipot.train.scaling.rows import METRICS, Row
 from equipot.train.scaling.slices import Family
 
 SIGNIFICANT = 0.05
+"""A smaller probability tells an effect from none; intervals of effects leave out so much."""
 _CLOSE = 1.1
 """Compute whose ratio is less is equal, where widths are chosen for it."""
 
@@ -25,7 +26,7 @@ class Effect:
     ratio: float
     low: float
     high: float
-    """Of the level's confidence, by Student's t over the pairs' log ratios; infinite for one pair."""
+    """Of 95 % confidence, by Student's t over the pairs' log ratios; infinite for one pair."""
     probability: float
     """Of pairs so different without any effect; 1 for one pair."""
     pairs: int
@@ -41,14 +42,10 @@ class Effect:
         change = f"{abs(self.ratio - 1):.1%} {'higher' if self.ratio > 1 else 'lower'}"
         if self.pairs == 1:
             return f"{what} {change} in the one pair there is: no verdict without more seeds"
-        span = f"{self.level_words()}, {self.pairs} pairs"
+        span = f"{self.low - 1:+.1%} to {self.high - 1:+.1%}, {self.pairs} pairs"
         if self.significant:
             return f"{what} {change} ({span}, p = {self.probability:.2g})"
         return f"{what} not told apart ({change}; {span}, p = {self.probability:.2g})"
-
-    def level_words(self) -> str:
-        """The interval."""
-        return f"{self.low - 1:+.1%} to {self.high - 1:+.1%}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,25 +121,24 @@ def compare(rows: Sequence[Row], fits: Fits, family: Family) -> Comparison:
             break
     usual = Counter(row.layers for row in theirs).most_common(1)[0][0]
     pairs = [pair for pair in pairs if pair[1].layers == usual] or pairs
-    level = next((law.fit.level for law in fits.laws if law.fit), 0.9)
     return Comparison(
         family=family,
         label=family.label(fits.base),
         changes=family.changes(fits.base),
         how=how if pairs else "",
         pairs=tuple(pairs),
-        effects={metric: effect for metric in METRICS if (effect := effect_of(pairs, metric, level))},
+        effects={metric: effect for metric in METRICS if (effect := effect_of(pairs, metric))},
         shifts=tuple(_shifts(fits, family)),
     )
 
 
-def effect_of(pairs: Sequence[tuple[Row, Row]], metric: str, level: float) -> Effect | None:
+def effect_of(pairs: Sequence[tuple[Row, Row]], metric: str) -> Effect | None:
     """The ratio of a metric over pairs; None where no pair has it."""
     values = [(base.value(metric), other.value(metric)) for base, other in pairs]
-    return effect([(a, b) for a, b in values if a and b], level)
+    return effect([(a, b) for a, b in values if a and b])
 
 
-def effect(values: Sequence[tuple[float, float]], level: float) -> Effect | None:
+def effect(values: Sequence[tuple[float, float]]) -> Effect | None:
     """The geometric mean of second over first; None of nothing."""
     if not values:
         return None
@@ -151,7 +147,7 @@ def effect(values: Sequence[tuple[float, float]], level: float) -> Effect | None
     low, high, probability = 0.0, np.inf, 1.0
     if n > 1:
         error = max(float(logs.std(ddof=1)), 1e-12) / np.sqrt(n)
-        half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * error
+        half = float(stats.t.ppf(1 - SIGNIFICANT / 2, n - 1)) * error
         low, high = float(np.exp(mean - half)), float(np.exp(mean + half))
         probability = float(2 * stats.t.sf(abs(mean) / error, n - 1))
     return Effect(float(np.exp(mean)), low, high, probability, n, tuple(np.exp(logs).tolist()))

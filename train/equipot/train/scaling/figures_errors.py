@@ -119,10 +119,16 @@ def of_memory(memory: Mapping[str, Any], rows: Sequence[Row]) -> Figure | None:
             "*",
             color="black",
             markersize=12,
-            label="the paper: checkpointing and ZeRO",
+        )
+        axes[1].annotate(
+            "the paper",
+            (100 * paper["relative_time"], 100 * paper["relative_memory"]),
+            xytext=(-6, 7),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
         )
         axes[1].set(xlabel="time, % of the plain form's", ylabel="memory, % of the plain form's")
-        axes[1].legend()
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
     if measured:

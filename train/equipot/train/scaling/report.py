@@ -142,7 +142,7 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
     yield Part(
         "Width against depth, and over-smoothing",
         "Does width beat depth at equal size, and can depth be rescued?",
-        list(verdicts.of_depth(series, fits, level)),
+        list(verdicts.of_depth(series, fits)),
         album.draw(
             "width-vs-depth",
             "Models of equal size and length by number of layers; the likeness (mean cosine) of atoms' "
@@ -160,7 +160,7 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
         [
             *album.draw(
                 "confounds",
-                "Filled: told apart from 1 by the pairs (p < 0.05); dots: pairs.",
+                "Filled: told apart from 1 by the pairs (p < 0.05); dots: pairs. Intervals of errors at 95%.",
                 lambda: figures_compare.of_effects(confounds),
             ),
             *album.draw(
@@ -193,7 +193,7 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
         [tables.comparisons(architectures)],
         "One rule of learning rates for all, and sizes of this study alone.",
     )
-    rivals = contests(rows, fits.base, level)
+    rivals = contests(rows, fits.base)
     yield Part(
         "A better EGNN",
         "Is the base's error reached with a quarter of its compute?",
@@ -206,7 +206,7 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
         [tables.contests(rivals, fits.base)],
         "Compute is counted in model FLOPs; the clock depends on the kernels.",
     )
-    yield from _against_the_paper(rows, fits, album, level)
+    yield from _against_the_paper(rows, fits, album)
     yield from _errors(results, fits, album)
     memory = read_memory(results.path)
     yield Part(
@@ -224,12 +224,12 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
     )
 
 
-def _against_the_paper(rows: Sequence[Row], fits: Fits, album: _Album, level: float) -> Iterable[Part]:
+def _against_the_paper(rows: Sequence[Row], fits: Fits, album: _Album) -> Iterable[Part]:
     paper = papers_family(rows)
     ours = {fits.base} | {
         family for family in map(Family.of, rows) if {"architecture"} == set(family.changes(fits.base))
     }
-    found = [] if paper is None else contests(rows, paper, level, ours)
+    found = [] if paper is None else contests(rows, paper, ours)
     name = "the paper's network" if paper is None else paper.label(fits.base)
     yield Part(
         "Against the paper's network",

@@ -133,7 +133,7 @@ def of_compute(fits: Fits) -> Iterator[str]:
         yield f"No best use of a budget: {fits.no_optimum}."
 
 
-def of_depth(series: Sequence[DepthSeries], fits: Fits, level: float) -> Iterator[str]:
+def of_depth(series: Sequence[DepthSeries], fits: Fits) -> Iterator[str]:
     """Width against depth at equal size; whether deep models are as good as shallow ones, by family."""
     for each in series:
         label = each.label(fits.base)
@@ -144,12 +144,12 @@ def of_depth(series: Sequence[DepthSeries], fits: Fits, level: float) -> Iterato
         best = min(means, key=lambda depth: means[depth])
         shallow, deep = each.depths[0], each.depths[-1]
         yield (
-            f"{label}: of equal size the best has {best} layers; {_depth_words(each, deep, best, level)}; "
-            f"{_depth_words(each, shallow, best, level)}. {_width_or_depth(each, level)}"
+            f"{label}: of equal size the best has {best} layers; {_depth_words(each, deep, best)}; "
+            f"{_depth_words(each, shallow, best)}. {_width_or_depth(each)}"
         )
         if deep >= _DEEP:
             reference = min(each.depths, key=lambda depth: abs(depth - 3))
-            found = _over_depth(each, reference, deep, level)
+            found = _over_depth(each, reference, deep)
             if found is not None:
                 verdict = (
                     f"worse than {reference}"
@@ -240,27 +240,27 @@ def of_memory(memory: Mapping[str, Any]) -> Iterator[str]:
     yield f"The latency that less memory costs, at no more than the paper's: {verdict} (by prediction)."
 
 
-def _over_depth(series: DepthSeries, one: int, other: int, level: float) -> Any:  # noqa: ANN401
+def _over_depth(series: DepthSeries, one: int, other: int) -> Any:  # noqa: ANN401
     def by_seed(depth: int) -> dict[int, Row]:
         return {row.seed: row for row in series.rows if row.layers == depth}
 
     first, second = by_seed(one), by_seed(other)
     pairs = [(first[s].value("loss"), second[s].value("loss")) for s in sorted(set(first) & set(second))]
-    return effect([(a, b) for a, b in pairs if a and b], level)
+    return effect([(a, b) for a, b in pairs if a and b])
 
 
-def _width_or_depth(series: DepthSeries, level: float) -> str:
+def _width_or_depth(series: DepthSeries) -> str:
     shallow, deep = series.depths[0], series.depths[-1]
-    found = _over_depth(series, shallow, deep, level)
+    found = _over_depth(series, shallow, deep)
     if found is None or not found.significant:
         return f"Neither width nor depth wins between {shallow} and {deep} layers."
     return f"{'Width' if found.ratio > 1 else 'Depth'} wins between {shallow} and {deep} layers."
 
 
-def _depth_words(series: DepthSeries, depth: int, best: int, level: float) -> str:
+def _depth_words(series: DepthSeries, depth: int, best: int) -> str:
     if depth == best:
         return f"{depth} are best"
-    found = _over_depth(series, best, depth, level)
+    found = _over_depth(series, best, depth)
     return (
         f"with {depth} layers {found.words('test loss')}"
         if found
