@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from equipot.train.scaling.declaration import Study, StudyError, load_study, parse_study
-from equipot.train.scaling.declared import remember
+from equipot.train.scaling.declared import check_grown, remember
 from equipot.train.scaling.folder import StudyFolder
 from equipot.train.scaling.grid import wishes
 
@@ -87,19 +87,18 @@ def test_folders_and_overrides_reach_the_study(tmp_path: Path) -> None:
 
 
 def test_a_study_may_grow_and_may_not_become_another(declared: Callable[..., Study], tmp_path: Path) -> None:
-    file = tmp_path / "study.toml"
+    file, folder = tmp_path / "study.toml", StudyFolder(tmp_path)
     file.write_text("the text is kept as it is")
-    folder = StudyFolder(tmp_path / "out")
-    size = {"axes": {"width": [4, 8]}}
-    remember(declared(size=size), file, folder)
-    grown = declared(width={"axes": {"width": [4, 8, 16]}}, more={"axes": {"seed": [1]}})
+    three = {"axes": {"width": [4, 8, 16]}}
+    check_grown(declared(size={"axes": {"width": [4, 8]}}), folder)
+    remember(declared(size={"axes": {"width": [4, 8]}}), file, folder)
+    grown = declared(width=three, more={"axes": {"seed": [1]}})
+    check_grown(grown, folder)
     remember(grown, file, folder)
     assert folder.declaration.read_text() == "the text is kept as it is"
+    check_grown(grown, folder)
+    other = declared(top={"length": {"steps": 11}}, width=three, more={"axes": {"seed": [1]}})
     with pytest.raises(StudyError, match=r"another length: .*10.*11"):
-        remember(
-            declared(top={"length": {"steps": 11}}, width=grown.experiments["width"].model_dump()),
-            file,
-            folder,
-        )
+        check_grown(other, folder)
     with pytest.raises(StudyError, match=r"1 point.* that this one has not, as of experiments.more"):
-        remember(declared(width={"axes": {"width": [4, 8, 16]}}), file, folder)
+        check_grown(declared(width=three), folder)

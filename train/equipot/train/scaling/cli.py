@@ -70,10 +70,11 @@ def run(
     choice = session.Choice(only=tuple(only or ()), budget=budget, share=share)
     console = Console(highlight=False)
     with stop_signals() as stopped:
-        begun = session.begin(settings, study, StudyFolder(out), choice, began, stopped, console)
+        begun = session.begin(settings, StudyFolder(out), choice, began, stopped, console)
         if dry:
             session.print_points(begun, console)
             return
+        session.declare(begun, settings, study)
         end = session.go_on(begun, workers or available_cores(), stopped, console)
     code = session.conclude(begun, end, console, stopped=bool(stopped))
     if code:

@@ -21,7 +21,7 @@ from equipot.train.reader_pool import default_workers
 from equipot.train.scaling.claims import Claim, claim
 from equipot.train.scaling.declaration import SourceSection, Study, StudyError, folders_in
 from equipot.train.scaling.folder import StudyFolder
-from equipot.train.sources.registry import choose_level, find_files, split_source
+from equipot.train.sources.registry import RELEASES, choose_level, find_files, split_source
 
 Tell = Callable[[str, float], None]
 """Told what is being done, and which share of everything is done."""
@@ -146,7 +146,9 @@ def _import(
     if source.release:
         release, _ = split_source([Path(source.release)])
         if release is None:
-            raise StudyError(f"sources.{name}.release = {source.release!r} is no release that can be read")
+            raise StudyError(
+                f"sources.{name}.release = {source.release!r} is none; one of {', '.join(RELEASES)}"
+            )
         files = find_files(files, release)
         level = level or release.levels[choose_level(release, "", files)]
         licence = licence or release.licence

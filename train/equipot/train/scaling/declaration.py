@@ -117,14 +117,12 @@ class Length(Section):
 
 
 class RateSection(Section):
-    """[rate]: peak · (at_width / width)^power · (at_layers / layers)^depth, and no more than most."""
+    """[rate]: the peak learning rate, peak · (at_width / width)^power, and no more than most."""
 
-    peak: float = Field(default=4e-3, gt=0, le=1, description="peak learning rate at at_width")
+    peak: float = Field(default=5e-3, gt=0, le=1, description="peak learning rate at at_width")
     at_width: int = Field(default=64, ge=1, description="the width that peak is for")
     power: float = Field(default=0.5, ge=0, le=2, description="how it falls with the width; 0: it does not")
-    at_layers: int = Field(default=3, ge=1, description="the number of layers that peak is for")
-    depth: float = Field(default=0.0, ge=0, le=2, description="power by which it falls with the layers")
-    most: float = Field(default=1e-2, gt=0, le=1, description="upper bound, for small widths")
+    most: float = Field(default=1.2e-2, gt=0, le=1, description="upper bound, for small widths")
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm it up")
 
 

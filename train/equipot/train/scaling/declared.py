@@ -13,16 +13,19 @@ from equipot.train.scaling.grid import Wish, wishes
 _FREE = ("name", "question", "folders", "experiments", "keep_checkpoints")
 
 
-def remember(study: Study, source: Path, folder: StudyFolder) -> None:
-    """Keep a study's declaration with its results, or check that it only adds points to what is kept.
+def check_grown(study: Study, folder: StudyFolder) -> None:
+    """Refuse a declaration that does more than add points to the one that a folder has results of.
 
     Raises:
         StudyError: what was declared before is another study; the message names what differs.
     """
-    folder.path.mkdir(parents=True, exist_ok=True)
     kept = read_json(folder.resolved)
     if kept is not None:
         _check(study, parse_study(kept, str(folder.resolved)), folder)
+
+
+def remember(study: Study, source: Path, folder: StudyFolder) -> None:
+    """Keep a study's declaration, which has passed every check, with its results."""
     folder.declaration.write_bytes(source.read_bytes())
     write_json(folder.resolved, study.model_dump(mode="json", exclude_none=True))
 

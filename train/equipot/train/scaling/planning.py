@@ -18,7 +18,7 @@ from equipot.train.prepare import make_card
 from equipot.train.recipe import Recipe, check_combination, parse_recipe
 from equipot.train.run_card import RunCard
 from equipot.train.scaling.data import Sight, StudyData
-from equipot.train.scaling.declaration import AXES, COMPUTE, PARAMETERS, Length, Study, StudyError, is_key
+from equipot.train.scaling.declaration import AXES, COMPUTE, PARAMETERS, Study, StudyError, is_key
 from equipot.train.scaling.grid import Wish
 from equipot.train.scaling.point import Point, digest, name_of
 
@@ -85,7 +85,7 @@ class _Planner:
                 f"data_fraction = {recipe.data.subset}; make it smaller, or the fraction larger"
             )
         each = structures * step_flops(recipe, card.config).of(sight.atoms, sight.edges)
-        steps = _steps(wish.length, wish.axes.get(COMPUTE, 1.0), sight.draws // structures, each)
+        steps = _steps(wish, where, sight.draws // structures, each)
         recipe = self._timed(recipe, steps, given=self._gives_rate(wish))
         check_combination(recipe, wish.ranks)
         return Planned(point=self._point(wish, recipe, card, sight, each), recipe=recipe, tier=wish.tier)
@@ -114,7 +114,6 @@ class _Planner:
         optimizer: dict[str, Any] = {"steps": steps, "warmup_steps": round(rule.warmup * steps)}
         if not given:
             rate = rule.peak * (rule.at_width / recipe.model.width) ** rule.power
-            rate *= (rule.at_layers / recipe.model.layers) ** rule.depth
             optimizer["learning_rate"] = float(f"{min(rate, rule.most):.4g}")
         sections = {
             "optimizer": optimizer,
@@ -195,9 +194,10 @@ def _width_for(config: ModelConfig, references: References, parameters: int, whe
     return best
 
 
-def _steps(length: Length, share: object, steps_per_epoch: int, flops: float) -> int:
+def _steps(wish: Wish, where: str, steps_per_epoch: int, flops: float) -> int:
+    length, share = wish.length, wish.axes.get(COMPUTE, 1.0)
     if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
-        raise StudyError(f"compute = {share!r}: give a share of the length, as 0.25")
+        raise StudyError(f"{where}: compute = {share!r}; give a share of the length, as 0.25")
     if length.steps is not None:
         wanted = float(length.steps)
     elif length.epochs is not None:

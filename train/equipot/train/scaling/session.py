@@ -12,7 +12,7 @@ from rich.markup import escape
 from equipot.train.long_work import told_bar
 from equipot.train.scaling.data import left_out, prepare_data
 from equipot.train.scaling.declaration import Study
-from equipot.train.scaling.declared import remember
+from equipot.train.scaling.declared import check_grown, remember
 from equipot.train.scaling.folder import StudyFolder, read_json, write_json
 from equipot.train.scaling.grid import wishes
 from equipot.train.scaling.order import in_order, parse_budget, shared, within
@@ -49,14 +49,13 @@ class Begun:
 
 def begin(
     study: Study,
-    source: Path,
     folder: StudyFolder,
     choice: Choice,
     began: float,
     stopped: Sequence[int],
     console: Console,
 ) -> Begun:
-    """Import the data if need be, plan the points, write their settings.
+    """Import the data if need be, and plan the points; nothing is declared yet.
 
     Raises:
         TrainError: what is declared cannot be run.
@@ -64,7 +63,7 @@ def begin(
     flops, seconds = (None, None) if choice.budget is None else parse_budget(choice.budget)
     wanted = wishes(study, choice.only)
     names = left_out(study)
-    remember(study, source, folder)
+    check_grown(study, folder)
     for name in names:
         note = f"source {name} is left out: the folder that it lies in is not given (--folder NAME=PATH)"
         console.print(f"[yellow]warning:[/] {escape(note)}", soft_wrap=True)
@@ -73,8 +72,6 @@ def begin(
         points = plan(study, data, wanted, tell)
     ordered = in_order(points)
     mine = shared(ordered if flops is None else within(ordered, flops), choice.share)
-    for each in mine:
-        _settle(folder, each)
     work = Assignment(
         folder=folder.path,
         unseen=data.unseen,
@@ -84,6 +81,20 @@ def begin(
         points=[(each.point, each.recipe) for each in mine],
     )
     return Begun(work, mine, len(points) - len(mine) if flops is not None else 0)
+
+
+def declare(begun: Begun, study: Study, source: Path) -> None:
+    """Keep the declaration, and write every point's settings.
+
+    Args:
+        begun: what it came to.
+        study: as declared.
+        source: its file.
+    """
+    folder = StudyFolder(begun.work.folder)
+    remember(study, source, folder)
+    for each in begun.points:
+        _settle(folder, each)
 
 
 def go_on(begun: Begun, workers: int, stopped: Sequence[int], console: Console) -> Standing:

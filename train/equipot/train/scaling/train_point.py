@@ -35,7 +35,6 @@ from equipot.train.scaling.results import curve, finite, seen_at, write_curve
 from equipot.train.worker import Job, work
 
 _WATCH_SECONDS = 0.5
-_RANK = "equipot.train.scaling.rank"
 
 
 def train_point(
@@ -106,7 +105,7 @@ def _train(point: Point, recipe: Recipe, run: RunDirectory, stop: Stop) -> None:
         work(job, stop)
         return
     with _passed_on(stop):
-        launch(_RANK, [job.to_json()], ranks=point.ranks, logs=run.logs)
+        launch("equipot.train.worker", [job.to_json()], ranks=point.ranks, logs=run.logs)
 
 
 @contextmanager
