@@ -27,7 +27,7 @@ from equipot.train.scaling.laws import (
 )
 
 REPLICATES = 400
-LEVEL = 0.9
+LEVEL = 0.95
 _AT_BOUND = 0.02  # in log α
 _RUNS = 8
 

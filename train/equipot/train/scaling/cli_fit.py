@@ -36,7 +36,7 @@ def fit(
         ),
     ] = None,
     replicates: Replicates = 400,
-    level: Level = 0.9,
+    level: Level = 0.95,
 ) -> None:
     """Fit saturating power laws in parameters, data and compute to a study's finished points.
 
@@ -57,7 +57,7 @@ def fit(
     console.print(escape(f"next: equipot scaling report {directory}"), soft_wrap=True)
 
 
-def report(directory: Folder, replicates: Replicates = 400, level: Level = 0.9) -> None:
+def report(directory: Folder, replicates: Replicates = 400, level: Level = 0.95) -> None:
     """Write report.html, one page that needs nothing else, and its figures as PNG.
 
     A study that is not finished is reported as far as it is; what is missing is named.

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from equipot.train.scaling.laws import Array
 from equipot.train.scaling.pictures import COLOURS, MARKERS, grid, log_axis, panels
 from equipot.train.scaling.rows import Row
+from equipot.train.scaling.verdicts import PAPER
 
 _OUTER = 0.005
 """Of the labels at either end: outliers would squeeze the rest into one spot."""
@@ -112,17 +113,16 @@ def of_memory(memory: Mapping[str, Any], rows: Sequence[Row]) -> Figure | None:
         axes[0].set(xlabel="width", ylabel="predicted peak memory of all ranks, GiB")
         log_axis(axes[0], "x")
         log_axis(axes[0], "y")
-        paper = memory["paper"]
         axes[1].plot(
-            100 * paper["relative_time"],
-            100 * paper["relative_memory"],
+            100 * PAPER["relative_time"],
+            100 * PAPER["relative_memory"],
             "*",
             color="black",
             markersize=12,
         )
         axes[1].annotate(
             "the paper",
-            (100 * paper["relative_time"], 100 * paper["relative_memory"]),
+            (100 * PAPER["relative_time"], 100 * PAPER["relative_memory"]),
             xytext=(-6, 7),
             textcoords="offset points",
             ha="right",

@@ -11,9 +11,6 @@ from equipot.train.memory.predict import predict
 from equipot.train.memory.profile import paper_runs
 from equipot.train.recipe import Recipe
 
-PAPER = {"relative_memory": 0.27, "relative_time": 1.33, "source": "arXiv 2504.08112"}
-"""Of activation checkpointing and ZeRO together, relative to neither."""
-
 
 def memory_baseline(
     recipe: Recipe, widths: Sequence[int], ranks: int, say: Callable[[str], None]
@@ -29,7 +26,7 @@ def memory_baseline(
     Returns:
         ``runs``, each with setting, width, ranks, bytes of all ranks, seconds a step, the parts of a rank's
         peak, and memory (without what processes and libraries take) and time relative to the plain form of
-        that width as it is; and ``paper``.
+        that width as it is.
 
     Raises:
         TrainError: the data cannot be used, or the machine cannot be measured.
@@ -56,4 +53,4 @@ def memory_baseline(
                         "parts_of_a_rank": dict(found.parts) | {"process": found.process},
                     }
                 )
-    return {"paper": PAPER, "runs": runs}
+    return {"runs": runs}

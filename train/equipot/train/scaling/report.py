@@ -20,6 +20,7 @@ from equipot.train.scaling import (
     verdicts,
 )
 from equipot.train.scaling.better import contests, papers_family
+from equipot.train.scaling.bootstrap import LEVEL
 from equipot.train.scaling.compare import compare_families
 from equipot.train.scaling.fit import COMPUTE, DATA, SIZE, Fits
 from equipot.train.scaling.folder import StudyFolder, read_json
@@ -87,7 +88,7 @@ class _Album:
 
 def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
     rows = results.usable
-    level = next((law.fit.level for law in fits.laws if law.fit), 0.9)
+    level = next((law.fit.level for law in fits.laws if law.fit), LEVEL)
     found = compare_families(rows, fits)
     confounds = [each for each in found if figures_compare.is_confound(each)]
     architectures = [each for each in found if figures_compare.is_architecture(each)]
@@ -208,19 +209,19 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
     )
     yield from _against_the_paper(rows, fits, album)
     yield from _errors(results, fits, album)
-    memory = read_memory(results.path)
+    memory, measured = read_memory(results.path)
     yield Part(
         "Memory",
         "What does a step take, and is the latency of saving memory won back?",
-        list(verdicts.of_memory(memory)),
+        [*verdicts.of_memory(memory), *verdicts.of_latency(measured)],
         album.draw(
             "memory",
             "Left: predicted by the planner. Middle: against time, relative to the plain form as it is. "
             "Right: what the points' processes took.",
             lambda: figures_errors.of_memory(memory, rows),
         ),
-        [],
-        "Predictions, of a machine without GPU; `equipot memory profile --table` measures them.",
+        [tables.latency(measured)],
+        "Of a machine without GPU; `equipot memory profile --table` measures a recipe.",
     )
 
 

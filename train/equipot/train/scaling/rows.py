@@ -16,7 +16,7 @@ from typing import Any
 from equipot.train.errors import TrainError
 from equipot.train.scaling.folder import StudyFolder, read_json
 
-RESULTS, MEMORY = "results.csv", "memory.json"
+RESULTS, MEMORY, LATENCY = "results.csv", "memory.json", "latency.json"
 METRICS = {"loss": "loss", "energy": "energy_mae_per_atom", "forces": "force_mae"}
 """What laws are fitted to, by the key of a point's test errors."""
 
@@ -172,9 +172,9 @@ def write_results(results: StudyResults) -> Path:
     return path
 
 
-def read_memory(path: Path) -> dict[str, Any]:
-    """The memory experiment's figures that lie in a study's directory; empty if there are none."""
-    return read_json(path / MEMORY) or {}
+def read_memory(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a study's directory holds of memory: predictions, and what ``benchmarks/latency.py`` measured."""
+    return read_json(path / MEMORY) or {}, read_json(path / LATENCY) or {}
 
 
 def _row(place: Path) -> Row:

@@ -186,6 +186,16 @@ def unseen(row: Row) -> Table:
     return Table("Sources never trained on", head, tuple(rows))
 
 
+def latency(measured: Mapping[str, Any]) -> Table:
+    """Measured memory and time, relative to the plain form."""
+    rows = tuple(
+        (name, *(f"{each[key]:.0%}" for key in ("memory", "whole", "time", "wall")))
+        for name, each in measured.get("relative to plain", {}).items()
+    )
+    head = ("setting", "memory beyond an empty rank", "whole memory", "computing time", "time on the wall")
+    return Table(f"Measured, relative to the plain form at width {measured.get('width', '–')}", head, rows)
+
+
 def points(results: StudyResults) -> Table:
     """Every finished point."""
     rows = tuple(

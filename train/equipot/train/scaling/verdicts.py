@@ -18,6 +18,9 @@ from equipot.train.scaling.slices import Family
 _METRICS = {"loss": "test loss", "energy": "energy MAE", "forces": "force MAE"}
 _DEEP = 10
 
+PAPER = {"relative_memory": 0.27, "relative_time": 1.33}
+"""Memory and time of activation checkpointing and ZeRO, relative to neither: arXiv 2504.08112."""
+
 
 def of_law(law: Law) -> Iterator[str]:
     """One single-variable law of the loss: its exponent, its floor, how well it describes the points."""
@@ -221,7 +224,7 @@ def of_memory(memory: Mapping[str, Any]) -> Iterator[str]:
     if not runs:
         yield "No prediction: make it with `equipot scaling memory`."
         return
-    width, paper = max(each["width"] for each in runs), memory["paper"]
+    width, paper = max(each["width"] for each in runs), PAPER
     yield (
         f"The paper's checkpointing and ZeRO take {paper['relative_memory']:.0%} of the memory for "
         f"{paper['relative_time']:.0%} of the time. Predicted here at width {width} on {runs[0]['ranks']} "
@@ -238,6 +241,27 @@ def of_memory(memory: Mapping[str, Any]) -> Iterator[str]:
     both = [each for each in faster if each["relative_memory"] <= paper["relative_memory"]]
     verdict = f"won back by {', '.join(each['setting'] for each in both)}" if both else "not won back by any"
     yield f"The latency that less memory costs, at no more than the paper's: {verdict} (by prediction)."
+
+
+def of_latency(measured: Mapping[str, Any]) -> Iterator[str]:
+    """Which measured settings take no more time than the plain form, with no more memory than the paper's."""
+    settings: Mapping[str, Mapping[str, float]] = measured.get("relative to plain", {})
+    if not settings:
+        yield "Not measured: give `python benchmarks/latency.py` --out latency.json in the study's folder."
+        return
+    won = {
+        name: each
+        for name, each in settings.items()
+        if each["time"] <= 1 and each["memory"] <= PAPER["relative_memory"]
+    }
+    words = ", ".join(
+        f"{name} ({each['memory']:.0%} of the memory, {each['time']:.0%} of the time)"
+        for name, each in won.items()
+    )
+    yield (
+        f"Measured at width {measured['width']} on {measured['ranks']} ranks, the latency is "
+        f"{f'won back by {words}' if won else 'won back by no setting'} ({measured['machine']})."
+    )
 
 
 def _over_depth(series: DepthSeries, one: int, other: int) -> Any:  # noqa: ANN401
