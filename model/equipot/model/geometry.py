@@ -7,7 +7,7 @@ from torch import Tensor
 
 from equipot.model.blocks import BlockedEdges, block_edges
 from equipot.model.radial import bessel_basis, bessel_slope, envelope, envelope_slope
-from equipot.model.slots import Group
+from equipot.model.slots import Slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,8 +29,8 @@ class Edges:
     """(E, 3) unit vectors from receiver to sender, for backbones that read them"""
     angular: Tensor | None = None
     """(E, A) what a backbone has made of directions and envelope for all its layers"""
-    groups: tuple[Group, ...] | None = None
-    """how edges lie if a backbone has put them in `slots`; it has put the atoms in their order then, too"""
+    slots: Slots | None = None
+    """how edges lie if a backbone has put them in slots; it has put the atoms in their order then, too"""
     pulled_once: bool = False
     """whether gradients by what depends on positions are taken once, with create_graph, and never again"""
 

@@ -42,9 +42,9 @@ class Moments(nn.Module):
     def forward(self, h: Tensor, edges: Edges) -> Tensor:
         """From features (N, H) and edges in slots, with A angular functions each."""
         assert edges.angular is not None
-        assert edges.groups is not None
+        assert edges.slots is not None
         y = self.filters(edges.radial) * self.sender(h).index_select(0, edges.senders)
-        return sums_in_slots(edges.angular.to(y.dtype), y, edges.groups)
+        return sums_in_slots(edges.angular.to(y.dtype), y, edges.slots.groups)
 
 
 class MomentsLayer(nn.Module):
@@ -127,7 +127,7 @@ def _in_slots(edges: Edges, slots: Slots, angular: Tensor) -> Edges:
         senders=_inverse(slots.order)[edges.senders[slots.edge]],
         radial=edges.radial[slots.edge],
         angular=angular[slots.edge] * weight,
-        groups=slots.groups,
+        slots=slots,
     )
 
 

@@ -28,6 +28,7 @@ from equipot.train.loss import Counts, LossModule
 from equipot.train.metrics import read_rows
 from equipot.train.peak import matrix_product_rate
 from equipot.train.recipe import LossSection
+from equipot.train.scaling.controls.registry import register
 
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 
@@ -50,13 +51,16 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-@pytest.mark.parametrize("architecture", ["egnn", "moments"])
-@pytest.mark.parametrize("heads_only", [False, True])
-@pytest.mark.parametrize("forces", ["conservative", "direct", "unused"])
-@pytest.mark.parametrize(("width", "layers", "radial"), [(16, 1, 5), (24, 3, 8)])
+@pytest.mark.parametrize("architecture", ["egnn", "moments", "transformer", "gcn", "gat"])
+@pytest.mark.parametrize("forces", ["conservative", "direct", "unused", "invariant", "raw"])
+@pytest.mark.parametrize(
+    ("width", "layers", "radial", "heads_only"), [(16, 1, 5, False), (24, 3, 8, False), (24, 2, 8, True)]
+)
 def test_operations_are_those_that_torch_counts(
     architecture: str, width: int, layers: int, radial: int, forces: str, heads_only: bool
 ) -> None:
+    register()
+    words = {"unused": "conservative", "raw": "direct"}
     config = ModelConfig(
         architecture=architecture,
         width=width,
@@ -65,7 +69,8 @@ def test_operations_are_those_that_torch_counts(
         cutoff=30.0,  # every atom has as many edges as any other, so no slot is empty
         elements=(1, 6),
         levels_of_theory=("A", "B", "C"),
-        forces="direct" if forces == "direct" else "conservative",
+        forces=words.get(forces, forces),  # type: ignore[arg-type]
+        inputs="raw" if forces == "raw" else "invariant",
         messages="split",
     )
     potential = Potential(config, References(energy=np.zeros((3, 2)), scale=np.ones(3)))

@@ -27,7 +27,7 @@ from equipot.train.checkpoint import (
     step_name,
 )
 from equipot.train.dataset import Dataset, Sizes
-from equipot.train.errors import DataError
+from equipot.train.errors import DataError, TrainError
 from equipot.train.evaluate import Errors, Tally, evaluate, evaluate_references
 from equipot.train.inherit import PREFIX, Inherited
 from equipot.train.long_work import told_bar
@@ -35,6 +35,7 @@ from equipot.train.mix import Mix
 from equipot.train.prepare import reopen_mix
 from equipot.train.run_card import RunCard
 from equipot.train.run_directory import RunDirectory, RunError
+from equipot.train.scaling.controls.names import control_of
 from equipot.train.uncertainty.cases import Members
 from equipot.train.uncertainty.join import check_alike
 from equipot.train.uncertainty.measure import measure
@@ -56,6 +57,12 @@ class Trained:
         """Those of a checkpoint called ``best``, ``last`` or by its name."""
         run = RunDirectory(path)
         card = RunCard.read(run.card)
+        if (control := control_of(card.config)) is not None:
+            raise TrainError(
+                f"{path}: {control} is a control of the scaling study, made to be compared with and not to "
+                "be used, so it is not exported. Train egnn or moments, with invariant inputs and "
+                "conservative or direct forces"
+            )
         chosen = choose_checkpoint(run, checkpoint)
         return Trained(run, card, chosen, "weights" if raw else averaged(chosen))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from equipot.model.config import ModelConfig
 from equipot.train.recipe import Recipe
+from equipot.train.scaling.controls.attention import n_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def training_flops(config: ModelConfig, *, by_gradient: bool, heads_only: bool =
         heads_only: the other weights are frozen.
     """
     atoms = edges = 0.0
-    for product in _PRODUCTS[config.architecture](config):
+    for product in _products(config):
         frozen = heads_only and not product.head
         times = _by_gradient(product, frozen) if by_gradient else _plain(product, frozen, heads_only)
         flops = 2.0 * product.size * times
@@ -87,53 +88,88 @@ def _by_gradient(product: Product, frozen: bool) -> int:
     return 2 + (not frozen) + 1 + (not frozen) + (not product.last)
 
 
-def _energy_head(config: ModelConfig) -> Iterator[Product]:
-    hidden = max(config.width // 2, 1)
-    yield Product(config.width * hidden, per_edge=False, head=True)
-    yield Product(hidden * len(config.levels_of_theory), per_edge=False, head=True, last=True)
-
-
-def _egnn(config: ModelConfig) -> Iterator[Product]:
-    width, radial, levels = config.width, config.radial, len(config.levels_of_theory)
-    for layer in range(config.layers):
-        for _ in ("receiver", "sender", "own"):
-            yield Product(width**2, per_edge=False, moves=layer > 0)
-        for _ in ("gathered", "down"):
-            yield Product(width**2, per_edge=False)
-        yield Product(radial * width, per_edge=True, learns=False)
-        yield Product(width**2, per_edge=True)
-    yield from _energy_head(config)
-    if config.forces == "direct":
-        for _ in ("receiver", "sender"):
-            yield Product(width**2, per_edge=False, head=True)
-        yield Product(radial * width, per_edge=True, head=True, learns=False)
-        yield Product(width * levels, per_edge=True, head=True, last=True)
-
-
-_DEGREES = (1, 3, 5)  # harmonics of each degree; `equipot.model.harmonics` has them, and torch
-
-
-def _moments(config: ModelConfig) -> Iterator[Product]:
+def _products(config: ModelConfig) -> Iterator[Product]:
     width, levels = config.width, len(config.levels_of_theory)
+    if config.inputs == "raw":
+        yield Product(3 * width, per_edge=False, learns=False)
     for layer in range(config.layers):
-        for _ in ("sender", "own"):
-            yield Product(width**2, per_edge=False, moves=layer > 0)
-        yield from _filters(config, sum(_DEGREES), head=False)
-        for size in _DEGREES[1:]:
-            yield Product(size * width**2, per_edge=False)
-        yield Product(len(_DEGREES) * width**2, per_edge=False)
-        yield Product(width**2, per_edge=False)
-    yield from _energy_head(config)
-    if config.forces == "direct":
-        for _ in ("sender", "up"):
-            yield Product(width**2, per_edge=False, head=True)
-        yield from _filters(config, 3, head=True)
+        yield from _LAYERS[config.architecture](config, layer > 0)
+    hidden = max(width // 2, 1)
+    yield Product(width * hidden, per_edge=False, head=True)
+    yield Product(hidden * levels, per_edge=False, head=True, last=True)
+    if config.forces == "invariant":
+        yield Product(width**2, per_edge=False, head=True)
         yield Product(3 * width * levels, per_edge=False, head=True, last=True)
+    elif config.forces == "direct":
+        yield from _moment_forces(config) if config.architecture == "moments" else _pair_forces(config)
 
 
-def _filters(config: ModelConfig, angular: int, *, head: bool) -> Iterator[Product]:
-    yield Product(config.radial * config.width, per_edge=True, head=head, learns=False)
-    yield Product(angular * config.width, per_edge=True, head=head, with_geometry=True)
+def _pair_forces(config: ModelConfig) -> Iterator[Product]:
+    width, levels = config.width, len(config.levels_of_theory)
+    for _ in ("receiver", "sender"):
+        yield Product(width**2, per_edge=False, head=True)
+    yield Product(config.radial * width, per_edge=True, head=True, learns=False)
+    yield Product(width * levels, per_edge=True, head=True, last=True)
 
 
-_PRODUCTS: Mapping[str, Callable[[ModelConfig], Iterator[Product]]] = {"egnn": _egnn, "moments": _moments}
+def _moment_forces(config: ModelConfig) -> Iterator[Product]:
+    width, levels = config.width, len(config.levels_of_theory)
+    for _ in ("sender", "up"):
+        yield Product(width**2, per_edge=False, head=True)
+    yield Product(config.radial * width, per_edge=True, head=True, learns=False)
+    yield Product(_DEGREES[1] * width, per_edge=True, head=True, with_geometry=True)
+    yield Product(3 * width * levels, per_edge=False, head=True, last=True)
+
+
+def _egnn(config: ModelConfig, moves: bool) -> Iterator[Product]:
+    width = config.width
+    for _ in ("receiver", "sender", "own"):
+        yield Product(width**2, per_edge=False, moves=moves)
+    for _ in ("gathered", "down"):
+        yield Product(width**2, per_edge=False)
+    yield Product(config.radial * width, per_edge=True, learns=False)
+    yield Product(width**2, per_edge=True)
+
+
+_DEGREES = (1, 3, 5)
+"""Harmonics of each degree; `equipot.model.harmonics` has them, and torch."""
+
+
+def _moments(config: ModelConfig, moves: bool) -> Iterator[Product]:
+    width = config.width
+    for _ in ("sender", "own"):
+        yield Product(width**2, per_edge=False, moves=moves)
+    yield Product(config.radial * width, per_edge=True, learns=False)
+    yield Product(sum(_DEGREES) * width, per_edge=True, with_geometry=True)
+    for size in (*_DEGREES[1:], len(_DEGREES), 1):  # mixed moments, gathered, down
+        yield Product(size * width**2, per_edge=False)
+
+
+def _transformer(config: ModelConfig, moves: bool) -> Iterator[Product]:
+    width = config.width
+    for _ in ("query", "key", "value"):
+        yield Product(width**2, per_edge=False, moves=moves)
+    yield Product(config.radial * n_heads(width), per_edge=True, learns=False)
+    for size in (1, 2, 2):  # out, up, down
+        yield Product(size * width**2, per_edge=False)
+
+
+def _gcn(config: ModelConfig, moves: bool) -> Iterator[Product]:
+    yield Product(config.width**2, per_edge=False, moves=moves)
+    yield Product(config.radial, per_edge=True, learns=False)
+
+
+def _gat(config: ModelConfig, moves: bool) -> Iterator[Product]:
+    yield Product(config.width**2, per_edge=False, moves=moves)
+    for per_edge in (True, False):  # every atom is its own neighbour
+        yield Product(config.radial * config.width, per_edge=per_edge, learns=False)
+
+
+_LAYERS: Mapping[str, Callable[[ModelConfig, bool], Iterator[Product]]] = {
+    "egnn": _egnn,
+    "moments": _moments,
+    "transformer": _transformer,
+    "gcn": _gcn,
+    "gat": _gat,
+}
+"""Of one layer; the bool says whether its input depends on positions."""

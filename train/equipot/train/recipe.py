@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from equipot.model.config import MessageForm
 from equipot.train.errors import TrainError
+from equipot.train.scaling.controls.names import ARCHITECTURES as CONTROLS
 from equipot.train.sections import Section, apply_override, explain, parse_bytes
 
 # Keys that people look for and that are deliberately absent: the answer is better than "unknown key".
@@ -113,9 +114,10 @@ class DataSection(Section):
 class ModelSection(Section):
     """[model]: the network; elements, charges and mean neighbours come from the training split."""
 
-    architecture: Literal["egnn", "moments"] = Field(
+    architecture: Literal["egnn", "moments", "transformer", "gcn", "gat"] = Field(
         default="egnn",
-        description="the kind of network: egnn, or moments, which takes less compute for the same error",
+        description="the kind of network: egnn, or moments, which takes less compute for the same error; "
+        "the others are controls of the scaling study, for zero.stage ≤ 2, and cannot be exported",
     )
     width: int = Field(
         default=128, ge=1, le=65536, description="channels per atom; parameters grow as width²"
@@ -123,9 +125,14 @@ class ModelSection(Section):
     layers: int = Field(default=3, ge=1, le=64, description="message-passing layers")
     cutoff: float = Field(default=5.0, gt=0, le=20, description="radius of interaction, Å")
     radial: int = Field(default=16, ge=1, le=512, description="radial basis functions")
-    forces: Literal["conservative", "direct"] = Field(
+    forces: Literal["conservative", "direct", "invariant"] = Field(
         default="conservative",
-        description="−∂E/∂positions, or a head of its own (cheaper, no stress)",
+        description="−∂E/∂positions, or a head of its own (cheaper, no stress); invariant is a control of "
+        "the scaling study: forces that do not turn with the structure",
+    )
+    inputs: Literal["invariant", "raw"] = Field(
+        default="invariant",
+        description="raw is a control of the scaling study: coordinates as features, and no symmetry",
     )
     residual: bool | Literal["initial"] = Field(
         default=True,
@@ -158,6 +165,11 @@ class ModelSection(Section):
             raise ValueError(
                 f"messages = {self.messages!r} are orders of evaluation of the egnn; remove the key, "
                 f"{self.architecture} has one"
+            )
+        if self.inputs == "raw" and self.forces == "conservative":
+            raise ValueError(
+                'inputs = "raw" needs forces = "direct" or "invariant": its energies depend on coordinates '
+                "themselves, which conservative forces here leave out"
             )
         return self
 
@@ -431,6 +443,11 @@ def check_combination(recipe: Recipe, ranks: int) -> None:
         raise RecipeError(
             'precision = "bf16" cannot be combined with zero.stage = 0, which keeps no fp32 master weights. '
             "Nearest: zero.stage = 1 (the same result, less memory)"
+        )
+    if recipe.zero.stage == 3 and recipe.model.architecture in CONTROLS:
+        raise RecipeError(
+            f'model.architecture = "{recipe.model.architecture}" cannot be combined with zero.stage = 3, '
+            "which differentiates forwards; controls of the scaling study do not. Nearest: zero.stage = 2"
         )
     _check_offloading(recipe, ranks)
     if recipe.watch.wandb != "off" and importlib.util.find_spec("wandb") is None:

@@ -15,6 +15,7 @@ from equipot.train.finetune import ParentRecord
 from equipot.train.mix import Mix
 from equipot.train.recipe import Recipe, parse_recipe
 from equipot.train.run_directory import RunError
+from equipot.train.scaling.controls.names import control_of
 from equipot.train.splits import NAMES
 from equipot.train.store import Store
 
@@ -106,6 +107,13 @@ class RunCard:
     mix: MixRecord
     parent: ParentRecord | None = None
     """Of a run that fine-tunes: the bundle it began from."""
+
+    def __post_init__(self) -> None:
+        # Whoever has a run's card is about to make its model; nobody else is to know the controls.
+        if control_of(self.config) is not None:
+            from equipot.train.scaling.controls.registry import register
+
+            register()
 
     def write(self, path: Path) -> None:
         """Write it aside, then name it."""

@@ -1,0 +1,1 @@
+"""What the scaling study compares the architectures with, and nobody is to serve."""
