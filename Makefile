@@ -8,7 +8,7 @@ OUT ?= demo-run
 # Threads that spin while they wait starve the other ranks and processes of a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-slow test-pods lint format protos chart bench clean
+.PHONY: help setup demo test test-slow test-pods lint format protos chart ui bench clean
 
 help:
 	@echo "make demo       import real data, train, export, serve, predict: the whole product in minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make format     rewrite the code in the house's style"
 	@echo "make protos     regenerate the protobuf code"
 	@echo "make chart      regenerate the Helm chart's README, schema and copies"
+	@echo "make ui         rebuild the page that the server offers; needs npm"
 	@echo "make clean      remove what was set up and made here"
 
 setup: $(SETUP)
@@ -55,6 +56,10 @@ test-pods: $(SETUP)
 chart: $(SETUP)
 	$(BIN)/python scripts/chart_docs.py
 
+# Offline afterwards: what the page needs is in the repository. Lock files name no host.
+ui:
+	cd serve/ui && npm ci --ignore-scripts --no-audit --no-fund && npm run --silent build
+
 bench: $(SETUP)
 	@for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
 
@@ -66,4 +71,4 @@ protos: $(SETUP)
 	PYTHON=$(BIN)/python scripts/gen_protos.sh
 
 clean:
-	rm -rf $(VENV) .venv-protos demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf serve/ui/node_modules $(VENV) .venv-protos demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -231,11 +231,17 @@ class Process:
         return self.lines[-1].split(" on ")[1].strip()
 
     def scrape(self) -> str:
-        (url,) = [found[0] for line in self.lines if (found := re.findall(r"http://\S+", line))]
+        (url,) = [found[0] for line in self.lines if (found := re.findall(r"http://\S+/metrics", line))]
         with urllib.request.urlopen(url, timeout=10) as reply:
             text = reply.read().decode()
         assert isinstance(text, str)
         return text
+
+    @property
+    def page(self) -> str:
+        """Where its page is."""
+        (url,) = [found[0] for line in self.lines if (found := re.findall(r"http://\S+/ui/", line))]
+        return str(url)
 
     def sample(self, name: str, **labels: str) -> float:
         """A metric's value, summed over the labels that are not given; 0 if it is not there."""

@@ -71,6 +71,12 @@
 {{- fail "leaderWorkerSet.keySecret is empty: name a secret whose key `key` is any long random text; pods of a group know each other by it" }}
 {{- end }}
 {{- end }}
+{{- if and $v.server.ui $v.tls.enabled }}
+{{- fail "server.ui is on, but the page speaks plain HTTP and tls.enabled asks callers for TLS: turn one of them off" }}
+{{- end }}
+{{- if and $v.server.ui (eq $v.mode "rayService") }}
+{{- fail "server.ui is on, which mode rayService does not have: choose another mode" }}
+{{- end }}
 {{- if and $v.tls.enabled (not $v.tls.existingSecret) (not $v.tls.certManager.issuerName) }}
 {{- fail "tls.enabled needs tls.existingSecret, or tls.certManager.issuerName to have a certificate made" }}
 {{- end }}

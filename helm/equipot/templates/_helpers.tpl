@@ -218,6 +218,7 @@ out. A count that never was is left to the cluster, which no upgrade, rollback o
 {{- if not $server.reflection }}
 - --no-reflection
 {{- end }}
+- --{{ ternary "ui" "no-ui" $server.ui }}
 - --linger-seconds={{ .Values.termination.lingerSeconds }}
 - --drain-seconds={{ .Values.termination.drainSeconds }}
 {{- if .Values.tls.enabled }}

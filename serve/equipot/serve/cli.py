@@ -219,6 +219,13 @@ def serve(
     metrics_host: Annotated[
         str | None, typer.Option(help="Name or address of /metrics; by default that of --host.")
     ] = None,
+    ui: Annotated[
+        bool | None,
+        typer.Option(
+            "--ui/--no-ui",
+            help="Offer a page to look at, at /ui where /metrics is; by default to this machine alone.",
+        ),
+    ] = None,
     max_connection_age: Annotated[
         float, typer.Option(help="Seconds after which callers are told to connect anew; 0 is never.")
     ] = DEFAULT_AGE,

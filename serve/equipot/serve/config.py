@@ -140,6 +140,8 @@ class ServeConfig:
         max_connection_age: seconds after which callers are told to connect anew, so that they see new servers
             and certificates; 0 is never.
         keepalive: seconds of silence after which a caller is asked whether it is still there.
+        ui: whether the page at /ui is offered where /metrics is; None offers it to this machine alone, and
+            only if it is no way round what callers must show.
         log_format: of the log on stderr.
         log_structures: whether the log may hold what callers ask about.
 
@@ -179,6 +181,7 @@ class ServeConfig:
     metrics_host: str | None = None
     max_connection_age: float = DEFAULT_AGE
     keepalive: float = DEFAULT_KEEPALIVE
+    ui: bool | None = None
     log_format: LogFormat = "text"
     log_structures: bool = False
 
@@ -237,6 +240,34 @@ class ServeConfig:
         self._check_trust()
 
     @property
+    def http_host(self) -> str:
+        """Where /metrics and the page are."""
+        return self.metrics_host or self.host
+
+    @property
+    def offers_page(self) -> bool:
+        """Whether there is a page."""
+        if self.ui is None:
+            return self._against_page() is None and is_loopback(self.http_host)
+        return self.ui
+
+    def _against_page(self) -> str | None:
+        """Why there cannot be a page."""
+        if self.metrics_port is None:
+            return "there is no HTTP port without metrics: give --metrics-port"
+        if self.tls_client_ca is not None:
+            return "callers must show certificates (--tls-client-ca), and HTTP asks for none"
+        here = is_loopback(self.http_host)
+        if is_loopback(self.host) and not here:
+            return f"{self.http_host} is open to other machines, and the service at {self.host} is not"
+        if (self.tokens or self.tls_cert) and not here and not self.allow_plaintext_tokens:
+            return (
+                f"tokens and structures would travel to {self.http_host} unencrypted: give --metrics-host"
+                " 127.0.0.1, or --allow-plaintext-tokens if something else encrypts (a mesh, a proxy)"
+            )
+        return None
+
+    @property
     def workers(self) -> Workers | None:
         """The other machines, if there are any."""
         if not self.worker_hosts:
@@ -293,6 +324,8 @@ class ServeConfig:
 
     def _check_trust(self) -> None:
         """What is asked of callers must fit together."""
+        if self.ui and (reason := self._against_page()):
+            raise ServeError(f"--ui: {reason}")
         if self.admins and "*" not in self.admins and self.tokens is None and self.tls_client_ca is None:
             raise ServeError(
                 f"--admin {self.admins[0]} names callers that nothing here tells apart: give --tokens or"

@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -108,6 +108,35 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
             call.identity = _owner(authorization, self._tokens.value)
         return call
 
+    @asynccontextmanager
+    async def passing(
+        self, method: str, metadata: Metadata, *, peer: str, of_many: bool = False
+    ) -> AsyncIterator[Call]:
+        """A call that did not come by gRPC, from its headers on until it is answered.
+
+        Raises:
+            CallError: it is not let in, or what its answer raises.
+        """
+        try:
+            call = self.recognise(method, metadata)
+            enter(call)
+            account = self._admit(call, of_many=of_many)
+        except CallError as error:
+            turned_away = current_call()
+            turned_away.peer = peer
+            self._count_refusal(turned_away, error)
+            raise
+        try:
+            yield call
+        except CallError as error:
+            call.outcome = error.reason.lower()
+            raise
+        except asyncio.CancelledError:
+            call.outcome = "cancelled"
+            raise
+        finally:
+            self._end(call, account)
+
     def _guard(self, handler: Handler) -> Handler:
         """The handler, with everything that happens before and after it."""
         if handler.response_streaming:
@@ -152,13 +181,19 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         if self._certificates_name and call.identity == ANONYMOUS:
             call.identity = _certified(context)
-        account = self._quotas.account(call.identity, now=call.started)
         try:
-            account.begin(now=call.started, of_many=of_many)
+            return call, self._admit(call, of_many=of_many)
         except CallError as error:
-            await self._refuse(call, error, context)
+            call.peer = context.peer()
+            self._count_refusal(call, error)
+            failure = error
+        await refuse(context, failure)
+
+    def _admit(self, call: Call, *, of_many: bool) -> Account:
+        account = self._quotas.account(call.identity, now=call.started)
+        account.begin(now=call.started, of_many=of_many)
         call.account = account
-        return call, account
+        return account
 
     def _end(self, call: Call, account: Account) -> None:
         account.end()
@@ -169,16 +204,18 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
     def _turned_away(self, error: CallError) -> Handler:
         # Of the kind that reads a stream, and reads nothing: no stranger's message is taken in.
         async def answer(requests: object, context: Context) -> None:
-            await self._refuse(current_call(), error, context)
+            call = current_call()
+            call.peer = context.peer()
+            self._count_refusal(call, error)
+            await refuse(context, error)
 
         return grpc.stream_unary_rpc_method_handler(answer)
 
-    async def _refuse(self, call: Call, error: CallError, context: Context) -> None:
+    def _count_refusal(self, call: Call, error: CallError) -> None:
+        call.outcome = error.reason.lower()
         call.seconds = time.monotonic() - call.started
-        call.peer = context.peer()
-        self._on_refusal(error.reason.lower())
+        self._on_refusal(call.outcome)
         asyncio.get_running_loop().call_soon(self._note, call)
-        await refuse(context, error)
 
     def _note(self, call: Call) -> None:
         if self._on_done is not None:

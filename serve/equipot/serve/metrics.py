@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder
 
 from equipot.serve.batcher import Depth
-from equipot.serve.errors import ServeError
+from equipot.serve.recent import Recent
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 STRUCTURES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -35,9 +26,16 @@ MISSES = {"deadline_unreachable": "door", "deadline_passed": "inside"}
 
 
 class Metrics:
-    """Counters, gauges and histograms of one server."""
+    """Counters, gauges and histograms of one server.
+
+    Attributes:
+        recent: what the last minutes were like.
+        depth: what waits now.
+    """
 
     def __init__(self) -> None:
+        self.recent = Recent()
+        self.depth: Callable[[], Depth] = _nothing_waits
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.in_flight = self._gauge("in_flight_requests", "Calls of Predict not answered yet")
@@ -50,8 +48,18 @@ class Metrics:
         """What is counted of one version of a model; both empty for calls that reached none."""
         counts = self._of_model.get((model, version))
         if counts is None:
-            counts = self._of_model[model, version] = ModelCounts(self.families, model, version)
+            counts = self._of_model[model, version] = ModelCounts(self.families, self.recent, model, version)
         return counts
+
+    def now(self) -> dict[str, float]:
+        """What is under way, by name."""
+        gauges = {"in_flight": self.in_flight, "moving": self.moving, "sessions": self.sessions}
+        return {name: _value(gauge) for name, gauge in gauges.items()}
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """All of it as Prometheus reads it, and of which content type; `accept` is what it asked for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
 
     def watch_certificate(self, expires: Callable[[], float]) -> None:
         """Reports when the server's certificate ends, as a Unix time."""
@@ -59,7 +67,8 @@ class Metrics:
         gauge.set_function(expires)
 
     def watch_queue(self, depth: Callable[[], Depth]) -> None:
-        """Reports what waits; `depth` is called from the endpoint's thread whenever somebody asks."""
+        """Reports what waits; `depth` is called whenever somebody asks."""
+        self.depth = depth
         requests = self._gauge("queue_requests", "Requests that wait for the engine")
         atoms = self._gauge("queue_atoms", "Atoms that wait for the engine")
         edges = self._gauge("queue_edges", "Edges that wait for the engine")
@@ -70,7 +79,7 @@ class Metrics:
         seconds.set_function(lambda: depth().seconds)
 
     def watch_gpu(self, held_bytes: Callable[[], int]) -> None:
-        """Reports the GPU's memory; called from the endpoint's thread whenever somebody asks."""
+        """Reports the GPU's memory; called whenever somebody asks."""
         self._gauge("gpu_memory_bytes", "GPU memory that this process holds").set_function(held_bytes)
 
     def _gauge(self, name: str, text: str) -> Gauge:
@@ -114,10 +123,11 @@ class ModelCounts:
     """What is counted of one version of one model. All of it is there from the start, at 0.
 
     Attributes:
-        wait_seconds, prepare_seconds, compute_seconds, request_seconds: histograms.
+        wait_seconds, prepare_seconds, compute_seconds: histograms.
     """
 
-    def __init__(self, families: Families, model: str, version: str) -> None:
+    def __init__(self, families: Families, recent: Recent, model: str, version: str) -> None:
+        self._recent = recent
         self._requests = {OK: families.requests.labels(model, version, OK)}
         self._structures = {OK: families.structures.labels(model, version, OK)}
         self._families, self._labels = families, (model, version)
@@ -132,10 +142,15 @@ class ModelCounts:
         self.wait_seconds = families.wait_seconds.labels(model, version)
         self.prepare_seconds = families.prepare_seconds.labels(model, version)
         self.compute_seconds = families.compute_seconds.labels(model, version)
-        self.request_seconds = families.request_seconds.labels(model, version)
+        self._request_seconds = families.request_seconds.labels(model, version)
         self._batch_structures = families.batch_structures.labels(model, version)
         self._batch_edges = families.batch_edges.labels(model, version)
         self._batch_fill = families.batch_fill.labels(model, version)
+
+    def request_answered(self, seconds: float) -> None:
+        """Notes an answer that took so long in the server."""
+        self._request_seconds.observe(seconds)
+        self._recent.answered(seconds)
 
     def request_ended(self, outcome: str) -> None:
         """Notes how a call ended: `OK`, or the reason in lower case."""
@@ -184,6 +199,7 @@ class ModelCounts:
         self._atoms.inc(atoms)
         self._edges.inc(edges)
         self._batches.inc()
+        self._recent.computed(structures=sum(outcomes.values()), atoms=atoms, edges=edges)
         self.compute_seconds.observe(seconds)
         self._batch_structures.observe(len(waits))
         self._batch_edges.observe(batch_edges)
@@ -192,40 +208,10 @@ class ModelCounts:
             self.wait_seconds.observe(wait)
 
 
-class MetricsEndpoint:
-    """Serves `/metrics` over HTTP for the length of a `with` block.
+def _nothing_waits() -> Depth:
+    return Depth(requests=0, atoms=0, edges=0, seconds=0.0)
 
-    Attributes:
-        port: the one it listens on.
 
-    Raises:
-        ServeError: the port is in use or may not be used.
-    """
-
-    def __init__(self, metrics: Metrics, *, host: str, port: int) -> None:
-        try:
-            server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ServeError(
-                    f"metrics port {port} is in use: choose another --metrics-port (0 takes a free one)"
-                    " or --no-metrics"
-                ) from error
-            raise ServeError(
-                f"cannot serve metrics on {host} port {port}: {error.strerror or error}"
-            ) from error
-        self._server: WSGIServer = server
-        self.port: int = server.server_port
-
-    def __enter__(self) -> MetricsEndpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+def _value(gauge: Gauge) -> float:
+    (family,) = gauge.collect()
+    return float(family.samples[0].value)

@@ -45,7 +45,7 @@ class ModelMetrics:
 
 
 class _Models(Collector):
-    """Reads the registry in the endpoint's thread, over copies: the event loop changes it meanwhile."""
+    """Reads the registry whenever somebody asks, over copies: whoever asks may be in another thread."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry

@@ -21,15 +21,16 @@ from grpc_reflection.v1alpha import reflection
 from equipot.serve import admin, health, inference_protocol
 from equipot.serve.admin import AdminServicer
 from equipot.serve.call import Call
-from equipot.serve.config import ServeConfig
+from equipot.serve.config import ServeConfig, is_loopback
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
+from equipot.serve.http_side import HttpSide
 from equipot.serve.inference_protocol import InferenceServicer
 from equipot.serve.jobs import servicer as jobs
 from equipot.serve.jobs.metrics import JobMetrics
 from equipot.serve.jobs.servicer import JobServicer
-from equipot.serve.metrics import Metrics, MetricsEndpoint
+from equipot.serve.metrics import Metrics
 from equipot.serve.motion.servicer import MotionServicer
 from equipot.serve.opening import Opened, open_models
 from equipot.serve.registry import Registry
@@ -38,6 +39,7 @@ from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServi
 from equipot.serve.sessions import SessionServicer
 from equipot.serve.tracing import call_tracer
 from equipot.serve.trust import Trust, server_options
+from equipot.serve.ui.page import Page, Services
 
 LAST_ANSWERS_SECONDS = 2.0
 """Time for answers that are ready to leave, once nothing computes any more."""
@@ -70,18 +72,18 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
     stop = asyncio.Event()
     _on_signals(stop)
     use_threads(config.threads)
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         server = GrpcServer(config, metrics, on_done=call_tracer())
         port = await server.start()
         try:
             if config.metrics_port is not None:
-                endpoint = stack.enter_context(
-                    MetricsEndpoint(
-                        metrics, host=config.metrics_host or config.host, port=config.metrics_port
-                    )
-                )
-                where = _address(config.metrics_host or config.host, endpoint.port)
-                announce(f"metrics on http://{where}/metrics")
+                http = HttpSide(metrics, host=config.http_host, port=config.metrics_port)
+                await http.start(more=server.page().add_to if config.offers_page else None)
+                stack.push_async_callback(http.stop)
+                where = f"http://{_address(config.http_host, http.port)}"
+                announce(f"metrics on {where}/metrics")
+                if config.offers_page:
+                    announce(f"page on {where}/ui/")
             loading = asyncio.create_task(open_models(config, metrics))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -133,6 +135,7 @@ class GrpcServer:
                 server of our own for `start`.
         """
         self._config = config
+        self._metrics = metrics
         self._gate = Gate()
         self._health = health.Health([SERVICE])
         self._trust = Trust(config, metrics, open_to_all=OPEN_TO_ALL, on_done=on_done)
@@ -144,7 +147,7 @@ class GrpcServer:
         )
         self._admin = AdminServicer(config.admins, config.limits)
         self._server = make_server(self._trust, config)
-        servicer = PotentialServicer(
+        servicer = self._potential = PotentialServicer(
             self._gate, self._dispatcher, metrics, config.limits, log_structures=config.log_structures
         )
         servicer.add_to(self._server)
@@ -181,6 +184,19 @@ class GrpcServer:
             names = (*ours, health.SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self._keeping: asyncio.Task[None] | None = None
+
+    def page(self) -> Page:
+        """The page to look at this server with; its calls pass the same door into the same queue."""
+        return Page(
+            Services(
+                door=self._trust.door,
+                potential=self._potential,
+                motion=self._motion,
+                metrics=self._metrics,
+                limits=self._config.limits,
+                only_here=is_loopback(self._config.http_host),
+            )
+        )
 
     @property
     def computing(self) -> bool:

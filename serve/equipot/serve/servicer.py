@@ -227,7 +227,7 @@ def _deadline(context: Context) -> float | None:
 
 
 def _note_answer(counts: ModelCounts, work: Work, answer: Answer, seconds: float) -> None:
-    counts.request_seconds.observe(seconds)
+    counts.request_answered(seconds)
     # What it took beside what is measured in parts, if these did not overlap.
     rest = seconds - answer.prepare_seconds - answer.queue_seconds - answer.compute_seconds
     if work.offsets[-1] <= CHUNK_ATOMS and rest > 0:

@@ -167,7 +167,7 @@ class SessionServicer:
             work = self._work(opened, step)
             answer = await self._dispatcher.predict(work)
             outcome = OK
-            counts.request_seconds.observe(time.perf_counter() - started)
+            counts.request_answered(time.perf_counter() - started)
             return pb.SessionReply(number=step.number, answer=respond(work, answer))
         except CallError as error:
             outcome = error.reason.lower()

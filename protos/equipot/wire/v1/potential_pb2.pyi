@@ -482,6 +482,7 @@ class RelaxRequest(google.protobuf.message.Message):
     PROGRESS_EVERY_FIELD_NUMBER: builtins.int
     TOKEN_EVERY_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
+    PROGRESS_FRAMES_FIELD_NUMBER: builtins.int
     model: builtins.str
     """As in PredictRequest."""
     level_of_theory: builtins.str
@@ -503,6 +504,8 @@ class RelaxRequest(google.protobuf.message.Message):
     """How many steps apart progress is told; 0: never."""
     token_every: builtins.int
     """How many steps apart each structure's state is told as a token; 0: never."""
+    progress_frames: builtins.bool
+    """Whether progress has where the atoms are."""
     @property
     def structures(self) -> global___Structures: ...
     @property
@@ -529,9 +532,10 @@ class RelaxRequest(google.protobuf.message.Message):
         progress_every: builtins.int = ...,
         token_every: builtins.int = ...,
         tokens: collections.abc.Iterable[builtins.bytes] | None = ...,
+        progress_frames: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["structures", b"structures"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cell", b"cell", "fixed", b"fixed", "fmax", b"fmax", "level_of_theory", b"level_of_theory", "max_step", b"max_step", "max_steps", b"max_steps", "model", b"model", "optimizer", b"optimizer", "pressure", b"pressure", "priority", b"priority", "progress_every", b"progress_every", "session", b"session", "structures", b"structures", "token_every", b"token_every", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "fixed", b"fixed", "fmax", b"fmax", "level_of_theory", b"level_of_theory", "max_step", b"max_step", "max_steps", b"max_steps", "model", b"model", "optimizer", b"optimizer", "pressure", b"pressure", "priority", b"priority", "progress_every", b"progress_every", "progress_frames", b"progress_frames", "session", b"session", "structures", b"structures", "token_every", b"token_every", "tokens", b"tokens"]) -> None: ...
 
 global___RelaxRequest = RelaxRequest
 
@@ -624,6 +628,9 @@ class RelaxProgress(google.protobuf.message.Message):
     STEP_FIELD_NUMBER: builtins.int
     ENERGY_FIELD_NUMBER: builtins.int
     LARGEST_FORCE_FIELD_NUMBER: builtins.int
+    POSITIONS_FIELD_NUMBER: builtins.int
+    CELL_FIELD_NUMBER: builtins.int
+    FORCES_FIELD_NUMBER: builtins.int
     index: builtins.int
     """The structure's index in the request."""
     step: builtins.int
@@ -631,6 +638,10 @@ class RelaxProgress(google.protobuf.message.Message):
     """eV."""
     largest_force: builtins.float
     """eV/Å, of the atoms that move."""
+    positions: builtins.bytes
+    """float64[n, 3] in Å, float64[3, 3] in Å, float64[n, 3] in eV/Å: at this step, if they were asked for."""
+    cell: builtins.bytes
+    forces: builtins.bytes
     def __init__(
         self,
         *,
@@ -638,8 +649,11 @@ class RelaxProgress(google.protobuf.message.Message):
         step: builtins.int = ...,
         energy: builtins.float = ...,
         largest_force: builtins.float = ...,
+        positions: builtins.bytes = ...,
+        cell: builtins.bytes = ...,
+        forces: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["energy", b"energy", "index", b"index", "largest_force", b"largest_force", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "energy", b"energy", "forces", b"forces", "index", b"index", "largest_force", b"largest_force", "positions", b"positions", "step", b"step"]) -> None: ...
 
 global___RelaxProgress = RelaxProgress
 

@@ -80,7 +80,9 @@ class RelaxErrand:
         """One structure, at its beginning or where its token says."""
         atoms = with_fixed_atoms(atoms_of(self.work, index), self._fixed(index))
         algorithm = self.how.algorithm(
-            tell_every=self.request.progress_every, keep_every=self.request.token_every
+            tell_every=self.request.progress_every,
+            frames=self.request.progress_frames,
+            keep_every=self.request.token_every,
         )
         token = self.request.tokens[index] if self.request.tokens else b""
         return begin(index, atoms, algorithm, token, self._origin(index))
@@ -91,12 +93,15 @@ class RelaxErrand:
         notes, progress.notes = progress.notes, []
         for note in notes:
             match note:
-                case Advance(step, energy, largest_force):
-                    yield pb.RelaxReply(
-                        progress=pb.RelaxProgress(
-                            index=member.index, step=step, energy=energy, largest_force=largest_force
-                        )
+                case Advance(step, energy, largest_force, frame):
+                    told = pb.RelaxProgress(
+                        index=member.index, step=step, energy=energy, largest_force=largest_force
                     )
+                    if frame is not None:
+                        told.positions = as_bytes(frame.positions)
+                        told.cell = as_bytes(frame.cell)
+                        told.forces = as_bytes(frame.forces)
+                    yield pb.RelaxReply(progress=told)
                 case Kept():
                     yield pb.RelaxReply(token=token_of(member.index, note, self._origin(member.index)))
         if not member.goes_on:

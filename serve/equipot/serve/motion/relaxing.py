@@ -15,7 +15,7 @@ from ase.optimize import FIRE, LBFGS
 
 from equipot.serve.errors import InvalidRequest
 from equipot.serve.motion.state import Origin, capture, digest_of, restore
-from equipot.serve.motion.walker import Advance, Progress, kept
+from equipot.serve.motion.walker import Advance, Frame, Given, Progress, kept
 
 OptimizerName = Literal["fire", "lbfgs"]
 CellMotion = Literal["fixed", "full", "isotropic", "constant_volume"]
@@ -82,11 +82,14 @@ class Relaxing:
         """Whether stress is needed."""
         return self.cell != "fixed"
 
-    def algorithm(self, *, tell_every: int = 0, keep_every: int = 0) -> Callable[[Atoms, Progress], None]:
+    def algorithm(
+        self, *, tell_every: int = 0, frames: bool = False, keep_every: int = 0
+    ) -> Callable[[Atoms, Progress], None]:
         """Relaxes atoms in place, asking their calculator once a step.
 
         Args:
             tell_every: how many steps apart progress is noted; 0: never.
+            frames: whether that has where the atoms are.
             keep_every: how many steps apart the state is noted; 0: never.
         """
 
@@ -111,7 +114,8 @@ class Relaxing:
                     continue
                 if tell_every and step % tell_every == 0:
                     assert progress.last is not None
-                    progress.notes.append(Advance(step, progress.last.energy, progress.largest_force))
+                    frame = _frame(atoms, progress.last) if frames else None
+                    progress.notes.append(Advance(step, progress.last.energy, progress.largest_force, frame))
                 if keep_every and step % keep_every == 0:
                     words, arrays = capture(optimizer, paths)
                     if self.moves_cell:
@@ -138,6 +142,10 @@ def with_fixed_atoms(atoms: Atoms, fixed: np.ndarray[Any, np.dtype[np.bool_]]) -
     if fixed.any():
         atoms.set_constraint(FixAtoms(mask=fixed))
     return atoms
+
+
+def _frame(atoms: Atoms, given: Given) -> Frame:
+    return Frame(np.array(atoms.positions), np.array(atoms.cell[:]), given.forces)
 
 
 def _refused(name: str, value: object, allowed: str) -> InvalidRequest:

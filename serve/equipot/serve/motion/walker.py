@@ -48,13 +48,23 @@ class Given:
     stress: FloatArray | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """Where atoms are: (n, 3) Å, (3, 3) Å, and the forces there, (n, 3) eV/Å."""
+
+    positions: FloatArray
+    cell: FloatArray
+    forces: FloatArray
+
+
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """How far a relaxation has come: energy in eV, largest force in eV/Å."""
+    """How far a relaxation has come: energy in eV, largest force in eV/Å; where it is, if that is wanted."""
 
     step: int
     energy: float
     largest_force: float
+    frame: Frame | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ import grpc
 
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import ServeError
+from equipot.serve.http_side import HttpSide
 from equipot.serve.logs import configure
-from equipot.serve.metrics import Metrics, MetricsEndpoint
+from equipot.serve.metrics import Metrics
 from equipot.serve.opening import open_models
 from equipot.serve.ray_app.mount import Collector, mount_refusals
 from equipot.serve.ray_app.scaling import METRIC
@@ -51,15 +52,13 @@ class Replica:
         configure(self._config.log_format)
         use_threads(self._config.threads)
         metrics = Metrics()
-        self._metrics: MetricsEndpoint | None = None
+        self._metrics: HttpSide | None = None
         self._server = GrpcServer(self._config, metrics, on_done=call_tracer(), make_server=self._collect)
         self._opened = await open_models(self._config, metrics)
         if self._config.metrics_port is not None:
             # Several replicas share a machine, so each takes a port of its own.
-            self._metrics = MetricsEndpoint(
-                metrics, host=self._config.metrics_host or self._config.host, port=0
-            )
-            self._metrics.__enter__()
+            self._metrics = HttpSide(metrics, host=self._config.http_host, port=0)
+            await self._metrics.start()
             logger.info("metrics on port %d", self._metrics.port)
         gc.collect()
         gc.freeze()
@@ -101,7 +100,7 @@ class Replica:
         self._watching.cancel()
         self._opened.close()
         if self._metrics is not None:
-            self._metrics.__exit__(None, None, None)
+            await self._metrics.stop()
         await self._server.stop()
 
 

@@ -1,0 +1,293 @@
+"""The page's routes: its files, and JSON that stands for calls of the service. Computes nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from aiohttp import web
+
+from equipot.serve.config import RequestLimits
+from equipot.serve.door import Door
+from equipot.serve.errors import (
+    CallError,
+    DeadlinePassed,
+    DeadlineUnreachable,
+    Forbidden,
+    InvalidRequest,
+    NotReady,
+    NotServed,
+    OverLimit,
+    OverQuota,
+    QueueFull,
+    Unauthenticated,
+)
+from equipot.serve.metrics import Metrics
+from equipot.serve.motion.servicer import MotionServicer
+from equipot.serve.servicer import PotentialServicer
+from equipot.serve.status import Context
+from equipot.serve.ui import messages
+from equipot.serve.ui.caller import caller
+from equipot.serve.ui.reading import MOST_BYTES, MOST_FRAMES, read_structures
+from equipot.serve.ui.security import HEADERS, objection
+from equipot.wire.v1 import potential_pb2 as pb
+
+STATIC = Path(__file__).with_name("static")
+KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+
+LARGEST_QUESTION = 16 * 2**20
+"""Bytes of a question in JSON: what a file of the largest size comes to."""
+
+STATUSES: Mapping[type[CallError], int] = MappingProxyType(
+    {
+        InvalidRequest: 400,
+        Unauthenticated: 401,
+        Forbidden: 403,
+        NotServed: 404,
+        OverLimit: 413,
+        OverQuota: 429,
+        QueueFull: 429,
+        DeadlineUnreachable: 429,
+        NotReady: 503,
+        DeadlinePassed: 504,
+    }
+)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What the page stands before.
+
+    Attributes:
+        door: that its calls pass as all others do.
+        potential: computes.
+        motion: moves.
+        metrics: of the server.
+        limits: of requests.
+        only_here: whether only this machine reaches the page.
+    """
+
+    door: Door
+    potential: PotentialServicer
+    motion: MotionServicer
+    metrics: Metrics
+    limits: RequestLimits
+    only_here: bool
+
+
+class Page:
+    """Everything under `/ui`."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._reading = ThreadPoolExecutor(1, "equipot-reading")
+        self._version = importlib.metadata.version("equipot")
+
+    def add_to(self, application: web.Application) -> None:
+        """Registers the routes."""
+        router = application.router
+        router.add_get("/ui", _to_the_page)
+        for path in sorted(STATIC.iterdir()):
+            if path.suffix in KINDS:
+                name = "" if path.name == "index.html" else path.name
+                router.add_get(f"/ui/{name}", _file(path.read_bytes(), KINDS[path.suffix]))
+        router.add_get("/ui/api/elements", self._guarded(self._elements))
+        router.add_get("/ui/api/models", self._guarded(self._models))
+        router.add_get("/ui/api/pulse", self._guarded(self._pulse))
+        router.add_post("/ui/api/read", self._guarded(self._read))
+        router.add_post("/ui/api/predict", self._guarded(self._predict))
+        router.add_post("/ui/api/relax", self._guarded(self._relax))
+        application.on_cleanup.append(self._close)
+
+    async def _close(self, application: web.Application) -> None:
+        self._reading.shutdown(wait=False, cancel_futures=True)
+
+    async def _elements(self, request: web.Request) -> web.StreamResponse:
+        return _json(messages.elements_json())
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        async with self._call(request, "Page/Models") as context:
+            listed = await self._services.potential.ListModels(pb.ListModelsRequest(), context)
+        limits = self._services.limits
+        return _json(
+            {
+                "server": self._version,
+                "models": [messages.model_json(model) for model in listed.models],
+                "limits": {"atoms": limits.structure_atoms, "bytes": MOST_BYTES, "frames": MOST_FRAMES},
+            }
+        )
+
+    async def _pulse(self, request: web.Request) -> web.StreamResponse:
+        # Behind the door for its token alone: whoever looks on uses up nothing that others may ask for.
+        self._services.door.recognise("/equipot.Page/Pulse", _metadata(request))
+        metrics = self._services.metrics
+        return _json(
+            {
+                "queue": asdict(metrics.depth()),
+                "now": metrics.now(),
+                "whole": asdict(metrics.recent.whole()),
+                "spans": [asdict(span) for span in metrics.recent.spans()],
+            }
+        )
+
+    async def _read(self, request: web.Request) -> web.StreamResponse:
+        async with self._call(request, "Page/Read"):
+            data = await _body(request, MOST_BYTES)
+            read = functools.partial(
+                read_structures,
+                request.query.get("name", ""),
+                data,
+                most_atoms=self._services.limits.structure_atoms,
+            )
+            upload = await asyncio.get_running_loop().run_in_executor(self._reading, read)
+        frames = [messages.frame_json(atoms) for atoms in upload.frames]
+        return _json({"format": upload.format, "frames": frames})
+
+    async def _predict(self, request: web.Request) -> web.StreamResponse:
+        async with self._call(request, "Page/Predict") as context:
+            asked = messages.predict_request(await _question(request))
+            answer = await self._services.potential.Predict(asked, context)
+            counts = list(asked.structures.n_atoms)
+        return _json(messages.predictions_json(answer, counts))
+
+    async def _relax(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={**HEADERS, "Content-Type": "application/x-ndjson"})
+        async with self._call(request, "Page/Relax", of_many=True) as context:
+            asked = messages.relax_request(await _question(request))
+            async with aclosing(self._services.motion.relax(asked, context)) as replies:
+                try:
+                    async for reply in replies:
+                        line = messages.relax_json(reply)
+                        if line is None:
+                            continue
+                        if not response.prepared:
+                            await response.prepare(request)
+                        # Waits while the browser does not read; the outbox behind it is bounded.
+                        await response.write(_dump(line) + b"\n")
+                except CallError as error:
+                    if not response.prepared:
+                        raise
+                    await response.write(_dump({"kind": "error", "error": _error_json(error)}) + b"\n")
+        await response.write_eof()
+        return response
+
+    @asynccontextmanager
+    async def _call(
+        self, request: web.Request, method: str, *, of_many: bool = False
+    ) -> AsyncIterator[Context]:
+        """A call of the service behind the door."""
+        peer = f"http:{request.remote}"
+        door = self._services.door
+        async with door.passing(f"/equipot.{method}", _metadata(request), peer=peer, of_many=of_many):
+            with caller(peer) as context:
+                yield context
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """The handler, for the page alone, with its errors as JSON."""
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            refusal = objection(request.headers, only_here=self._services.only_here)
+            if refusal is not None:
+                return _json({"error": {"reason": "FORBIDDEN", "message": refusal}}, status=403)
+            try:
+                return await handler(request)
+            except CallError as error:
+                return _refused(error)
+            except ConnectionError:
+                # The browser has left in the middle of an answer; nobody is told anything.
+                raise asyncio.CancelledError from None
+            except web.HTTPException:
+                raise
+            except Exception:
+                logger.exception("the page's %s failed", request.path)
+                return _refused(CallError("the server failed on this request; its log has the reason"))
+
+        return answer
+
+
+async def _to_the_page(request: web.Request) -> web.StreamResponse:
+    raise web.HTTPPermanentRedirect("/ui/")
+
+
+def _file(content: bytes, kind: str) -> Handler:
+    """A file of the page, which browsers keep as long as it does not change."""
+    tag = hashlib.sha256(content).hexdigest()[:32]
+    headers = {**HEADERS, "Content-Type": f"{kind}; charset=utf-8", "Cache-Control": "no-cache"}
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.Response(headers=headers)
+        response.etag = tag
+        if any(one.value == tag for one in request.if_none_match or ()):
+            response.set_status(304)
+            return response
+        response.body = content
+        response.enable_compression()
+        return response
+
+    return answer
+
+
+async def _body(request: web.Request, most: int) -> bytes:
+    """What was sent, which is kept in memory alone.
+
+    Raises:
+        OverLimit: it is too large; no more of it is read.
+    """
+    parts, size = [], 0
+    async for part in request.content.iter_chunked(65_536):
+        size += len(part)
+        if size > most:
+            raise OverLimit(f"what was sent has more than {most} bytes, which is what the page takes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _question(request: web.Request) -> Mapping[str, Any]:
+    try:
+        body = json.loads(await _body(request, LARGEST_QUESTION))
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the question is no JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise InvalidRequest("the question is no JSON object")
+    return body
+
+
+def _metadata(request: web.Request) -> list[tuple[str, str]]:
+    return [(name.lower(), value) for name, value in request.headers.items()]
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _json(value: object, *, status: int = 200) -> web.Response:
+    headers = {**HEADERS, "Content-Type": "application/json", "Cache-Control": "no-store"}
+    return web.Response(body=_dump(value), status=status, headers=headers)
+
+
+def _error_json(error: CallError) -> messages.Json:
+    return {
+        "reason": error.reason,
+        "message": error.message,
+        "field": error.field,
+        "retry_after": error.retry_after,
+    }
+
+
+def _refused(error: CallError) -> web.Response:
+    return _json({"error": _error_json(error)}, status=STATUSES.get(type(error), 500))
