@@ -157,6 +157,11 @@ class TestReading:
         reply = read(server, "a.xyz", b"x" * (8 * 2**20 + 1))
         assert reply.status == 413
         assert "8388608" in reply.error
+        place = urlsplit(server.page)
+        with socket.create_connection((place.hostname, place.port), timeout=20) as endless:
+            head = f"POST /ui/api/read HTTP/1.1\r\nHost: {place.netloc}\r\nX-Equipot-Page: 1\r\n"
+            endless.sendall(f"{head}Content-Length: {10**12}\r\n\r\n".encode())
+            assert endless.recv(100).startswith(b"HTTP/1.1 413"), "none of it is waited for"
         many = read(server, "a.xyz", "1\n\nH 0 0 0\n" * 501)
         assert many.status == 413
         assert "500 frames" in many.error

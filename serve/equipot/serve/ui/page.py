@@ -8,13 +8,13 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -33,6 +33,7 @@ from equipot.serve.errors import (
     QueueFull,
     Unauthenticated,
 )
+from equipot.serve.intake import Room
 from equipot.serve.metrics import Metrics
 from equipot.serve.motion.servicer import MotionServicer
 from equipot.serve.servicer import PotentialServicer
@@ -49,6 +50,12 @@ KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".s
 LARGEST_QUESTION = 16 * 2**20
 """Bytes of a question in JSON: what a file of the largest size comes to."""
 
+READERS = 2
+"""Threads that read files and JSON: a second one, so that one long file does not hold up everybody's."""
+
+ARRIVES_SECONDS = 60.0
+"""For all of a question: it has room in memory meanwhile that others could use."""
+
 STATUSES: Mapping[type[CallError], int] = MappingProxyType(
     {
         InvalidRequest: 400,
@@ -64,6 +71,7 @@ STATUSES: Mapping[type[CallError], int] = MappingProxyType(
     }
 )
 
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 logger = logging.getLogger(__name__)
@@ -95,7 +103,8 @@ class Page:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._reading = ThreadPoolExecutor(1, "equipot-reading")
+        self._reading = ThreadPoolExecutor(READERS, "equipot-reading")
+        self._room = Room(LARGEST_QUESTION)
         self._version = importlib.metadata.version("equipot")
 
     def add_to(self, application: web.Application) -> None:
@@ -148,43 +157,57 @@ class Page:
     async def _read(self, request: web.Request) -> web.StreamResponse:
         async with self._call(request, "Page/Read"):
             data = await _body(request, MOST_BYTES)
-            read = functools.partial(
-                read_structures,
-                request.query.get("name", ""),
-                data,
-                most_atoms=self._services.limits.structure_atoms,
+            most = self._services.limits.structure_atoms
+            upload = await self._aside(
+                lambda: read_structures(request.query.get("name", ""), data, most_atoms=most)
             )
-            upload = await asyncio.get_running_loop().run_in_executor(self._reading, read)
-        frames = [messages.frame_json(atoms) for atoms in upload.frames]
-        return _json({"format": upload.format, "frames": frames})
+            frames = [messages.frame_json(atoms) for atoms in upload.frames]
+        return await self._aside(lambda: _json({"format": upload.format, "frames": frames}))
 
     async def _predict(self, request: web.Request) -> web.StreamResponse:
         async with self._call(request, "Page/Predict") as context:
-            asked = messages.predict_request(await _question(request))
+            data = await _body(request, LARGEST_QUESTION)
+            asked = await self._aside(lambda: messages.predict_request(_question(data)))
             answer = await self._services.potential.Predict(asked, context)
             counts = list(asked.structures.n_atoms)
-        return _json(messages.predictions_json(answer, counts))
+        return await self._aside(lambda: _json(messages.predictions_json(answer, counts)))
 
     async def _relax(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={**HEADERS, "Content-Type": "application/x-ndjson"})
         async with self._call(request, "Page/Relax", of_many=True) as context:
-            asked = messages.relax_request(await _question(request))
+            data = await _body(request, LARGEST_QUESTION)
+            asked = await self._aside(lambda: messages.relax_request(_question(data)))
             async with aclosing(self._services.motion.relax(asked, context)) as replies:
                 try:
                     async for reply in replies:
-                        line = messages.relax_json(reply)
-                        if line is None:
+                        line = await self._aside(functools.partial(_line, reply))
+                        if not line:
                             continue
                         if not response.prepared:
                             await response.prepare(request)
                         # Waits while the browser does not read; the outbox behind it is bounded.
-                        await response.write(_dump(line) + b"\n")
+                        await response.write(line)
                 except CallError as error:
                     if not response.prepared:
                         raise
                     await response.write(_dump({"kind": "error", "error": _error_json(error)}) + b"\n")
         await response.write_eof()
         return response
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """What it comes to, in a thread: in the loop it would hold up everybody's batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._reading, work)
+
+    @contextmanager
+    def _held(self, n_bytes: int) -> Iterator[None]:
+        """Room in memory for what is sent, until it is answered."""
+        if not self._room.has(n_bytes):
+            raise self._room.full()
+        self._room.held += n_bytes
+        try:
+            yield
+        finally:
+            self._room.held -= n_bytes
 
     @asynccontextmanager
     async def _call(
@@ -205,7 +228,8 @@ class Page:
             if refusal is not None:
                 return _json({"error": {"reason": "FORBIDDEN", "message": refusal}}, status=403)
             try:
-                return await handler(request)
+                with self._held(min(_announced(request), LARGEST_QUESTION)):
+                    return await handler(request)
             except CallError as error:
                 return _refused(error)
             except ConnectionError:
@@ -246,20 +270,33 @@ async def _body(request: web.Request, most: int) -> bytes:
     """What was sent, which is kept in memory alone.
 
     Raises:
-        OverLimit: it is too large; no more of it is read.
+        OverLimit: it is too large; none of it is read.
+        InvalidRequest: it does not come.
     """
-    parts, size = [], 0
-    async for part in request.content.iter_chunked(65_536):
-        size += len(part)
-        if size > most:
-            raise OverLimit(f"what was sent has more than {most} bytes, which is what the page takes")
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def _question(request: web.Request) -> Mapping[str, Any]:
+    size = _announced(request)
+    if size > most:
+        raise OverLimit(f"what was sent has {size} bytes, and the page takes {most}")
     try:
-        body = json.loads(await _body(request, LARGEST_QUESTION))
+        async with asyncio.timeout(ARRIVES_SECONDS):
+            return await request.content.readexactly(size)
+    except (TimeoutError, asyncio.IncompleteReadError):
+        raise InvalidRequest(f"the {size} bytes that were announced did not come") from None
+
+
+def _announced(request: web.Request) -> int:
+    """Bytes that a request says it brings.
+
+    Raises:
+        InvalidRequest: it brings some and does not say how many.
+    """
+    if request.content_length is None and request.can_read_body:
+        raise InvalidRequest("say how much is sent (Content-Length)")
+    return request.content_length or 0
+
+
+def _question(data: bytes) -> Mapping[str, Any]:
+    try:
+        body = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the question is no JSON: {error}") from error
     if not isinstance(body, dict):
@@ -273,6 +310,12 @@ def _metadata(request: web.Request) -> list[tuple[str, str]]:
 
 def _dump(value: object) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _line(reply: pb.RelaxReply) -> bytes:
+    """A reply as a line of JSON; nothing for one that the page does not need."""
+    told = messages.relax_json(reply)
+    return b"" if told is None else _dump(told) + b"\n"
 
 
 def _json(value: object, *, status: int = 200) -> web.Response:
