@@ -115,7 +115,11 @@ def test_an_outlier_hardly_moves_the_law() -> None:
     ("x", "said"),
     [
         (np.repeat([[1e3], [1e4], [1e5]], 4, axis=0), "3 different setting"),
-        (np.array([[1e3, 10.0], [1e4, 10], [1e5, 20], [1e6, 10], [1e3, 20], [1e4, 20]]), "variable 2"),
+        (np.array([[1e3], [1e4], [1e5], [1e6]]), "4 points"),
+        (
+            np.array([[1e3, 10.0], [1e4, 10], [1e5, 20], [1e6, 10], [1e3, 20], [1e4, 20], [1e5, 10]]),
+            "variable 2",
+        ),
     ],
 )
 def test_too_few_points_are_refused_with_what_is_missing(x: NDArray[np.float64], said: str) -> None:

@@ -30,6 +30,7 @@ REPLICATES = 400
 LEVEL = 0.95
 _AT_BOUND = 0.02  # in log α
 _RUNS = 8
+_FREE = 2  # degrees of freedom at least
 
 
 class TooFewPointsError(Exception):
@@ -166,7 +167,7 @@ def fit_law(
     p = 1 + 2 * k
     settings, setting_of = np.unique(x, axis=0, return_inverse=True)
     setting_of = setting_of.reshape(-1)
-    _check(settings, p)
+    _check(n, settings, p)
     problem, log_y = Problem.of(x), np.log(losses)
     theta, delta = fit_once(problem, log_y)
     left, leverage = residuals(problem, theta, log_y)
@@ -206,11 +207,16 @@ def pooled_spread(values: Array, group: Array | Any) -> float | None:  # noqa: A
     return math.sqrt(square / free) if free else None
 
 
-def _check(settings: Array, p: int) -> None:
+def _check(n: int, settings: Array, p: int) -> None:
     k = settings.shape[1]
     if len(settings) < p + 1:
         raise TooFewPointsError(
             f"{len(settings)} different setting(s), and a law of {p} parameters needs at least {p + 1}"
+        )
+    if n < p + _FREE:
+        raise TooFewPointsError(
+            f"{n} points, and what a law of {p} parameters leaves of fewer than {p + _FREE} tells no noise; "
+            "train other seeds, or more settings"
         )
     for column in range(k):
         distinct = len(np.unique(settings[:, column]))

@@ -43,7 +43,9 @@ def of_effects(comparisons: Sequence[Comparison]) -> Figure | None:
     there = [each for each in comparisons if each.effects]
     if not there:
         return None
-    figure, (left, right) = panels(2, width=5.6, height=1.4 + 0.5 * len(there), sharey=True)
+    shifted = any(each.shifts for each in there)
+    figure, axes = panels(1 + shifted, width=5.6, height=1.4 + 0.5 * len(there), sharey=True)
+    left, right = axes[0], axes[-1]
     for k, each in enumerate(there):
         for offset, effect in enumerate(each.effects.values()):
             _interval(left, effect, k + 0.22 * (offset - 1), COLOURS[offset], MARKERS[offset])
@@ -61,11 +63,12 @@ def of_effects(comparisons: Sequence[Comparison]) -> Figure | None:
                 markersize=5,
             )
     left.axvline(1, color="0.3", linewidth=0.8)
-    right.axvline(0, color="0.3", linewidth=0.8)
     left.set_yticks(range(len(there)), [each.label for each in there])
     left.set_ylim(len(there) - 0.5, -0.5)
     left.set(xlabel="error / that of the base (paired; interval over pairs)", title="errors")
-    right.set(xlabel="exponent − that of the base", title="laws: ● in parameters, ■ in data")
+    if shifted:
+        right.axvline(0, color="0.3", linewidth=0.8)
+        right.set(xlabel="exponent − that of the base", title="laws: ● in parameters, ■ in data")
     log_axis(left, "x")
     handles = [left.plot([], [], MARKERS[k], color=COLOURS[k], markersize=5)[0] for k in range(len(METRICS))]
     figure.legend(handles, list(_SHORT.values()), loc="outside lower center", ncols=3)

@@ -292,7 +292,7 @@ def _scope(results: StudyResults, fits: Fits, declared: Mapping[str, Any]) -> Se
     switches: dict[str, Any] = {name: getattr(base, name) for name in Family.__slots__ if getattr(base, name)}
     question = declared.get("question", "")
     lines = [
-        *([f"{question}."] if question else []),
+        *([question] if question else []),
         f"{len(rows)} points with {seeds_of(rows)} seed(s), {min(row.parameters for row in rows):,} to "
         f"{max(row.parameters for row in rows):,} parameters, up to "
         f"{max(row.train_structures for row in rows):,} training structures and "
