@@ -84,6 +84,8 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
     skip_number: int = 0
     refuse_after: int = 0
     relaxed: list[pb.RelaxRequest] = field(default_factory=list)
+    simulated: list[pb.SimulateRequest] = field(default_factory=list)
+    interruptions: list[int] = field(default_factory=list)
     faults_after: list[tuple[grpc.StatusCode, list[Any]]] = field(default_factory=list)
     opened: list[pb.SessionOpen] = field(default_factory=list)
     model_calls: int = 0
@@ -189,6 +191,43 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
                 abort(context, grpc.StatusCode.INTERNAL, [])
             self.faults += self.faults_after[:1]
             del self.faults_after[:1]
+
+    def Simulate(self, request: pb.SimulateRequest, context: Any) -> Iterator[pb.SimulateReply]:
+        """Every atom flies on along x, 0.01 Å a step; a token is the number of its step."""
+        self.simulated.append(request)
+        arrays = decode_structures(request.structures)
+        offsets = arrays.offsets
+        reference = pb.ModelReference(name="lennard-jones", digest=self.digest, level_of_theory="LJ")
+        yield pb.SimulateReply(begun=pb.MotionBegun(model=reference, warnings=["it flies"]))
+        for index in range(len(arrays)):
+            first = int(request.tokens[index] or b"-1") if request.tokens else -1
+            for step in range(first + 1, request.steps + 1):
+                if self.faults:
+                    abort(context, *self.faults.pop(0))
+                if step == request.steps or (request.frame_every and step % request.frame_every == 0):
+                    positions = arrays.positions[offsets[index] : offsets[index + 1]].copy()
+                    positions[:, 0] += 0.01 * step
+                    yield pb.SimulateReply(
+                        frame=pb.MotionFrame(
+                            index=index, step=step, positions=positions.tobytes(), energy=-1.0 * step,
+                            velocities=np.ones_like(positions).tobytes(), cell=arrays.cell[index].tobytes(),
+                            kinetic_energy=0.5, temperature=300.0,
+                        )
+                    )  # fmt: skip
+                if request.observe_every and step % request.observe_every == 0:
+                    seen = pb.MotionObservation(index=index, step=step, energy=-1.0 * step)
+                    yield pb.SimulateReply(observation=seen)
+                if request.token_every and step and step % request.token_every == 0:
+                    token = pb.MotionToken(index=index, step=step, token=str(step).encode())
+                    yield pb.SimulateReply(token=token)
+                if step in self.interruptions:
+                    self.interruptions.remove(step)
+                    abort(context, grpc.StatusCode.UNAVAILABLE, [])
+            result = pb.SimulateResult(index=index, steps=request.steps, model=reference)
+            if 2 in arrays.atomic_numbers[offsets[index] : offsets[index + 1]]:
+                result.failure.message = "helium flew off"
+                result.failure.index = index
+            yield pb.SimulateReply(result=result)
 
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._model()])

@@ -70,6 +70,9 @@ class Liar(potential_pb2_grpc.PotentialServiceServicer):
     def Relax(self, request: pb.RelaxRequest, context: object) -> Iterator[pb.RelaxReply]:
         return iter(())
 
+    def Simulate(self, request: pb.SimulateRequest, context: object) -> Iterator[pb.SimulateReply]:
+        return iter(())
+
     def Predict(self, request: pb.PredictRequest, context: object) -> pb.PredictResponse:
         reply = self._stub.Predict(request)
         numbers = np.frombuffer(getattr(reply, self._spoil), dtype="<f8").copy()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from equipot.client.aio import AsyncClient
+from equipot.client.aio_session import AsyncSession
 from equipot.client.channel import Health
 from equipot.client.credentials import Tls
+from equipot.client.dynamics import Ended, MotionFrame, Observation, Restart, Resumed, Trajectory
 from equipot.client.errors import (
     ClientError,
     DeadlineExceeded,
@@ -40,9 +42,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncClient",
+    "AsyncSession",
     "Client",
     "ClientError",
     "DeadlineExceeded",
+    "Ended",
     "EquipotCalculator",
     "Explanation",
     "Failure",
@@ -61,11 +65,15 @@ __all__ = [
     "ModelInfo",
     "ModelNotFound",
     "ModelReference",
+    "MotionFrame",
     "NotTrusted",
+    "Observation",
     "Prediction",
     "Predictions",
     "Refused",
     "Relaxed",
+    "Restart",
+    "Resumed",
     "RetryPolicy",
     "ServerError",
     "ServerUnavailable",
@@ -74,6 +82,7 @@ __all__ = [
     "StructureArrays",
     "StructureFailure",
     "Tls",
+    "Trajectory",
     "Unauthenticated",
 ]
 

@@ -10,11 +10,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import grpc
 import grpc.aio
 
+from equipot.client.aio_motions import AsyncMotions
+from equipot.client.aio_session import AsyncSession
 from equipot.client.batches import Part, Priority, Wish, cut, gone_meanwhile
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
 from equipot.client.credentials import Credentials, FileState, Tls, TokenSource
@@ -22,6 +24,7 @@ from equipot.client.errors import ClientError, LimitExceeded, ModelNotFound, fro
 from equipot.client.explanation import Explanation, explained, together
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
+from equipot.client.session import Course
 from equipot.client.settings import (
     DEFAULT_ATOMS_PER_REQUEST,
     DEFAULT_IN_FLIGHT,
@@ -29,7 +32,7 @@ from equipot.client.settings import (
     DEFAULT_TIMEOUT,
     Settings,
 )
-from equipot.client.structures import StructuresLike, each_structure
+from equipot.client.structures import StructuresLike, as_structure, each_structure
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 _Reply = TypeVar("_Reply")
 
 
-class AsyncClient:
+class AsyncClient(AsyncMotions):
     """`equipot.client.Client` for asyncio: the same arguments, methods, results and errors.
 
     Use it as an asynchronous context manager, or await `close`. It belongs to the loop of its first call.
@@ -174,6 +177,29 @@ class AsyncClient:
             parts.append(explained(part, response, time.perf_counter() - begun))
         return together(parts)
 
+    def session(
+        self,
+        structures: StructuresLike,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        level_of_theory: str = "",
+        model: str | None = None,
+        skin: float = 0.0,
+        timeout: float | None = None,
+    ) -> AsyncSession:
+        """As `Client.session`; it opens at its first step."""
+        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        course = Course([as_structure(item) for item in each_structure(structures)], wish, skin)
+        return AsyncSession(
+            # Without requests to iterate over, they are written one by one.
+            lambda: self._connected().Session(cast("Any", None), metadata=self._token.headers()),
+            course,
+            address=self.address,
+            retry=self._settings.retry,
+            timeout=self._settings.seconds(timeout),
+        )
+
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """As `Client.models`."""
         stub = self._connected()
@@ -206,8 +232,11 @@ class AsyncClient:
         try:
             return decode_health(await check(b"", timeout=self._settings.seconds(timeout)))
         except grpc.RpcError as error:
-            problem = from_rpc_error(error, self.address)
-            raise await asyncio.to_thread(self._settings.explained, problem) from error
+            raise await self._understand(error) from error
+
+    async def _understand(self, error: grpc.RpcError) -> ClientError:
+        # Which may ask again why a handshake failed.
+        return await asyncio.to_thread(self._settings.explained, from_rpc_error(error, self.address))
 
     async def _parts(
         self, structures: StructuresLike, wish: Wish, timeout: float
@@ -264,9 +293,7 @@ class AsyncClient:
             try:
                 return await call(deadline.require())
             except grpc.RpcError as error:
-                problem = await asyncio.to_thread(
-                    self._settings.explained, from_rpc_error(error, self.address)
-                )
+                problem = await self._understand(error)
                 delay = self._settings.retry.delay(problem, attempt, deadline.remaining)
                 if delay is None:
                     raise problem from error

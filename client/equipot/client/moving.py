@@ -73,11 +73,19 @@ class Moves:
 
     def index_of(self, index: int) -> int:
         """The index among all items of what the last request has there."""
-        return self.start + self.part.places[self._number(index)]
+        return self.start + self.part.places[self.number_of(index)]
+
+    def n_atoms_of(self, index: int) -> int:
+        """Of the structure that the last request has there."""
+        return len(self.part.structures[self.number_of(index)])
+
+    def go_on_from(self, number: int, token: bytes) -> None:
+        """Begins this structure of the part from there."""
+        self._tokens[number] = token
 
     def keep(self, token: pb.MotionToken) -> None:
         """Goes on from there if it has to ask again."""
-        self._tokens[self._number(token.index)] = token.token
+        self.go_on_from(self.number_of(token.index), token.token)
 
     def finish(self, index: int) -> int:
         """Notes a result; returns the structure's number of atoms.
@@ -85,7 +93,7 @@ class Moves:
         Raises:
             ServerError: it has one already.
         """
-        number = self._number(index)
+        number = self.number_of(index)
         if number not in self._open:
             raise ServerError(f"structure {self.index_of(index)} was answered twice")
         self._open.remove(number)
@@ -103,7 +111,12 @@ class Moves:
         elif not model.pinned.endswith(self.wish.model.partition("@")[2]):
             raise ModelChanged(f"{model.pinned} answers what {self.wish.model} began")
 
-    def _number(self, index: int) -> int:
+    def number_of(self, index: int) -> int:
+        """The number, in the part, of what the last request has there.
+
+        Raises:
+            ServerError: it has no such structure.
+        """
         if not 0 <= index < len(self._asked):
             raise ServerError(f"the answer is about structure {index} of {len(self._asked)}")
         return self._asked[index]

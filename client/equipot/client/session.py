@@ -237,16 +237,19 @@ class Session:
             stream.close()
 
 
-class _Ended(grpc.RpcError):
+class Ended(grpc.RpcError):
     """The server ended a stream without an error, as proxies do."""
 
     def code(self) -> grpc.StatusCode:
+        """As of any server that went."""
         return grpc.StatusCode.UNAVAILABLE
 
     def details(self) -> str:
+        """In words."""
         return "the session was ended"
 
     def trailing_metadata(self) -> tuple[Any, ...]:
+        """None came."""
         return ()
 
 
@@ -264,7 +267,7 @@ class _Stream:
         try:
             reply: pb.SessionReply = next(self._call)
         except StopIteration:
-            raise _Ended from None
+            raise Ended from None
         return reply
 
     def cancel(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, Unpack
+from typing import Protocol, Self, TypeVar
 
 import grpc
 
@@ -19,11 +19,10 @@ from equipot.client.attempts import persist
 from equipot.client.batches import Part, Priority, Wish, cut, gone_meanwhile
 from equipot.client.channel import HEALTH_METHOD, Health, channel_options, decode_health
 from equipot.client.credentials import Credentials, FileState, Tls, TokenSource
-from equipot.client.errands import Way, run
 from equipot.client.errors import ClientError, LimitExceeded, ModelNotFound, from_rpc_error
 from equipot.client.explanation import Explanation, explained, together
 from equipot.client.jobs import Jobs, Line
-from equipot.client.relax import Progressed, Relaxed, RelaxSettings, RelaxWords, relaxations
+from equipot.client.motions import Motions
 from equipot.client.results import Limits, ModelInfo, Prediction, Predictions, numbered, same_model
 from equipot.client.retry import Deadline, RetryPolicy
 from equipot.client.session import Course, Session
@@ -58,7 +57,7 @@ class _UnderWay:
     deadline: Deadline
 
 
-class Client:
+class Client(Motions):
     """Asks a server for energies (eV), forces (eV/Å) and stress (eV/Å³).
 
     Use it as a context manager, or call `close`. Threads may share one. It may be pickled and copied: the
@@ -278,66 +277,6 @@ class Client:
             timeout=self._settings.seconds(timeout),
         )
 
-    def relax(
-        self,
-        structures: StructuresLike,
-        *,
-        level_of_theory: str = "",
-        model: str | None = None,
-        **how: Unpack[RelaxWords],
-    ) -> list[Relaxed]:
-        """Moves each structure to where its forces vanish, on the server; results in the order given.
-
-        A structure that cannot go on has its failure, the others go on. After a lost connection those without
-        a result go on from where they were, by the same bundle.
-
-        Args:
-            structures: as of `predict`; atoms that an `ase.constraints.FixAtoms` holds stay where they are.
-            level_of_theory: one of the model's; empty: its only one.
-            model: another than the client's.
-            how: fmax, steps, optimizer, cell, pressure, max_step; see `RelaxWords`.
-
-        Raises:
-            InvalidRequest: a setting out of its range, or a constraint that is not FixAtoms.
-            ModelChanged: the server changed its model on the way.
-            ClientError: the request as a whole failed, see the subclasses.
-        """
-        found = dict(self.relax_iter(structures, level_of_theory=level_of_theory, model=model, **how))
-        return [found[index] for index in range(len(found))]
-
-    def relax_iter(
-        self,
-        structures: StructuresLike,
-        *,
-        level_of_theory: str = "",
-        model: str | None = None,
-        on_progress: Progressed | None = None,
-        **how: Unpack[RelaxWords],
-    ) -> Generator[tuple[int, Relaxed], None, None]:
-        """As `relax`: index and result of each structure, in the order in which they are done.
-
-        Args:
-            structures: see `relax`, as for the others.
-            level_of_theory: see `relax`.
-            model: see `relax`.
-            on_progress: told index, step, energy in eV and largest force in eV/Å after every step.
-            how: see `relax`.
-        """
-        settings = RelaxSettings(**how)
-        wish = self._settings.wish(model, level_of_theory, forces=True, stress=settings.cell != "fixed")
-        items = list(each_structure(structures))
-        limits = self.model(wish.model).limits
-        parts = cut(
-            items,
-            limits,
-            atoms_per_request=limits.max_atoms_per_request or self._settings.atoms_per_request,
-            max_message_bytes=self._settings.max_message_bytes,
-        )
-        way = Way(self._relax, self._understand, self._settings.retry)
-        most_bytes = limits.message_bytes(self._settings.max_message_bytes)
-        for errand in relaxations(items, parts, wish, settings, told=on_progress, most_bytes=most_bytes):
-            yield from run(errand, way)
-
     @property
     def jobs(self) -> Jobs:
         """Work that the server keeps, and goes on with whether anybody is connected or not."""
@@ -377,13 +316,6 @@ class Client:
             return decode_health(check(b"", timeout=self._settings.seconds(timeout)))
         except grpc.RpcError as error:
             raise self._settings.explained(from_rpc_error(error, self.address)) from error
-
-    def _relax(self, request: pb.RelaxRequest) -> Generator[pb.RelaxReply, None, None]:
-        call: Any = self._connected().Relax(request, metadata=self._token.headers())
-        try:
-            yield from call
-        finally:
-            call.cancel()
 
     def _understand(self, error: grpc.RpcError) -> ClientError:
         return self._settings.explained(from_rpc_error(error, self.address))

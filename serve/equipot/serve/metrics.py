@@ -39,7 +39,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.in_flight = self._gauge("in_flight_requests", "Calls of Predict not answered yet")
-        self.moving = self._gauge("moving_structures", "Structures that are being relaxed")
+        self.moving = self._gauge("moving_structures", "Structures that are being relaxed or simulated")
         self.sessions = self._gauge("sessions", "Sessions that are open")
         self.families = Families(self.registry)
         self._of_model: dict[tuple[str, str], ModelCounts] = {}

@@ -32,7 +32,7 @@ from equipot.wire.v1.codec import (
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PotentialService"].full_name
 
-Naming: TypeAlias = pb.PredictRequest | pb.SessionOpen | pb.RelaxRequest
+Naming: TypeAlias = pb.PredictRequest | pb.SessionOpen | pb.RelaxRequest | pb.SimulateRequest
 """Requests that name a model to compute with."""
 
 RETRY_STARTING = 2.0

@@ -248,15 +248,24 @@ def decode_step(step: pb.SessionStep, before: StructureArrays) -> StructureArray
 
 
 def decode_flags(field: str, raw: bytes, n_atoms: int) -> BoolArray:
-    """(n_atoms,) bool from bytes of 0 and 1; all False where there are none.
+    """(n_atoms,) bool from bytes of 0 and 1, also of anything but atoms; all False where there are none.
 
     Raises:
         CodecError: another length, or another number.
     """
     flags = _from_bytes(field, raw, np.uint8, (n_atoms,), optional=True)
     if raw and int(flags.max(initial=0)) > 1:
-        raise CodecError(field, f"holds {int(flags.max())}", "send one byte for each atom, 0 or 1")
+        raise CodecError(field, f"holds {int(flags.max())}", "send one byte for each, 0 or 1")
     return flags.view(np.bool_)
+
+
+def decode_floats(field: str, raw: bytes, shape: tuple[int, ...]) -> FloatArray:
+    """float64 of this shape.
+
+    Raises:
+        CodecError: another length.
+    """
+    return _from_bytes(field, raw, np.float64, shape)
 
 
 def encode_predictions(arrays: PredictionArrays, response: pb.PredictResponse) -> None:

@@ -153,6 +153,45 @@ CELL_MOTION_CONSTANT_VOLUME: CellMotion.ValueType  # 4
 """Its shape alone."""
 global___CellMotion = CellMotion
 
+class _Integrator:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _IntegratorEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Integrator.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    INTEGRATOR_UNSPECIFIED: _Integrator.ValueType  # 0
+    """VELOCITY_VERLET."""
+    INTEGRATOR_VELOCITY_VERLET: _Integrator.ValueType  # 1
+    """Constant energy and volume."""
+    INTEGRATOR_LANGEVIN: _Integrator.ValueType  # 2
+    """Constant temperature and volume: friction and noise on each atom."""
+    INTEGRATOR_NOSE_HOOVER: _Integrator.ValueType  # 3
+    """Constant temperature and volume: a chain of Nosé-Hoover thermostats, without noise."""
+    INTEGRATOR_BUSSI: _Integrator.ValueType  # 4
+    """Constant temperature and volume: stochastic rescaling of all velocities (Bussi, Donadio, Parrinello)."""
+    INTEGRATOR_MTK_ISOTROPIC: _Integrator.ValueType  # 5
+    """Constant temperature and pressure: Martyna, Tobias and Klein, the cell keeps its shape."""
+    INTEGRATOR_MTK: _Integrator.ValueType  # 6
+    """The same, every component of the cell moves."""
+
+class Integrator(_Integrator, metaclass=_IntegratorEnumTypeWrapper): ...
+
+INTEGRATOR_UNSPECIFIED: Integrator.ValueType  # 0
+"""VELOCITY_VERLET."""
+INTEGRATOR_VELOCITY_VERLET: Integrator.ValueType  # 1
+"""Constant energy and volume."""
+INTEGRATOR_LANGEVIN: Integrator.ValueType  # 2
+"""Constant temperature and volume: friction and noise on each atom."""
+INTEGRATOR_NOSE_HOOVER: Integrator.ValueType  # 3
+"""Constant temperature and volume: a chain of Nosé-Hoover thermostats, without noise."""
+INTEGRATOR_BUSSI: Integrator.ValueType  # 4
+"""Constant temperature and volume: stochastic rescaling of all velocities (Bussi, Donadio, Parrinello)."""
+INTEGRATOR_MTK_ISOTROPIC: Integrator.ValueType  # 5
+"""Constant temperature and pressure: Martyna, Tobias and Klein, the cell keeps its shape."""
+INTEGRATOR_MTK: Integrator.ValueType  # 6
+"""The same, every component of the cell moves."""
+global___Integrator = Integrator
+
 class _ModelState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -707,6 +746,275 @@ class RelaxResult(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["cell", b"cell", "converged", b"converged", "energy", b"energy", "failure", b"failure", "forces", b"forces", "index", b"index", "model", b"model", "positions", b"positions", "steps", b"steps", "stress", b"stress"]) -> None: ...
 
 global___RelaxResult = RelaxResult
+
+@typing.final
+class SimulateRequest(google.protobuf.message.Message):
+    """Times are in fs, velocities in Å/fs, temperatures in K as of three degrees of freedom for each atom that moves."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    STRUCTURES_FIELD_NUMBER: builtins.int
+    LEVEL_OF_THEORY_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    INTEGRATOR_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    TIMESTEP_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    FINAL_TEMPERATURE_FIELD_NUMBER: builtins.int
+    FRICTION_FIELD_NUMBER: builtins.int
+    THERMOSTAT_TIME_FIELD_NUMBER: builtins.int
+    PRESSURE_FIELD_NUMBER: builtins.int
+    BAROSTAT_TIME_FIELD_NUMBER: builtins.int
+    VELOCITIES_FIELD_NUMBER: builtins.int
+    DRAWN_FIELD_NUMBER: builtins.int
+    MASSES_FIELD_NUMBER: builtins.int
+    FIXED_FIELD_NUMBER: builtins.int
+    SEEDS_FIELD_NUMBER: builtins.int
+    FRAME_EVERY_FIELD_NUMBER: builtins.int
+    FRAME_FORCES_FIELD_NUMBER: builtins.int
+    FRAME_STRESS_FIELD_NUMBER: builtins.int
+    OBSERVE_EVERY_FIELD_NUMBER: builtins.int
+    TOKEN_EVERY_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """As in PredictRequest."""
+    level_of_theory: builtins.str
+    session: builtins.str
+    priority: global___Priority.ValueType
+    integrator: global___Integrator.ValueType
+    steps: builtins.int
+    """In all, those before a token included; at least 1."""
+    timestep: builtins.float
+    """fs; 0: 1."""
+    temperature: builtins.float
+    """K, of the bath, and of velocities that are drawn."""
+    final_temperature: builtins.float
+    """K, to which that of a Langevin or Bussi bath goes linearly over all steps; absent: it stays."""
+    friction: builtins.float
+    """1/fs, of a Langevin bath; 0: 0.01."""
+    thermostat_time: builtins.float
+    """fs, on which other baths act; 0: 100 steps."""
+    pressure: builtins.float
+    """eV/Å³, from outside, with a cell that moves."""
+    barostat_time: builtins.float
+    """fs, on which the cell follows; 0: 1000 steps."""
+    velocities: builtins.bytes
+    """float64[N, 3] in Å/fs; empty: all are drawn."""
+    drawn: builtins.bytes
+    """uint8[S], 1 for a structure whose velocities are drawn from Maxwell and Boltzmann's distribution, with no total
+    momentum unless atoms are fixed; empty: those of none are, or of all if there are no velocities.
+    """
+    masses: builtins.bytes
+    """float64[N] in unified atomic mass units; empty: standard ones."""
+    fixed: builtins.bytes
+    """uint8[N], 1 for an atom that stays where it is; empty: all move."""
+    frame_every: builtins.int
+    """How many steps apart frames come, step 0 included; 0: only the last. The last step always has one."""
+    frame_forces: builtins.bool
+    frame_stress: builtins.bool
+    observe_every: builtins.int
+    """How many steps apart observations come; 0: never."""
+    token_every: builtins.int
+    """How many steps apart tokens come; 0: never."""
+    @property
+    def structures(self) -> global___Structures: ...
+    @property
+    def seeds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """S seeds of PCG64 for what is drawn of each structure; none: its index."""
+
+    @property
+    def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """As in RelaxRequest. What a token holds goes before positions, velocities and seeds of the request."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        structures: global___Structures | None = ...,
+        level_of_theory: builtins.str = ...,
+        session: builtins.str = ...,
+        priority: global___Priority.ValueType = ...,
+        integrator: global___Integrator.ValueType = ...,
+        steps: builtins.int = ...,
+        timestep: builtins.float = ...,
+        temperature: builtins.float = ...,
+        final_temperature: builtins.float | None = ...,
+        friction: builtins.float = ...,
+        thermostat_time: builtins.float = ...,
+        pressure: builtins.float = ...,
+        barostat_time: builtins.float = ...,
+        velocities: builtins.bytes = ...,
+        drawn: builtins.bytes = ...,
+        masses: builtins.bytes = ...,
+        fixed: builtins.bytes = ...,
+        seeds: collections.abc.Iterable[builtins.int] | None = ...,
+        frame_every: builtins.int = ...,
+        frame_forces: builtins.bool = ...,
+        frame_stress: builtins.bool = ...,
+        observe_every: builtins.int = ...,
+        token_every: builtins.int = ...,
+        tokens: collections.abc.Iterable[builtins.bytes] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_final_temperature", b"_final_temperature", "final_temperature", b"final_temperature", "structures", b"structures"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_final_temperature", b"_final_temperature", "barostat_time", b"barostat_time", "drawn", b"drawn", "final_temperature", b"final_temperature", "fixed", b"fixed", "frame_every", b"frame_every", "frame_forces", b"frame_forces", "frame_stress", b"frame_stress", "friction", b"friction", "integrator", b"integrator", "level_of_theory", b"level_of_theory", "masses", b"masses", "model", b"model", "observe_every", b"observe_every", "pressure", b"pressure", "priority", b"priority", "seeds", b"seeds", "session", b"session", "steps", b"steps", "structures", b"structures", "temperature", b"temperature", "thermostat_time", b"thermostat_time", "timestep", b"timestep", "token_every", b"token_every", "tokens", b"tokens", "velocities", b"velocities"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_final_temperature", b"_final_temperature"]) -> typing.Literal["final_temperature"] | None: ...
+
+global___SimulateRequest = SimulateRequest
+
+@typing.final
+class SimulateReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEGUN_FIELD_NUMBER: builtins.int
+    FRAME_FIELD_NUMBER: builtins.int
+    OBSERVATION_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    RESULT_FIELD_NUMBER: builtins.int
+    @property
+    def begun(self) -> global___MotionBegun: ...
+    @property
+    def frame(self) -> global___MotionFrame: ...
+    @property
+    def observation(self) -> global___MotionObservation: ...
+    @property
+    def token(self) -> global___MotionToken: ...
+    @property
+    def result(self) -> global___SimulateResult: ...
+    def __init__(
+        self,
+        *,
+        begun: global___MotionBegun | None = ...,
+        frame: global___MotionFrame | None = ...,
+        observation: global___MotionObservation | None = ...,
+        token: global___MotionToken | None = ...,
+        result: global___SimulateResult | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["begun", b"begun", "frame", b"frame", "kind", b"kind", "observation", b"observation", "result", b"result", "token", b"token"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begun", b"begun", "frame", b"frame", "kind", b"kind", "observation", b"observation", "result", b"result", "token", b"token"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["begun", "frame", "observation", "token", "result"] | None: ...
+
+global___SimulateReply = SimulateReply
+
+@typing.final
+class MotionFrame(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    POSITIONS_FIELD_NUMBER: builtins.int
+    VELOCITIES_FIELD_NUMBER: builtins.int
+    CELL_FIELD_NUMBER: builtins.int
+    ENERGY_FIELD_NUMBER: builtins.int
+    KINETIC_ENERGY_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    FORCES_FIELD_NUMBER: builtins.int
+    STRESS_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """The structure's index in the request."""
+    step: builtins.int
+    positions: builtins.bytes
+    """float64[n, 3] in Å, never folded into the cell; float64[n, 3] in Å/fs; float64[3, 3] in Å."""
+    velocities: builtins.bytes
+    cell: builtins.bytes
+    energy: builtins.float
+    """eV."""
+    kinetic_energy: builtins.float
+    temperature: builtins.float
+    """K."""
+    forces: builtins.bytes
+    """float64[n, 3] in eV/Å and float64[3, 3] in eV/Å³ of the potential alone, if asked for."""
+    stress: builtins.bytes
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        step: builtins.int = ...,
+        positions: builtins.bytes = ...,
+        velocities: builtins.bytes = ...,
+        cell: builtins.bytes = ...,
+        energy: builtins.float = ...,
+        kinetic_energy: builtins.float = ...,
+        temperature: builtins.float = ...,
+        forces: builtins.bytes = ...,
+        stress: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "energy", b"energy", "forces", b"forces", "index", b"index", "kinetic_energy", b"kinetic_energy", "positions", b"positions", "step", b"step", "stress", b"stress", "temperature", b"temperature", "velocities", b"velocities"]) -> None: ...
+
+global___MotionFrame = MotionFrame
+
+@typing.final
+class MotionObservation(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    ENERGY_FIELD_NUMBER: builtins.int
+    KINETIC_ENERGY_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    VOLUME_FIELD_NUMBER: builtins.int
+    PRESSURE_FIELD_NUMBER: builtins.int
+    LARGEST_FORCE_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """The structure's index in the request."""
+    step: builtins.int
+    energy: builtins.float
+    """eV."""
+    kinetic_energy: builtins.float
+    temperature: builtins.float
+    """K."""
+    volume: builtins.float
+    """Å³; 0 of what is not periodic in all three directions."""
+    pressure: builtins.float
+    """eV/Å³, that of the moving atoms included; NaN where no stress is computed."""
+    largest_force: builtins.float
+    """eV/Å, of any atom."""
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        step: builtins.int = ...,
+        energy: builtins.float = ...,
+        kinetic_energy: builtins.float = ...,
+        temperature: builtins.float = ...,
+        volume: builtins.float = ...,
+        pressure: builtins.float = ...,
+        largest_force: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["energy", b"energy", "index", b"index", "kinetic_energy", b"kinetic_energy", "largest_force", b"largest_force", "pressure", b"pressure", "step", b"step", "temperature", b"temperature", "volume", b"volume"]) -> None: ...
+
+global___MotionObservation = MotionObservation
+
+@typing.final
+class SimulateResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """The structure's index in the request."""
+    steps: builtins.int
+    @property
+    def failure(self) -> global___Failure:
+        """Present if it could not go on after these steps; its index is that of this result."""
+
+    @property
+    def model(self) -> global___ModelReference: ...
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        steps: builtins.int = ...,
+        failure: global___Failure | None = ...,
+        model: global___ModelReference | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "index", b"index", "model", b"model", "steps", b"steps"]) -> None: ...
+
+global___SimulateResult = SimulateResult
 
 @typing.final
 class ModelReference(google.protobuf.message.Message):

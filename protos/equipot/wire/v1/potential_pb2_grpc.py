@@ -54,6 +54,11 @@ class PotentialServiceStub(object):
                 request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxRequest.SerializeToString,
                 response_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxReply.FromString,
                 _registered_method=True)
+        self.Simulate = channel.unary_stream(
+                '/equipot.wire.v1.PotentialService/Simulate',
+                request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SimulateRequest.SerializeToString,
+                response_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SimulateReply.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/equipot.wire.v1.PotentialService/ListModels',
                 request_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.ListModelsRequest.SerializeToString,
@@ -111,6 +116,16 @@ class PotentialServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Simulate(self, request, context):
+        """Moves each structure by Newton's equations, with or without a bath, by an integrator on the server, in batches
+        with everybody else's. Frames come in the order of steps, those of different structures in any order. A structure
+        that cannot go on is answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no
+        result yet, each from its last token if it has one; frames after the token come again, with the same bits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """The models that this server serves, one entry for each version.
         """
@@ -147,6 +162,11 @@ def add_PotentialServiceServicer_to_server(servicer, server):
                     servicer.Relax,
                     request_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxRequest.FromString,
                     response_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxReply.SerializeToString,
+            ),
+            'Simulate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Simulate,
+                    request_deserializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SimulateRequest.FromString,
+                    response_serializer=equipot_dot_wire_dot_v1_dot_potential__pb2.SimulateReply.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -267,6 +287,33 @@ class PotentialService(object):
             '/equipot.wire.v1.PotentialService/Relax',
             equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxRequest.SerializeToString,
             equipot_dot_wire_dot_v1_dot_potential__pb2.RelaxReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Simulate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/equipot.wire.v1.PotentialService/Simulate',
+            equipot_dot_wire_dot_v1_dot_potential__pb2.SimulateRequest.SerializeToString,
+            equipot_dot_wire_dot_v1_dot_potential__pb2.SimulateReply.FromString,
             options,
             channel_credentials,
             insecure,

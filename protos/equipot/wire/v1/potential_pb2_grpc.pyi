@@ -65,6 +65,16 @@ class PotentialServiceStub:
     its last token if it has one.
     """
 
+    Simulate: grpc.UnaryStreamMultiCallable[
+        equipot.wire.v1.potential_pb2.SimulateRequest,
+        equipot.wire.v1.potential_pb2.SimulateReply,
+    ]
+    """Moves each structure by Newton's equations, with or without a bath, by an integrator on the server, in batches
+    with everybody else's. Frames come in the order of steps, those of different structures in any order. A structure
+    that cannot go on is answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no
+    result yet, each from its last token if it has one; frames after the token come again, with the same bits.
+    """
+
     ListModels: grpc.UnaryUnaryMultiCallable[
         equipot.wire.v1.potential_pb2.ListModelsRequest,
         equipot.wire.v1.potential_pb2.ListModelsResponse,
@@ -118,6 +128,16 @@ class PotentialServiceAsyncStub:
     else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
     answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet, each from
     its last token if it has one.
+    """
+
+    Simulate: grpc.aio.UnaryStreamMultiCallable[
+        equipot.wire.v1.potential_pb2.SimulateRequest,
+        equipot.wire.v1.potential_pb2.SimulateReply,
+    ]
+    """Moves each structure by Newton's equations, with or without a bath, by an integrator on the server, in batches
+    with everybody else's. Frames come in the order of steps, those of different structures in any order. A structure
+    that cannot go on is answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no
+    result yet, each from its last token if it has one; frames after the token come again, with the same bits.
     """
 
     ListModels: grpc.aio.UnaryUnaryMultiCallable[
@@ -181,6 +201,18 @@ class PotentialServiceServicer(metaclass=abc.ABCMeta):
         else's. Results come as structures are done, in any order, each once. A structure that cannot go on is
         answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no result yet, each from
         its last token if it has one.
+        """
+
+    @abc.abstractmethod
+    def Simulate(
+        self,
+        request: equipot.wire.v1.potential_pb2.SimulateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[equipot.wire.v1.potential_pb2.SimulateReply], collections.abc.AsyncIterator[equipot.wire.v1.potential_pb2.SimulateReply]]:
+        """Moves each structure by Newton's equations, with or without a bath, by an integrator on the server, in batches
+        with everybody else's. Frames come in the order of steps, those of different structures in any order. A structure
+        that cannot go on is answered by its Failure; the others go on. UNAVAILABLE: ask again for those that have no
+        result yet, each from its last token if it has one; frames after the token come again, with the same bits.
         """
 
     @abc.abstractmethod

@@ -14,8 +14,9 @@ from google.protobuf.message import Message
 from equipot.serve.errors import Fault, InvalidRequest
 from equipot.serve.job import Work
 from equipot.serve.motion.crew import Member
+from equipot.serve.motion.notes import Kept
 from equipot.serve.motion.state import BadState, Origin, State, digest_of, seal, unseal
-from equipot.serve.motion.walker import Algorithm, Kept, Walker
+from equipot.serve.motion.walker import Algorithm, Walker
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import CodecError, Failure, FailureReason, decode_flags, encode_failures
 
@@ -156,7 +157,7 @@ def as_bytes(array: npt.NDArray[Any]) -> bytes:
     return np.ascontiguousarray(array, dtype="<f8").tobytes()
 
 
-def question(request: pb.RelaxRequest, *, stress: bool) -> pb.PredictRequest:
+def question(request: pb.RelaxRequest | pb.SimulateRequest, *, stress: bool) -> pb.PredictRequest:
     """What is asked at every step."""
     properties = [pb.PROPERTY_ENERGY, pb.PROPERTY_FORCES]
     properties += [pb.PROPERTY_STRESS] if stress else []

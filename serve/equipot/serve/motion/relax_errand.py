@@ -25,9 +25,9 @@ from equipot.serve.motion.errand import (
     token_of,
     word,
 )
+from equipot.serve.motion.notes import Advance, Kept
 from equipot.serve.motion.relaxing import CellMotion, OptimizerName, Relaxing, with_fixed_atoms
 from equipot.serve.motion.state import Origin
-from equipot.serve.motion.walker import Advance, Kept
 from equipot.serve.servicer import PotentialServicer
 from equipot.wire.v1 import potential_pb2 as pb
 

@@ -14,8 +14,9 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE, LBFGS
 
 from equipot.serve.errors import InvalidRequest
+from equipot.serve.motion.notes import Advance, Place
 from equipot.serve.motion.state import Origin, capture, digest_of, restore
-from equipot.serve.motion.walker import Advance, Frame, Given, Progress, kept
+from equipot.serve.motion.walker import Given, Progress, kept
 
 OptimizerName = Literal["fire", "lbfgs"]
 CellMotion = Literal["fixed", "full", "isotropic", "constant_volume"]
@@ -144,8 +145,8 @@ def with_fixed_atoms(atoms: Atoms, fixed: np.ndarray[Any, np.dtype[np.bool_]]) -
     return atoms
 
 
-def _frame(atoms: Atoms, given: Given) -> Frame:
-    return Frame(np.array(atoms.positions), np.array(atoms.cell[:]), given.forces)
+def _frame(atoms: Atoms, given: Given) -> Place:
+    return Place(np.array(atoms.positions), np.array(atoms.cell[:]), given.forces)
 
 
 def _refused(name: str, value: object, allowed: str) -> InvalidRequest:

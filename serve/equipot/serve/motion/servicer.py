@@ -19,6 +19,7 @@ from equipot.serve.motion.errand import Errand
 from equipot.serve.motion.mover import Mover
 from equipot.serve.motion.outbox import Outbox
 from equipot.serve.motion.relax_errand import RelaxErrand
+from equipot.serve.motion.simulate_errand import SimulateErrand
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, PotentialServicer
 from equipot.serve.shares import Share
 from equipot.serve.status import Context, guarded_reply_stream
@@ -65,7 +66,10 @@ class MotionServicer:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the methods, beside those of the same service that are registered elsewhere."""
-        handlers = {"Relax": guarded_reply_stream(self.relax, pb.RelaxRequest)}
+        handlers = {
+            "Relax": guarded_reply_stream(self.relax, pb.RelaxRequest),
+            "Simulate": guarded_reply_stream(self.simulate, pb.SimulateRequest),
+        }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     def drain(self) -> None:
@@ -94,6 +98,17 @@ class MotionServicer:
         """As `relax`, by this model."""
         with model.in_use():
             errand = RelaxErrand.understand(request, model, self._potential)
+            async with aclosing(self._carry_out(errand)) as replies:
+                async for reply in replies:
+                    yield reply
+
+    async def simulate(
+        self, request: pb.SimulateRequest, context: Context
+    ) -> AsyncGenerator[pb.SimulateReply, None]:
+        """Frames, observations and tokens as structures move, and how each of them ended."""
+        model = self._potential.find(request, context)
+        with model.in_use():
+            errand = SimulateErrand.understand(request, model, self._potential)
             async with aclosing(self._carry_out(errand)) as replies:
                 async for reply in replies:
                     yield reply

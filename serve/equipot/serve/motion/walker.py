@@ -12,19 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from equipot.serve.errors import Fault
-from equipot.serve.motion.state import BadState, State
+from equipot.serve.motion.notes import Kept, Note
+from equipot.serve.motion.state import BadState, FloatArray, State
 
 SMALLEST_VOLUME, LARGEST_VOLUME = 0.2, 5.0
 """Of a cell that moves, as parts of what it began with: beyond it has collapsed or blown up."""
-
-FloatArray = npt.NDArray[np.float64]
 
 
 class Halt(Exception):
@@ -46,36 +44,6 @@ class Given:
     energy: float
     forces: FloatArray
     stress: FloatArray | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Frame:
-    """Where atoms are: (n, 3) Å, (3, 3) Å, and the forces there, (n, 3) eV/Å."""
-
-    positions: FloatArray
-    cell: FloatArray
-    forces: FloatArray
-
-
-@dataclass(frozen=True, slots=True)
-class Advance:
-    """How far a relaxation has come: energy in eV, largest force in eV/Å; where it is, if that is wanted."""
-
-    step: int
-    energy: float
-    largest_force: float
-    frame: Frame | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A state to go on from."""
-
-    state: State
-
-
-Note = Advance | Kept
-"""What is told of a structure on its way."""
 
 
 @dataclass(slots=True, eq=False)
