@@ -96,6 +96,7 @@ class TestRelaxations:
         longer = results(stub.Relax(asked([molecule(1)], tokens=[token], max_steps=8, fmax=1e-6)))[0]
         assert longer.steps == 8
 
+    @pytest.mark.slow
     def test_of_a_client_carry_it_over_a_lost_connection(self, bundles: Bundles, tmp_path: Path) -> None:
         systems = [as_atoms(molecule(seed, 9)) for seed in range(3)]
         words = [bundles.tiny, "--dtype", "float64", "--threads", 1]

@@ -86,9 +86,11 @@ class Mover:
             begun = time.perf_counter()
             problem = await loop.run_in_executor(self._thread, _work, turn)
             lane.virtual += (time.perf_counter() - begun) / lane.weight
-            if turn.next < turn.count and problem is None:
-                continue
             lane.turns.popleft()
+            if turn.next < turn.count and problem is None:
+                # Of one identity's, too, the few need not wait for the many.
+                lane.turns.append(turn)
+                continue
             if not turn.done.done():
                 if problem is None:
                     turn.done.set_result(None)

@@ -132,12 +132,16 @@ class MotionServicer:
                 unfinished -= 1
                 self._metrics.moving.dec()
 
+        def left(marched: object) -> None:
+            self._atoms -= n_atoms
+            self._metrics.moving.dec(unfinished)
+
         party = Party(work, errand.begin, mover=self._mover, dispatcher=self._dispatcher, tell=tell)
         marching = asyncio.ensure_future(_march(party, outbox))
         self._parties.add(marching)
         self._atoms += n_atoms
         # Not when the last is read: what nobody reads on takes no room from others.
-        marching.add_done_callback(lambda done: self._left(n_atoms))
+        marching.add_done_callback(left)
         self._metrics.moving.inc(unfinished)
         try:
             yield errand.opening()
@@ -150,10 +154,6 @@ class MotionServicer:
         finally:
             self._parties.discard(marching)
             marching.cancel()
-            self._metrics.moving.dec(unfinished)
-
-    def _left(self, n_atoms: int) -> None:
-        self._atoms -= n_atoms
 
 
 async def _march(party: Party, outbox: Outbox[MessageT]) -> None:

@@ -128,8 +128,8 @@ class Walker:
                 f"step {steps} led to positions or a cell that are not finite",
                 "the structure is far from what the model was trained on: check its geometry",
             )
-        now = abs(np.linalg.det(atoms.cell[:]))
-        if self._volume and not SMALLEST_VOLUME * self._volume <= now <= LARGEST_VOLUME * self._volume:
+        now = abs(np.linalg.det(atoms.cell[:])) if self._volume else 0.0
+        if not SMALLEST_VOLUME * self._volume <= now <= LARGEST_VOLUME * self._volume:
             return Fault(
                 "unstable",
                 "cell",
@@ -187,8 +187,7 @@ def _put_back(atoms: Atoms, state: State, calculator: _Asking) -> Given:
         atoms.set_momenta(state.arrays["momenta"], apply_constraint=False)
     given = Given(float(state.words["energy"]), state.arrays["forces"].copy(), state.arrays.get("stress"))
     # What was computed there already is not asked for again.
-    calculator.atoms = atoms.copy()
-    calculator.take(given)
+    calculator.take(atoms, given)
     return given
 
 
@@ -197,19 +196,30 @@ class _Asking(Calculator):  # type: ignore[misc]  # ASE has no types
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012  # as ASE has it
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen = np.zeros((0, 3)), np.zeros((0, 3))
+
     def calculate(
         self,
         atoms: Atoms | None = None,
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = all_changes,
     ) -> None:
-        super().calculate(atoms, properties, system_changes)
         parent = getcurrent().parent
         assert parent is not None
-        self.take(parent.switch())
+        assert atoms is not None
+        self.take(atoms, parent.switch())
 
-    def take(self, given: Given) -> None:
-        """Makes it what the present positions came to."""
+    def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
+        """What changed since forces last came. ASE's own comparison takes three quarters of a step's time."""
+        positions, cell = self._seen
+        same = np.array_equal(positions, atoms.positions) and np.array_equal(cell, atoms.cell.array)
+        return [] if same else ["positions"]
+
+    def take(self, atoms: Atoms, given: Given) -> None:
+        """Makes it what these positions came to."""
+        self._seen = atoms.positions.copy(), atoms.cell.array.copy()
         self.results: dict[str, Any] = {
             "energy": given.energy,
             "free_energy": given.energy,
