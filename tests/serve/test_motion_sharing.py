@@ -36,7 +36,8 @@ async def read_to_end(call: Any) -> list[pb.SimulateReply]:
 async def crowd(at: Inside, metadata: Any, *, requests: int, structures: int) -> list[Any]:
     """Calls that relax for ever, all of them on their way."""
     systems = [molecule(seed, 5) for seed in range(structures)]
-    calls = [at.stub.Relax(relaxing(systems, **ENDLESS), metadata=metadata) for _ in range(requests)]
+    request = relaxing(systems, **ENDLESS)
+    calls: list[Any] = [at.stub.Relax(request, metadata=metadata) for _ in range(requests)]
     for call in calls:
         assert (await call.read()).HasField("begun")
     await at.until(lambda: at.value("structures_total") > requests * 10)
