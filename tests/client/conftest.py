@@ -86,6 +86,7 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
     relaxed: list[pb.RelaxRequest] = field(default_factory=list)
     simulated: list[pb.SimulateRequest] = field(default_factory=list)
     interruptions: list[int] = field(default_factory=list)
+    fatal: bool = False
     faults_after: list[tuple[grpc.StatusCode, list[Any]]] = field(default_factory=list)
     opened: list[pb.SessionOpen] = field(default_factory=list)
     model_calls: int = 0
@@ -222,7 +223,8 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
                     yield pb.SimulateReply(token=token)
                 if step in self.interruptions:
                     self.interruptions.remove(step)
-                    abort(context, grpc.StatusCode.UNAVAILABLE, [])
+                    code = grpc.StatusCode.INTERNAL if self.fatal else grpc.StatusCode.UNAVAILABLE
+                    abort(context, code, [])
             result = pb.SimulateResult(index=index, steps=request.steps, model=reference)
             if 2 in arrays.atomic_numbers[offsets[index] : offsets[index + 1]]:
                 result.failure.message = "helium flew off"

@@ -49,6 +49,9 @@ VERBS: dict[str, Verb] = {
     "token": Verb("make a bearer token for a server's callers", "equipot.cli.token", "app", ""),
     "doctor": Verb("say what this machine and installation have", "equipot.cli.doctor", "app", ""),
     "predict": Verb("predict every frame of a file", "equipot.client.cli", "predict_app", "ase"),
+    "md": Verb(
+        "run molecular dynamics of a file's frames on a server", "equipot.client.cli_md", "app", "ase"
+    ),
     "relax": Verb("relax every frame of a file on a server", "equipot.client.cli_relax", "app", "ase"),
     "jobs": Verb("list, fetch and end the jobs that a server keeps", "equipot.client.cli_jobs", "app", "ase"),
 }

@@ -8,7 +8,7 @@ from equipot.client.aio import AsyncClient
 from equipot.client.aio_session import AsyncSession
 from equipot.client.channel import Health
 from equipot.client.credentials import Tls
-from equipot.client.dynamics import Ended, MotionFrame, Observation, Restart, Resumed, Trajectory
+from equipot.client.dynamics import Begun, Ended, MotionFrame, Observation, Restart, Resumed, Trajectory
 from equipot.client.errors import (
     ClientError,
     DeadlineExceeded,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncClient",
     "AsyncSession",
+    "Begun",
     "Client",
     "ClientError",
     "DeadlineExceeded",

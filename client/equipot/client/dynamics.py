@@ -38,7 +38,7 @@ class SimulateWords(TypedDict, total=False):
     thermostat_time: float | None
     pressure: float
     barostat_time: float | None
-    seed: int | None
+    seed: int | Sequence[int] | None
     frame_every: int
     forces: bool
     stress: bool
@@ -61,7 +61,7 @@ class SimulateSettings:
         thermostat_time: fs, on which other baths act; None: 100 steps.
         pressure: eV/Å³, from outside, upon a cell that moves.
         barostat_time: fs, on which the cell follows; None: 1000 steps.
-        seed: of what is drawn; structure i has seed + i. None: another one each time.
+        seed: of what is drawn; structure i has seed + i, unless each has its own. None: others each time.
         frame_every: how many steps apart frames come; 0: only the last.
         forces: whether frames have forces.
         stress: whether frames have the stress.
@@ -78,7 +78,7 @@ class SimulateSettings:
     thermostat_time: float | None = None
     pressure: float = 0.0
     barostat_time: float | None = None
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     frame_every: int = 0
     forces: bool = False
     stress: bool = False
@@ -91,10 +91,17 @@ class SimulateSettings:
         Raises:
             InvalidRequest: a seed out of range.
         """
-        first = secrets.randbits(48) if self.seed is None else self.seed
-        if not 0 <= first <= LARGEST_SEED - count:
-            raise InvalidRequest(f"seed is {first}: give 0 to {LARGEST_SEED - count}", field="seeds")
-        return list(range(first, first + count))
+        if isinstance(self.seed, Sequence):
+            seeds = list(self.seed)
+        else:
+            first = secrets.randbits(48) if self.seed is None else self.seed
+            seeds = list(range(first, first + count))
+        if len(seeds) != count or not all(0 <= seed <= LARGEST_SEED for seed in seeds):
+            raise InvalidRequest(
+                f"seed is {self.seed}: give 0 to {LARGEST_SEED}, or so many of them as structures",
+                field="seeds",
+            )
+        return seeds
 
     def request(self, wish: Wish) -> pb.SimulateRequest:
         """The request, without structures.
@@ -128,6 +135,14 @@ class SimulateSettings:
         if self.final_temperature is not None:
             request.final_temperature = self.final_temperature
         return request
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """By what a structure is moved, and from which seed."""
+
+    model: ModelReference
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -198,7 +213,7 @@ class Ended:
     seed: int
 
 
-Told = MotionFrame | Observation | Restart | Ended
+Told = Begun | MotionFrame | Observation | Restart | Ended
 """What comes of a structure that is simulated."""
 
 
@@ -379,6 +394,9 @@ class Simulation(Moves):
                     self._was_warned = True
                     for warning in reply.begun.warnings:
                         self._warned(warning)
+                    model = ModelReference.from_wire(reply.begun.model)
+                    for number, place in enumerate(self.part.places):
+                        yield self.start + place, Begun(model, self._begun.seeds[number])
             case "token":
                 self.keep(reply.token)
                 yield self.index_of(reply.token.index), Restart(reply.token.step, reply.token.token)

@@ -197,13 +197,16 @@ class WrittenFrame:
     comment: str
 
 
-def whole_frames(path: Path) -> Iterator[WrittenFrame]:
-    """The whole frames that a file of `UnorderedWriter` begins with; what is torn at its end is left out."""
+def whole_frames(path: Path, mark: re.Pattern[bytes] = _HAS_PLACE) -> Iterator[WrittenFrame]:
+    """The whole frames that a file of ours begins with; what is torn at its end is left out.
+
+    Their places are what `mark` finds in their comments: by default that of `UnorderedWriter`.
+    """
     start = 0
     with path.open("rb") as file:
         while (line := file.readline()).strip().isdigit():
             lines = [file.readline() for _ in range(int(line) + 1)]
-            place = _HAS_PLACE.search(lines[0])
+            place = mark.search(lines[0])
             if place is None or not lines[-1].endswith(b"\n"):
                 return
             yield WrittenFrame(int(place[1]), start, file.tell(), lines[0].decode())

@@ -1,0 +1,186 @@
+"""The verb `equipot md`: molecular dynamics of a file's frames on a server, written as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from equipot.client.cli import DEFAULT_ADDRESS, Address, Interruption, Timeout
+from equipot.client.dynamics import Begun, Ended, IntegratorName, MotionFrame, Restart, Told
+from equipot.client.errors import ClientError, describe
+from equipot.client.options import (
+    AllowPlaintextToken,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TlsName,
+    TokenFile,
+    UseTls,
+    shown,
+)
+from equipot.client.settings import DEFAULT_TIMEOUT
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from equipot.client.trajectory_file import TrajectoryFile
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def md(
+    file: Annotated[Path, typer.Argument(help="any file ASE reads; each of its frames is moved")],
+    steps: Annotated[int, typer.Option(min=1, help="in all, those of an earlier part included")],
+    address: Address = DEFAULT_ADDRESS,
+    model: Annotated[str, typer.Option(help="name or name@digest; default: the server's")] = "",
+    level_of_theory: Annotated[str, typer.Option(help="one of the model's; default: its only one")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="extxyz, or .traj; default: FILE's name with -md.extxyz")
+    ] = None,
+    integrator: Annotated[IntegratorName, typer.Option(help="as ASE has it")] = "velocity_verlet",
+    timestep: Annotated[float, typer.Option(help="fs")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="K, of the bath and of drawn velocities")] = 0.0,
+    final_temperature: Annotated[
+        float | None, typer.Option(help="K, to which a langevin or bussi bath goes linearly")
+    ] = None,
+    friction: Annotated[float | None, typer.Option(help="1/fs, of a langevin bath; default 0.01")] = None,
+    thermostat_time: Annotated[float | None, typer.Option(help="fs; default: 100 steps")] = None,
+    pressure: Annotated[float, typer.Option(help="eV/Å³, upon a cell that moves")] = 0.0,
+    barostat_time: Annotated[float | None, typer.Option(help="fs; default: 1000 steps")] = None,
+    seed: Annotated[int | None, typer.Option(help="of what is drawn; frame i has SEED + i")] = None,
+    frame_every: Annotated[int, typer.Option(min=0, help="steps between frames; 0: only the last")] = 100,
+    forces: Annotated[bool, typer.Option("--forces", help="write forces, too")] = False,
+    stress: Annotated[bool, typer.Option("--stress", help="write the stress, too")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what OUT and OUT.token have")] = False,
+    timeout: Timeout = DEFAULT_TIMEOUT,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = "",
+    token_file: TokenFile = None,
+    allow_plaintext_token: AllowPlaintextToken = False,
+) -> None:
+    """Move every frame of a file in time on the server and write its trajectory as it comes.
+
+    Momenta in the file count; where there are none, velocities are drawn at --temperature. Atoms that a
+    FixAtoms constraint holds stay. Of several frames each has a file of its own, OUT with its number. What
+    cannot go on is written so far, its reason is said, and the exit code is 1. A run that is stopped goes on
+    by --resume with the same words, as if it had never been.
+    """
+    from equipot.client.frames import FrameReader
+    from equipot.client.trajectory_file import TrajectoryFile
+
+    trust = shown(
+        tls=tls,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_name=tls_name,
+        token_file=token_file,
+        allow_plaintext_token=allow_plaintext_token,
+    )
+    reader = FrameReader(file)
+    frames = list(reader)
+    reader.check()
+    paths = _paths(out or Path(f"{file.stem}-md.extxyz"), len(frames))
+    if any(path.exists() and path.samefile(file) for path in paths):
+        raise ClientError(f"{file} is the input itself: give another --out")
+    errors, console = Console(stderr=True), Console()
+    with ExitStack() as stack:
+        files = [stack.enter_context(TrajectoryFile(path, resume=resume)) for path in paths]
+        todo = [place for place, one in enumerate(files) if one.reached < steps]
+        run = _Run([frames[place] for place in todo], [files[place] for place in todo], todo)
+        client = stack.enter_context(trust.client(address, model=model, timeout=timeout))
+        simulating = client.simulate_iter(
+            run.frames,
+            steps=steps,
+            level_of_theory=level_of_theory,
+            resume=[one.resumed for one in run.files] if resume else None,
+            on_warning=lambda warning: errors.print(f"[yellow]note:[/] {escape(warning)}", soft_wrap=True),
+            integrator=integrator,
+            timestep=timestep,
+            temperature=temperature,
+            final_temperature=final_temperature,
+            friction=friction,
+            thermostat_time=thermostat_time,
+            pressure=pressure,
+            barostat_time=barostat_time,
+            seed=None if seed is None else [seed + place for place in todo],
+            frame_every=frame_every,
+            forces=forces,
+            stress=stress,
+        )
+        interruption = stack.enter_context(Interruption(errors))
+        bar = stack.enter_context(_progress(errors))
+        stack.enter_context(closing(simulating))
+        task = bar.add_task("moving", total=steps * len(files), completed=steps * (len(files) - len(todo)))
+        for index, told in simulating:
+            run.take(index, told)
+            bar.update(task, completed=steps * (len(files) - len(todo)) + sum(run.steps.values()))
+            interruption.check()
+    for failure in run.failures:
+        console.print(f"[red]failed:[/] {escape(failure)}", soft_wrap=True, highlight=False)
+    good = len(files) - len(run.failures)
+    console.print(f"{good} of {len(files)} moved for {steps} steps", soft_wrap=True, highlight=False)
+    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
+    console.print(f"results: {where}", soft_wrap=True, highlight=False, markup=False)
+    if run.failures:
+        raise typer.Exit(1)
+
+
+@dataclass(slots=True)
+class _Run:
+    """Frames that are moved, and what came of them."""
+
+    frames: list[Atoms]
+    files: list[TrajectoryFile]
+    places: list[int]
+    model: str = ""
+    steps: dict[int, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def take(self, index: int, told: Told) -> None:
+        """Writes what came."""
+        match told:
+            case Begun():
+                self.model = told.model.pinned
+            case MotionFrame():
+                self.files[index].write(self.frames[index], told, self.model)
+                self.steps[index] = told.step
+            case Restart():
+                self.files[index].keep(told)
+                self.steps[index] = told.step
+            case Ended():
+                self.files[index].finish()
+                self.steps[index] = told.steps
+                if told.failure is not None:
+                    failure = replace(told.failure, index=self.places[index])
+                    self.failures.append(describe(failure))
+
+
+def _paths(out: Path, count: int) -> Sequence[Path]:
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{place}{out.suffix}") for place in range(count)]
+
+
+def _progress(errors: Console) -> Progress:
+    return Progress(
+        TextColumn("moving"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
+    )
