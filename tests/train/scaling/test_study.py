@@ -60,6 +60,8 @@ def test_every_point_has_a_result_with_what_it_took(study: tuple[Path, str]) -> 
         assert result["point"]["holdout"] == (result["point"]["width"] == 4)
         assert (result["stopped"], result["steps"], result["structures"]) == ("finished", 4, 16)
         assert result["test"]["force_mae"] > 0
+        assert len(result["similarity"]) == 2
+        assert all(-1 <= value <= 1 for value in result["similarity"])
         assert result["seconds"] > 0
         assert not (folder / "run" / "checkpoints").exists()
         assert not list(folder.glob("claim*"))

@@ -31,6 +31,7 @@ from equipot.train.scaling.exposure import Exposure, exposure
 from equipot.train.scaling.folder import PointFolder, read_json, write_json
 from equipot.train.scaling.planning import parameters_of
 from equipot.train.scaling.point import Point
+from equipot.train.scaling.probe import similarity
 from equipot.train.scaling.results import curve, finite, seen_at, write_curve
 from equipot.train.worker import Job, work
 
@@ -78,6 +79,7 @@ def train_point(
         return False
     found.write_parity(folder.parity)
     values = found.to_json() | {
+        "similarity": similarity(folder.run),
         "seconds": last.state.seconds,
         "evaluation_seconds": time.monotonic() - began,
     }
