@@ -59,7 +59,7 @@ def test_a_dropped_file_is_computed_and_drawn(tab: Tab, server: Process) -> None
     assert expected.forces is not None
     # Arrows whose length is next to nothing are left out.
     sizes = np.linalg.norm(expected.forces, axis=1)
-    assert (int(drawn["atoms"]), int(drawn["arrows"])) == (6, int((1.6 * sizes / sizes.max() >= 0.08).sum()))
+    assert (int(drawn["atoms"]), int(drawn["arrows"])) == (6, int((2.2 * sizes / sizes.max() >= 0.08).sum()))
     column = [float(tab.text(f"#atoms tbody tr:nth-child({row}) td:last-child")) for row in range(1, 7)]
     np.testing.assert_allclose(column, sizes, atol=6e-4)
     # Something else than the ground is in the picture.

@@ -12,7 +12,7 @@ import { extxyz } from "./xyz.js";
 const GPA = 160.21766208; // of 1 eV/Å³
 const MOST_ROWS = 500; // of the table of atoms
 const MOST_ATOMS_AT_ONCE = 5000; // asked for in one go
-const ARROW = 1.6; // Å of the longest arrow, with the slider in the middle
+const ARROW = 2.2; // Å of the longest arrow, with the slider in the middle
 const PLAY = 60; // ms a frame
 
 const state = {
@@ -205,7 +205,7 @@ function showFacts(atoms, frame) {
     rows.push(["Volume", `${fixed(volume(frame.cell), 2)} Å³`]);
   }
   if (frame.stress) rows.push(["Pressure", `${fixed((-GPA * (frame.stress[0][0] + frame.stress[1][1] + frame.stress[2][2])) / 3, 3)} GPa`]);
-  if (state.model) rows.push(["Computed by", `${state.model.name}${state.model.version ? ` @${state.model.version}` : ""}, ${state.model.level_of_theory}, ${state.model.dtype}`]);
+  if (state.model) rows.push(["Computed by", [`${state.model.name}${state.model.version ? ` @${state.model.version}` : ""}`, state.model.level_of_theory, state.model.dtype].filter(Boolean).join(", ")]);
   byId("facts").replaceChildren(...rows.flatMap(([name, value]) => [h("dt", {}, name), value instanceof HTMLElement && value.tagName === "DD" ? value : h("dd", {}, value)]));
   byId("stress").hidden = !frame.stress;
   if (frame.stress) {
