@@ -49,13 +49,14 @@ def saved_bytes(compute: Callable[[], torch.Tensor], known: list[torch.Tensor]) 
 
 
 @pytest.mark.parametrize("forces", ["direct", "conservative"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "network",
+    [*(f"model.messages={form}" for form in FORMS), "model.architecture=moments", "model.architecture=gcn"],
+)
 def test_activations_at_the_end_of_the_forward_pass_are_those_autograd_saves(
-    recipe: Callable[..., Recipe], tmp_path: Path, form: str, forces: str
+    recipe: Callable[..., Recipe], tmp_path: Path, network: str, forces: str
 ) -> None:
-    settings = recipe(
-        f"model.messages={form}", f"model.forces={forces}", "model.width=64", "zero.stage=0", "model.cutoff=6"
-    )
+    settings = recipe(network, f"model.forces={forces}", "model.width=64", "zero.stage=0", "model.cutoff=6")
     _, card, batch = opened(settings, tmp_path)
     module = LossModule(Potential(card.config, card.references), settings.loss).train()
     tensors = [*module.parameters(), *module.buffers()]

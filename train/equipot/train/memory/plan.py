@@ -137,7 +137,8 @@ def _settings(
     recipe: Recipe, ranks: int, accumulation: int, *, offload: bool
 ) -> Iterator[tuple[Change, ...]]:
     forms: list[object] = [recipe.model_dump(mode="json")["model"]["messages"]]
-    forms += [form for form in ("fast", "lean") if form != forms[0]]
+    if recipe.model.architecture == "egnn":  # the others have one order of evaluation
+        forms += [form for form in ("fast", "lean") if form != forms[0]]
     # Alone there is nobody to divide with: what a stage adds is buffers.
     lowest = 1 if recipe.precision == "bf16" else 0
     stages = range(lowest, 4) if ranks > 1 else sorted({lowest, recipe.zero.stage})
