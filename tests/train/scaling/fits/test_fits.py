@@ -175,9 +175,12 @@ def test_a_small_study_says_what_is_missing(tmp_path: Path) -> None:
     body = json.loads(path.read_text())
     path.write_text(json.dumps(body | {"stopped": "diverged", "test": None}))
     (tmp_path / "points" / "begun").mkdir()
+    later = tmp_path / "points" / "size_w8_n100_s0" / "point.json"
+    later.write_text(json.dumps(json.loads(later.read_text()) | {"group": ["size", "added"]}))
     results = read_study(tmp_path)
     assert results.unfinished == ("begun",)
     assert len(results.rows) == 4
+    assert [row.group for row in results.rows if row.width == 8] == [("size", "added")]
     assert len(results.usable) == 3
     fits = fit_study(results, replicates=50)
     assert "3 different setting(s), and a law of 3 parameters needs at least 4" in fits.of(SIZE)[0].refused

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from equipot.train.errors import TrainError
-from equipot.train.scaling.folder import StudyFolder, read_json
+from equipot.train.scaling.folder import PointFolder, StudyFolder, read_json
 
 RESULTS, MEMORY, LATENCY = "results.csv", "memory.json", "latency.json"
 METRICS = {"loss": "loss", "energy": "energy_mae_per_atom", "forces": "force_mae"}
@@ -134,7 +134,7 @@ def read_study(path: Path) -> StudyResults:
     for name in sorted(each.name for each in study.points.iterdir() if each.is_dir()):
         point = study.point(name)
         if point.is_finished:
-            rows.append(_row(point.result))
+            rows.append(_row(point))
             curves[name] = _curve(point.curve)
         else:
             unfinished.append(name)
@@ -177,10 +177,12 @@ def read_memory(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return read_json(path / MEMORY) or {}, read_json(path / LATENCY) or {}
 
 
-def _row(place: Path) -> Row:
+def _row(folder: PointFolder) -> Row:
+    place = folder.result
     try:
         body = json.loads(place.read_text(encoding="utf-8"))
-        point = dict(body["point"])
+        # a study that was added to may have given a finished point to more experiments, or held it out
+        point = {**body["point"], **(read_json(folder.settings) or {})}
         group = point.pop("group", ())
         known = {each.name for each in fields(Row)}
         values = {key: value for key, value in {**point, **body}.items() if key in known}
