@@ -9,7 +9,7 @@ beside it for the parameters' intervals: it takes nothing for granted of the res
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,7 @@ def fit_law(
     x: Array,
     losses: Array,
     *,
+    settings: Sequence[Hashable] | None = None,
     replicates: int = REPLICATES,
     level: float = LEVEL,
     seed: int = 0,
@@ -154,8 +155,9 @@ def fit_law(
     """Fit a saturating power law.
 
     Args:
-        x: (n, K) positive variables; equal rows are seeds of one setting.
+        x: (n, K) positive variables.
         losses: (n,) positive.
+        settings: (n,) which points are seeds of one setting; by default those of equal variables.
         replicates: of each bootstrap.
         level: of bands and intervals.
         seed: of the bootstrap.
@@ -165,9 +167,9 @@ def fit_law(
     """
     n, k = x.shape
     p = 1 + 2 * k
-    settings, setting_of = np.unique(x, axis=0, return_inverse=True)
-    setting_of = setting_of.reshape(-1)
-    _check(n, settings, p)
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(settings or map(tuple, x.tolist())))}
+    setting_of = np.array([numbers[each] for each in settings or map(tuple, x.tolist())])
+    _check(len(numbers), x, p)
     problem, log_y = Problem.of(x), np.log(losses)
     theta, delta = fit_once(problem, log_y)
     left, leverage = residuals(problem, theta, log_y)
@@ -191,7 +193,7 @@ def fit_law(
         seed_spread=pooled_spread(log_y, setting_of),
         noise=noise,
         points=n,
-        settings=len(settings),
+        settings=len(numbers),
         trend=_trend(log_y, left, p),
         level=level,
     )
@@ -207,11 +209,11 @@ def pooled_spread(values: Array, group: Array | Any) -> float | None:  # noqa: A
     return math.sqrt(square / free) if free else None
 
 
-def _check(n: int, settings: Array, p: int) -> None:
-    k = settings.shape[1]
-    if len(settings) < p + 1:
+def _check(settings: int, x: Array, p: int) -> None:
+    n, k = x.shape
+    if settings < p + 1:
         raise TooFewPointsError(
-            f"{len(settings)} different setting(s), and a law of {p} parameters needs at least {p + 1}"
+            f"{settings} different setting(s), and a law of {p} parameters needs at least {p + 1}"
         )
     if n < p + _FREE:
         raise TooFewPointsError(
@@ -219,7 +221,7 @@ def _check(n: int, settings: Array, p: int) -> None:
             "train other seeds, or more settings"
         )
     for column in range(k):
-        distinct = len(np.unique(settings[:, column]))
+        distinct = len(np.unique(x[:, column]))
         if distinct < 3:
             raise TooFewPointsError(f"only {distinct} different value(s) of variable {column + 1} of {k}")
 

@@ -176,7 +176,7 @@ def _shifts(fits: Fits, family: Family) -> list[LawShift]:
     for kind in (SIZE, DATA):
         for law in fits.of(kind, family=family):
             for base in fits.of(kind):
-                if law.fit is None or base.fit is None or law.slice.fixed != base.slice.fixed:
+                if not (law.has_trend and base.has_trend) or law.slice.fixed != base.slice.fixed:
                     continue
                 found.append(shift(base, law))
                 break

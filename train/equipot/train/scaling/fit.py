@@ -77,6 +77,11 @@ class Law:
     foretold: tuple[Foretold, ...]
 
     @property
+    def has_trend(self) -> bool:
+        """Whether it was fitted, and the losses depend on its variables at all."""
+        return self.fit is not None and self.fit.trend <= NO_TREND
+
+    @property
     def letters(self) -> tuple[str, ...]:
         """Of its variables."""
         return tuple(LETTERS[name] for name in self.slice.variables)
@@ -251,7 +256,9 @@ def _law(metric: str, each: Slice, replicates: int, level: float) -> Law:
     losses = np.array([row.value(metric) for row in there], dtype=np.float64)
     x = variables_of(there, each.variables)
     try:
-        fit = fit_law(x, losses, replicates=replicates, level=level)
+        # the compute of a setting's seeds differs a little, by the structures that they met
+        settings = [setting_of(row) for row in there] if each.variables == COMPUTE else None
+        fit = fit_law(x, losses, settings=settings, replicates=replicates, level=level)
     except TooFewPointsError as error:
         return Law(metric, each, None, str(error), ())
     held = [row for row in each.held_out if row.value(metric) is not None]

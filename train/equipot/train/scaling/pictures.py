@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from equipot.train.scaling.fit import NO_TREND, Law
+from equipot.train.scaling.fit import Law
 from equipot.train.scaling.laws import Array
 from equipot.train.scaling.rows import Row
 from equipot.train.scaling.slices import VARIABLES
@@ -132,7 +132,7 @@ def seeds(
 
 def law(axes: Axes, found: Law, *, colour: str, held: bool = True, band: bool = True) -> None:
     """A fitted law with its bands, and the points it had to foretell; nothing where there is no trend."""
-    if found.fit is None or found.fit.trend > NO_TREND:
+    if found.fit is None or not found.has_trend:
         return
     x = found.grid()
     values = found.fit.band(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,11 +163,15 @@ def equally_long(rows: Sequence[Row], length: Callable[[Row], float]) -> Iterato
     run: list[Row] = []
     for row in ordered:
         if run and length(row) > _SAME * length(run[0]):
-            yield length(run[0]), run
+            yield _commonest(run, length), run
             run = []
         run.append(row)
     if run:
-        yield length(run[0]), run
+        yield _commonest(run, length), run
+
+
+def _commonest(rows: Sequence[Row], length: Callable[[Row], float]) -> float:
+    return Counter(map(length, rows)).most_common(1)[0][0]
 
 
 def _held(row: Row, variables: tuple[str, ...]) -> Fixed:

@@ -11,7 +11,7 @@ from scipy import stats
 from equipot.train.scaling.better import ALL, Contest
 from equipot.train.scaling.compare import Comparison, LawShift, effect, shift
 from equipot.train.scaling.figures_depth import DepthSeries
-from equipot.train.scaling.fit import COMPUTE, DATA, NO_TREND, SIZE_AND_DATA, Fits, Law
+from equipot.train.scaling.fit import COMPUTE, DATA, SIZE_AND_DATA, Fits, Law
 from equipot.train.scaling.rows import Row, seeds_of
 from equipot.train.scaling.slices import Family
 
@@ -29,7 +29,7 @@ def of_law(law: Law) -> Iterator[str]:
         return
     what, letter = law.slice.variables[0], law.letters[0]
     x, found = law.slice.x[:, 0], law.fit.intervals(law.letters)
-    if law.fit.trend > NO_TREND:
+    if not law.has_trend:
         yield (
             f"No trend of the loss with {what}: losses that do not depend on it would look like this with "
             f"probability {law.fit.trend:.2g} (at {_fixed(law)})."
@@ -52,7 +52,7 @@ def of_steps_and_epochs(fits: Fits) -> Iterator[str]:
     """Whether data scaling at equal steps and at equal epochs are the same law."""
     found = steps_against_epochs(fits)
     if found is None:
-        yield "Equal steps against equal epochs: not both curves are there, or one could not be fitted."
+        yield "Equal steps against equal epochs: not both curves are there, or one shows no law."
         return
     value, low, high = found.exponent
     verdict = "differs from" if found.exponent_significant else "is not told apart from"
@@ -71,7 +71,7 @@ def steps_against_epochs(fits: Fits) -> LawShift | None:
         rest = tuple(each for each in law.slice.fixed if each[0] not in ("steps", "epochs"))
         return next((name for name in ("steps", "epochs") if name in dict(law.slice.fixed)), ""), rest
 
-    fitted = [law for law in fits.of(DATA) if law.fit is not None]
+    fitted = [law for law in fits.of(DATA) if law.has_trend]
     for one in fitted:
         for other in fitted:
             (unit, rest), (other_unit, other_rest) = apart(one), apart(other)
