@@ -33,7 +33,8 @@ class Place:
 
 @pytest.fixture(scope="session")
 def place_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Place]:
-    def make(*packages: str) -> Place:
+    def make(*packages: str, dependencies: bool = False) -> Place:
+        """With these packages, and with what else they need and this environment lacks if wanted."""
         home = tmp_path_factory.mktemp("place") / "venv"
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
         install: list[str | Path] = [
@@ -44,15 +45,16 @@ def place_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Place]
             "--quiet",
             "--disable-pip-version-check",
         ]
+        (site,) = (home / "lib").glob("python*/site-packages")
+        # Everything that this interpreter sees, behind the place's own packages.
+        (site / "outer.pth").write_text("\n".join(path for path in sys.path if path), encoding="utf-8")
+        wanted: list[str | Path] = ["-c", ROOT / "constraints.txt"] if dependencies else ["--no-deps"]
         installed = subprocess.run(
-            [*install, "--no-deps", *packages], capture_output=True, text=True, timeout=280
+            [*install, *wanted, *packages], capture_output=True, text=True, timeout=280
         )
         if installed.returncode and "No matching distribution" in installed.stderr + installed.stdout:
             pytest.skip(f"no package index can be reached from here, or it has no {', '.join(packages)}")
         assert installed.returncode == 0, installed.stderr
-        (site,) = (home / "lib").glob("python*/site-packages")
-        # Everything that this interpreter sees, behind the place's own packages.
-        (site / "outer.pth").write_text("\n".join(path for path in sys.path if path), encoding="utf-8")
         libraries = {"LD_LIBRARY_PATH": str(home / "lib"), "OMP_NUM_THREADS": "1"}
         return Place(home / "bin", {**os.environ, **libraries})
 
