@@ -36,7 +36,7 @@ def force_of(session: Session, atoms: Atoms) -> openmm.PythonForce:
         positions = NM * state.getPositions(asNumpy=True).value_in_unit(nanometer)
         cell = None
         if atoms.pbc.any():
-            cell = NM * np.array(state.getPeriodicBoxVectors(asNumpy=True).value_in_unit(nanometer))
+            cell = NM * np.array([state.getPeriodicBoxVectors(asNumpy=True).value_in_unit(nanometer)])
         answer = session.predict(positions, cell)
         answer.raise_for_failures()
         return EV * float(answer.energy[0]), EV * NM * answer.forces

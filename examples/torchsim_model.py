@@ -19,6 +19,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.io import read, write
 from torch_sim.models.interface import ModelInterface
+from torch_sim.optimizers import fire
 
 from equipot.client import Client, ClientError, StructureArrays
 
@@ -109,7 +110,7 @@ def main() -> int:
             state = ts.optimize(
                 frames,
                 model,
-                optimizer=ts.fire,
+                optimizer=fire,
                 convergence_fn=ts.generate_force_convergence_fn(words.fmax, include_cell_forces=False),
                 max_steps=words.steps,
             )

@@ -135,11 +135,12 @@ def test_dynamics_by_openmm(
     assert "helium (2) is unknown" in ran.stderr
 
 
-class TestTorchSim:
-    @pytest.fixture(scope="class")
-    def torchsim(self, place_with: Callable[..., Place]) -> Place:
-        return place_with("torch-sim-atomistic==0.3.0", dependencies=True)
+@pytest.fixture(scope="module")
+def torchsim(place_with: Callable[..., Place]) -> Place:
+    return place_with("torch-sim-atomistic==0.3.0", dependencies=True)
 
+
+class TestTorchSim:
     def test_relaxes_all_frames_together(
         self, torchsim: Place, server: Any, cluster: Any, tmp_path: Path
     ) -> None:
