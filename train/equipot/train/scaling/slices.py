@@ -136,7 +136,13 @@ def slices(rows: Iterable[Row], variables: tuple[str, ...]) -> list[Slice]:
                 other.family == family and names <= {row.name for row in other.rows} for other in found
             ):
                 found.append(each)
-    return sorted(found, key=lambda each: (-each.distinct, -len(each.rows), each.fixed))
+
+    def rank(each: Slice) -> tuple[int, int, Fixed]:
+        # those held out count: the curve they were taken from is the one that matters
+        points = (*each.rows, *each.held_out)
+        return -len(np.unique(variables_of(points, variables), axis=0)), -len(points), each.fixed
+
+    return sorted(found, key=rank)
 
 
 Fixed = tuple[tuple[str, str], ...]
