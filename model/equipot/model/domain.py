@@ -157,7 +157,7 @@ class Domain:
         pairs = hood.element_idx[hood.receivers], hood.element_idx[hood.senders]
         known = self.shortest[pairs]
         lengths = np.linalg.norm(hood.vectors, axis=1)
-        bad = np.flatnonzero(lengths < SHORTEST_SHARE * known)
+        bad = np.flatnonzero((lengths < SHORTEST_SHARE * known) & (lengths < self.cutoff))
         found = {}
         for edge in bad[np.argsort(-lengths[bad] / known[bad], kind="stable")].tolist():
             system = int(hood.system_idx[hood.receivers[edge]])

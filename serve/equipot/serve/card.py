@@ -31,6 +31,9 @@ class ModelCard:
         dtype: of its stored weights; empty if it does not say.
         n_parameters: 0 if it does not say.
         text: the whole card as JSON.
+        members: potentials in it; 0 if it does not say.
+        is_calibrated: whether it knows intervals.
+        has_domain: whether it knows where its training ended.
     """
 
     name: str
@@ -46,6 +49,9 @@ class ModelCard:
     dtype: str
     n_parameters: int
     text: str
+    members: int = 0
+    is_calibrated: bool = False
+    has_domain: bool = False
 
     @property
     def has_forces(self) -> bool:
@@ -76,6 +82,9 @@ class ModelCard:
             dtype=card.dtype,
             n_parameters=card.n_parameters,
             text=text or json.dumps(card.to_json(), sort_keys=True, indent=1, ensure_ascii=False),
+            members=card.members,
+            is_calibrated=card.uncertainty is not None and card.uncertainty.calibration is not None,
+            has_domain=card.uncertainty is not None and card.uncertainty.domain is not None,
         )
 
 

@@ -223,9 +223,12 @@ class Dispatcher:
         for index, graph in enumerate(prepared, start):
             if isinstance(graph, Fault):
                 counts.structures_ended(graph.reason)
+                if graph.reason == "outside_domain":
+                    counts.outside_domain()
                 job.answer(index, graph)
             else:
-                job.graphs[index] = graph
+                if job.waits(index, graph):
+                    counts.outside_domain()
                 items.append((index, graph.n_atoms, graph.n_edges))
         rest = _expected_edges(job.work, from_structure=start + len(prepared))
         self._batcher.add(ticket, items, now=time.monotonic(), expected_edges=rest)

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-FaultReason = Literal["invalid_structure", "unsupported", "too_large", "not_finite", "internal", "unstable"]
+FaultReason = Literal[
+    "invalid_structure",
+    "unsupported",
+    "too_large",
+    "not_finite",
+    "internal",
+    "unstable",
+    "outside_domain",
+]
 
 
 class ServeError(RuntimeError):

@@ -12,6 +12,7 @@ import numpy as np
 from equipot.model.batch import Graph, System
 from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.call import Call
+from equipot.serve.certainty import Gathered, Judged, Wish, judged
 from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, Fault
 from equipot.serve.models import ServedModel
@@ -59,6 +60,7 @@ class Work:
         neighbors: lists kept between requests with the same structures; None if there are no others.
         call: that it came with: who asks, and what it may ask for.
         priority: as asked for; the batcher lowers it to what the identity may have.
+        certainty: what the caller wants to know of how sure the answer is; None: nothing.
         offsets: S+1 places where each structure's atoms begin, and where the last one's end.
     """
 
@@ -69,6 +71,7 @@ class Work:
     neighbors: KeptNeighbors | None = None
     call: Call = field(default_factory=Call)
     priority: Priority = Priority.NORMAL
+    certainty: Wish | None = None
     offsets: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,7 +101,12 @@ class Work:
     def prepare(self, start: int, stop: int) -> list[Graph | Fault]:
         """Checks these structures and finds their edges; safe in any thread."""
         neighbors = None if self.neighbors is None else self.neighbors.of(start)
-        return self.key.model.engine.prepare(list(self._systems(start, stop)), neighbors=neighbors)
+        engine = self.key.model.engine
+        prepared = engine.prepare(list(self._systems(start, stop)), neighbors=neighbors)
+        domain = engine.uncertainty.domain
+        if self.certainty is None or domain is None:
+            return prepared
+        return judged(prepared, domain, refuse_outside=self.certainty.refuse_outside)
 
     def _systems(self, start: int, stop: int) -> Iterator[System]:
         arrays = self.structures
@@ -144,6 +152,16 @@ class Job:
         self._energy = np.full(self._open, np.nan)
         self._forces = np.full(work.structures.positions.shape, np.nan) if work.key.forces else None
         self._stress = np.full((self._open, 3, 3), np.nan) if work.key.stress else None
+        self._gathered: Gathered | None = None
+        if work.certainty is not None:
+            model = work.key.model
+            self._gathered = Gathered(
+                work.certainty,
+                model.engine.uncertainty,
+                model.card.levels_of_theory[work.level],
+                work.offsets,
+                forces=work.key.forces,
+            )
         self._failures: list[Failure] = []
         self._prepare_seconds = 0.0
         self._queue_seconds = 0.0
@@ -164,9 +182,19 @@ class Job:
                 self._forces[offsets[index] : offsets[index + 1]] = result.forces
             if self._stress is not None:
                 self._stress[index] = result.stress
+            if self._gathered is not None:
+                self._gathered.answered(index, result)
         self._open -= 1
         if not self._open and not self.done.done():
             self.done.set_result(None)
+
+    def waits(self, index: int, graph: Graph) -> bool:
+        """Notes a structure that is ready to be computed; says whether it is known to be outside."""
+        self.graphs[index] = graph
+        if self._gathered is None or not isinstance(graph, Judged):
+            return False
+        self._gathered.judged(index, graph.verdict)
+        return graph.verdict.outside
 
     def prepared(self, seconds: float) -> None:
         """Notes how long some of its structures took to prepare."""
@@ -191,7 +219,8 @@ class Job:
     def result(self) -> Answer:
         """The whole answer, once `done`."""
         failures = tuple(sorted(self._failures, key=lambda failure: failure.index))
-        predictions = PredictionArrays(self._energy, self._forces, self._stress, failures)
+        uncertainty = None if self._gathered is None else self._gathered.arrays()
+        predictions = PredictionArrays(self._energy, self._forces, self._stress, failures, uncertainty)
         return Answer(predictions, self._prepare_seconds, self._queue_seconds, self._compute_seconds)
 
 

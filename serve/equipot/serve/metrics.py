@@ -98,6 +98,9 @@ class Families:
             "deadline_misses", "Requests that were too late: refused at the door, or let in", "where"
         )
         self.structures = self._counter("structures", "Structures, by how they ended", "outcome")
+        self.outside_domain = self._counter(
+            "structures_outside_domain", "Structures beyond the training domain, of callers who ask"
+        )
         self.atoms = self._counter("atoms", "Atoms of answered structures")
         self.edges = self._counter("edges", "Edges of answered structures")
         self.batches = self._counter("batches", "Batches computed")
@@ -135,6 +138,7 @@ class ModelCounts:
             outcome: families.deadline_misses.labels(model, version, where)
             for outcome, where in MISSES.items()
         }
+        self._outside_domain = families.outside_domain.labels(model, version)
         self._atoms = families.atoms.labels(model, version)
         self._edges = families.edges.labels(model, version)
         self._batches = families.batches.labels(model, version)
@@ -167,6 +171,10 @@ class ModelCounts:
         if counter is None:
             counter = self._structures[outcome] = self._families.structures.labels(*self._labels, outcome)
         counter.inc(count)
+
+    def outside_domain(self) -> None:
+        """Notes a structure unlike any in training, answered or refused."""
+        self._outside_domain.inc()
 
     def out_of_memory(self) -> None:
         """Notes a batch that had to be halved."""

@@ -140,6 +140,9 @@ def describe(card: ModelCard, limits: RequestLimits) -> pb.Model:
             max_message_bytes=limits.message_bytes,
         ),
         card_json=card.text,
+        members=card.members,
+        is_calibrated=card.is_calibrated,
+        has_domain=card.has_domain,
     )
 
 

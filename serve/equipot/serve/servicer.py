@@ -9,6 +9,7 @@ from typing import TypeAlias, cast
 import grpc
 
 from equipot.serve.call import current_call
+from equipot.serve.certainty import understood
 from equipot.serve.config import RequestLimits
 from equipot.serve.dispatcher import CHUNK_ATOMS, Dispatcher
 from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit
@@ -201,6 +202,7 @@ class PotentialServicer:
             deadline=deadline,
             call=call,
             priority=_priority(request),
+            certainty=understood(request.uncertainty) if request.HasField("uncertainty") else None,
         )
 
     def _structures(self, request: pb.PredictRequest) -> StructureArrays:

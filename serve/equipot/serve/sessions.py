@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 
 from equipot.serve.call import current_call
+from equipot.serve.certainty import understood
 from equipot.serve.config import SessionLimits
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit, SessionIdle
@@ -152,6 +153,7 @@ class SessionServicer:
             properties=request.properties,
             level_of_theory=request.level_of_theory,
             priority=request.priority,
+            uncertainty=request.uncertainty if request.HasField("uncertainty") else None,
         )
         work = self._potential.understand(asked, model, None)
         cutoff = model.card.cutoff
@@ -207,7 +209,8 @@ class SessionServicer:
                 f"timeout_seconds is {seconds:g}: give seconds, 0 to wait", field="step.timeout_seconds"
             )
         deadline = time.monotonic() + seconds if seconds else None
-        return replace(like, structures=structures, deadline=deadline, call=call, neighbors=opened.neighbors)
+        work = replace(like, structures=structures, deadline=deadline, call=call, neighbors=opened.neighbors)
+        return replace(work, certainty=understood(step.uncertainty)) if step.HasField("uncertainty") else work
 
 
 def _drained() -> NotReady:

@@ -6,17 +6,48 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.arrays import (
+    BoolArray,
+    CodecError,
+    FloatArray,
+    Int32Array,
+    Int64Array,
+    array_from,
+    bytes_of,
+    check_array,
+    wrong_shape,
+)
+from equipot.wire.v1.certainty import UncertaintyArrays, decode_uncertainty, encode_uncertainty
 
-FloatArray = npt.NDArray[np.float64]
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
+__all__ = [
+    "MAX_ATOMS",
+    "REQUEST_BYTES_PER_ATOM",
+    "REQUEST_BYTES_PER_STRUCTURE",
+    "RESPONSE_BYTES_PER_ATOM",
+    "RESPONSE_BYTES_PER_STRUCTURE",
+    "BoolArray",
+    "CodecError",
+    "Failure",
+    "FailureReason",
+    "FloatArray",
+    "Int32Array",
+    "Int64Array",
+    "PredictionArrays",
+    "StructureArrays",
+    "decode_failures",
+    "decode_flags",
+    "decode_predictions",
+    "decode_step",
+    "decode_structures",
+    "encode_failures",
+    "encode_predictions",
+    "encode_structures",
+    "offsets_of",
+]
 
 MAX_ATOMS = 2**31 - 1
 """Most atoms of one message: what a signed 32-bit index reaches."""
@@ -25,32 +56,6 @@ REQUEST_BYTES_PER_ATOM = 4 + 24
 REQUEST_BYTES_PER_STRUCTURE = 5 + 72 + 3 + 4 + 4
 RESPONSE_BYTES_PER_ATOM = 24
 RESPONSE_BYTES_PER_STRUCTURE = 8 + 72
-
-_WIRE_DTYPES: Mapping[type[np.generic], np.dtype[Any]] = MappingProxyType(
-    {np.float64: np.dtype("<f8"), np.int32: np.dtype("<i4"), np.uint8: np.dtype("u1")}
-)
-
-_FEW = 1024
-"""Defaults of no more rows are arrays of zeros; of more, one zero seen from everywhere."""
-
-
-class CodecError(ValueError):
-    """Arrays that do not fit together: names the field, what was expected and what came.
-
-    Attributes:
-        field: the field at fault, as named in the .proto.
-        message: what is wrong, with the values.
-        remedy: what the caller can do about it.
-    """
-
-    def __init__(self, field: str, message: str, remedy: str) -> None:
-        super().__init__(f"{field}: {message}; {remedy}")
-        self.field = field
-        self.message = message
-        self.remedy = remedy
-
-    def __reduce__(self) -> tuple[type[CodecError], tuple[str, str, str]]:
-        return type(self), (self.field, self.message, self.remedy)
 
 
 class FailureReason(StrEnum):
@@ -62,6 +67,7 @@ class FailureReason(StrEnum):
     TOO_LARGE = "too_large"
     NOT_FINITE = "not_finite"
     INTERNAL = "internal"
+    OUTSIDE_DOMAIN = "outside_domain"
     UNSTABLE = "unstable"
 
 
@@ -100,7 +106,7 @@ class StructureArrays:
 
     def __post_init__(self) -> None:
         if self.n_atoms.ndim != 1:
-            raise _wrong_shape("n_atoms", self.n_atoms.shape, "(S,)")
+            raise wrong_shape("n_atoms", self.n_atoms.shape, "(S,)")
         n_structures, n_atoms = len(self.n_atoms), _count_atoms(self.n_atoms)
         expected: tuple[tuple[str, type[np.generic], tuple[int, ...]], ...] = (
             ("n_atoms", np.int64, (n_structures,)),
@@ -112,7 +118,7 @@ class StructureArrays:
             ("spin_multiplicity", np.int32, (n_structures,)),
         )
         for field, dtype, shape in expected:
-            _check_array(field, getattr(self, field), dtype, shape)
+            check_array(field, getattr(self, field), dtype, shape)
 
     def __len__(self) -> int:
         """Number of structures S."""
@@ -160,6 +166,7 @@ class PredictionArrays:
         forces: (N, 3) float64 in eV/Å; None if not asked for.
         stress: (S, 3, 3) float64 in eV/Å³, positive in tension; None if not asked for.
         failures: one entry for each structure that could not be answered.
+        uncertainty: None if not asked for.
 
     Raises:
         CodecError: an array of another shape or dtype, or a failure of a structure that is not there.
@@ -169,15 +176,16 @@ class PredictionArrays:
     forces: FloatArray | None
     stress: FloatArray | None
     failures: tuple[Failure, ...] = ()
+    uncertainty: UncertaintyArrays | None = None
 
     def __post_init__(self) -> None:
         if self.energy.ndim != 1:
-            raise _wrong_shape("energy", self.energy.shape, "(S,)")
-        _check_array("energy", self.energy, np.float64, self.energy.shape)
+            raise wrong_shape("energy", self.energy.shape, "(S,)")
+        check_array("energy", self.energy, np.float64, self.energy.shape)
         if self.forces is not None:
-            _check_array("forces", self.forces, np.float64, (len(self.forces), 3))
+            check_array("forces", self.forces, np.float64, (len(self.forces), 3))
         if self.stress is not None:
-            _check_array("stress", self.stress, np.float64, (len(self.energy), 3, 3))
+            check_array("stress", self.stress, np.float64, (len(self.energy), 3, 3))
         for failure in self.failures:
             if not 0 <= failure.index < len(self.energy):
                 raise CodecError(
@@ -198,12 +206,12 @@ def encode_structures(arrays: StructureArrays) -> pb.Structures:
     """The wire form of a batch. Optional arrays that hold only their default are left out."""
     return pb.Structures(
         n_atoms=arrays.n_atoms.tolist(),
-        atomic_numbers=_to_bytes(arrays.atomic_numbers, np.int32),
-        positions=_to_bytes(arrays.positions, np.float64),
-        cell=_unless_zero(_to_bytes(arrays.cell, np.float64)),
-        pbc=_unless_zero(_to_bytes(arrays.pbc, np.uint8)),
-        charge=_unless_zero(_to_bytes(arrays.charge, np.int32)),
-        spin_multiplicity=_unless_zero(_to_bytes(arrays.spin_multiplicity, np.int32)),
+        atomic_numbers=bytes_of(arrays.atomic_numbers, np.int32),
+        positions=bytes_of(arrays.positions, np.float64),
+        cell=_unless_zero(bytes_of(arrays.cell, np.float64)),
+        pbc=_unless_zero(bytes_of(arrays.pbc, np.uint8)),
+        charge=_unless_zero(bytes_of(arrays.charge, np.int32)),
+        spin_multiplicity=_unless_zero(bytes_of(arrays.spin_multiplicity, np.int32)),
     )
 
 
@@ -220,17 +228,17 @@ def decode_structures(message: pb.Structures) -> StructureArrays:
     counts = np.array(message.n_atoms[:], dtype=np.int64)
     counts.setflags(write=False)
     n_structures, n_atoms = len(counts), _count_atoms(counts)
-    pbc = _from_bytes("pbc", message.pbc, np.uint8, (n_structures, 3), optional=True)
+    pbc = array_from("pbc", message.pbc, np.uint8, (n_structures, 3), optional=True)
     if message.pbc.translate(None, b"\0\1"):
         raise CodecError("pbc", f"holds {max(message.pbc)}", "send one byte per direction, 0 or 1")
     return StructureArrays(
         n_atoms=counts,
-        atomic_numbers=_from_bytes("atomic_numbers", message.atomic_numbers, np.int32, (n_atoms,)),
-        positions=_from_bytes("positions", message.positions, np.float64, (n_atoms, 3)),
-        cell=_from_bytes("cell", message.cell, np.float64, (n_structures, 3, 3), optional=True),
+        atomic_numbers=array_from("atomic_numbers", message.atomic_numbers, np.int32, (n_atoms,)),
+        positions=array_from("positions", message.positions, np.float64, (n_atoms, 3)),
+        cell=array_from("cell", message.cell, np.float64, (n_structures, 3, 3), optional=True),
         pbc=pbc.view(np.bool_),
-        charge=_from_bytes("charge", message.charge, np.int32, (n_structures,), optional=True),
-        spin_multiplicity=_from_bytes(
+        charge=array_from("charge", message.charge, np.int32, (n_structures,), optional=True),
+        spin_multiplicity=array_from(
             "spin_multiplicity", message.spin_multiplicity, np.int32, (n_structures,), optional=True
         ),
     )
@@ -242,8 +250,8 @@ def decode_step(step: pb.SessionStep, before: StructureArrays) -> StructureArray
     Raises:
         CodecError: a length that does not fit the session's structures.
     """
-    cell = _from_bytes("cell", step.cell, np.float64, before.cell.shape) if step.cell else before.cell
-    positions = _from_bytes("positions", step.positions, np.float64, before.positions.shape)
+    cell = array_from("cell", step.cell, np.float64, before.cell.shape) if step.cell else before.cell
+    positions = array_from("positions", step.positions, np.float64, before.positions.shape)
     return replace(before, positions=positions, cell=cell)
 
 
@@ -253,7 +261,7 @@ def decode_flags(field: str, raw: bytes, n_atoms: int) -> BoolArray:
     Raises:
         CodecError: another length, or another number.
     """
-    flags = _from_bytes(field, raw, np.uint8, (n_atoms,), optional=True)
+    flags = array_from(field, raw, np.uint8, (n_atoms,), optional=True)
     if raw and int(flags.max(initial=0)) > 1:
         raise CodecError(field, f"holds {int(flags.max())}", "send one byte for each, 0 or 1")
     return flags.view(np.bool_)
@@ -269,12 +277,14 @@ def decode_floats(field: str, raw: bytes, shape: tuple[int, ...]) -> FloatArray:
 
 
 def encode_predictions(arrays: PredictionArrays, response: pb.PredictResponse) -> None:
-    """Writes energy, forces, stress and failures into the response; its other fields are left alone."""
-    response.energy = _to_bytes(arrays.energy, np.float64)
-    response.forces = b"" if arrays.forces is None else _to_bytes(arrays.forces, np.float64)
-    response.stress = b"" if arrays.stress is None else _to_bytes(arrays.stress, np.float64)
+    """Writes predictions, how sure they are, and failures into the response; other fields are left alone."""
+    response.energy = bytes_of(arrays.energy, np.float64)
+    response.forces = b"" if arrays.forces is None else bytes_of(arrays.forces, np.float64)
+    response.stress = b"" if arrays.stress is None else bytes_of(arrays.stress, np.float64)
     del response.failures[:]
     response.failures.extend(encode_failures(arrays.failures))
+    if arrays.uncertainty is not None:
+        response.uncertainty.CopyFrom(encode_uncertainty(arrays.uncertainty))
 
 
 def encode_failures(failures: Iterable[Failure]) -> list[pb.Failure]:
@@ -314,12 +324,15 @@ def decode_predictions(response: pb.PredictResponse, n_atoms: Sequence[int] | In
     counts = np.asarray(n_atoms, dtype=np.int64)
     n_structures, total = len(counts), _count_atoms(counts)
     return PredictionArrays(
-        energy=_from_bytes("energy", response.energy, np.float64, (n_structures,)),
-        forces=_from_bytes("forces", response.forces, np.float64, (total, 3)) if response.forces else None,
-        stress=_from_bytes("stress", response.stress, np.float64, (n_structures, 3, 3))
+        energy=array_from("energy", response.energy, np.float64, (n_structures,)),
+        forces=array_from("forces", response.forces, np.float64, (total, 3)) if response.forces else None,
+        stress=array_from("stress", response.stress, np.float64, (n_structures, 3, 3))
         if response.stress
         else None,
         failures=decode_failures(response.failures),
+        uncertainty=decode_uncertainty(response.uncertainty, counts)
+        if response.HasField("uncertainty")
+        else None,
     )
 
 
@@ -340,50 +353,5 @@ def _count_atoms(n_atoms: Int64Array) -> int:
     return total
 
 
-def _check_array(
-    field: str, array: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]
-) -> None:
-    if array.shape != shape:
-        raise _wrong_shape(field, array.shape, str(shape))
-    if array.dtype != dtype:
-        raise CodecError(field, f"is {array.dtype}", f"give it as {np.dtype(dtype)}")
-
-
-def _wrong_shape(field: str, shape: tuple[int, ...], expected: str) -> CodecError:
-    return CodecError(field, f"has shape {shape}, expected {expected}", "make it fit n_atoms")
-
-
-def _to_bytes(array: npt.NDArray[Any], dtype: type[np.generic]) -> bytes:
-    return array.astype(_WIRE_DTYPES[dtype], copy=False).tobytes()
-
-
 def _unless_zero(raw: bytes) -> bytes:
     return raw if raw.strip(b"\0") else b""
-
-
-def _from_bytes(
-    field: str, raw: bytes, dtype: type[np.generic], shape: tuple[int, ...], *, optional: bool = False
-) -> npt.NDArray[Any]:
-    if optional and not raw:
-        return _zeros(dtype, shape)
-    wire = _WIRE_DTYPES[dtype]
-    expected = wire.itemsize
-    for length in shape:
-        expected *= length
-    if len(raw) != expected:
-        raise CodecError(
-            field,
-            f"has {len(raw)} bytes, expected {expected}: {wire.name} of shape {shape}",
-            "make it fit n_atoms, little-endian and C-ordered",
-        )
-    array = np.frombuffer(raw, dtype=wire).reshape(shape)
-    return array if wire.isnative else array.astype(dtype)
-
-
-def _zeros(dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    if shape[0] > _FEW:
-        # A default must cost no memory, whatever the message claims.
-        return np.broadcast_to(np.zeros((), dtype=dtype), shape)
-    zeros = np.zeros(shape, dtype=dtype)
-    zeros.setflags(write=False)
-    return zeros

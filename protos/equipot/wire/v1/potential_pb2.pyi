@@ -85,6 +85,8 @@ class _FailureReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     """The model's answer was not a finite number."""
     FAILURE_REASON_INTERNAL: _FailureReason.ValueType  # 5
     """The server failed on it."""
+    FAILURE_REASON_OUTSIDE_DOMAIN: _FailureReason.ValueType  # 7
+    """It is outside the training domain, and was to be refused then."""
     FAILURE_REASON_UNSTABLE: _FailureReason.ValueType  # 6
     """It moved to where nothing can be computed: a cell that collapsed, atoms that flew apart."""
 
@@ -101,6 +103,8 @@ FAILURE_REASON_NOT_FINITE: FailureReason.ValueType  # 4
 """The model's answer was not a finite number."""
 FAILURE_REASON_INTERNAL: FailureReason.ValueType  # 5
 """The server failed on it."""
+FAILURE_REASON_OUTSIDE_DOMAIN: FailureReason.ValueType  # 7
+"""It is outside the training domain, and was to be refused then."""
 FAILURE_REASON_UNSTABLE: FailureReason.ValueType  # 6
 """It moved to where nothing can be computed: a cell that collapsed, atoms that flew apart."""
 global___FailureReason = FailureReason
@@ -273,6 +277,7 @@ class PredictRequest(google.protobuf.message.Message):
     LEVEL_OF_THEORY_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """"name", "name@version", "name@label" or "name@sha256:<digest>", of which eight digits suffice; empty: the
     server's default model. A plain name means its label "stable" (and, for some sessions, "canary") where
@@ -293,6 +298,10 @@ class PredictRequest(google.protobuf.message.Message):
     def properties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Property.ValueType]:
         """What is wanted; empty: energy and forces. The energy always comes."""
 
+    @property
+    def uncertainty(self) -> global___UncertaintyOptions:
+        """Present: the reply says how sure it is."""
+
     def __init__(
         self,
         *,
@@ -302,11 +311,119 @@ class PredictRequest(google.protobuf.message.Message):
         level_of_theory: builtins.str = ...,
         session: builtins.str = ...,
         priority: global___Priority.ValueType = ...,
+        uncertainty: global___UncertaintyOptions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["structures", b"structures"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["level_of_theory", b"level_of_theory", "model", b"model", "priority", b"priority", "properties", b"properties", "session", b"session", "structures", b"structures"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["structures", b"structures", "uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["level_of_theory", b"level_of_theory", "model", b"model", "priority", b"priority", "properties", b"properties", "session", b"session", "structures", b"structures", "uncertainty", b"uncertainty"]) -> None: ...
 
 global___PredictRequest = PredictRequest
+
+@typing.final
+class UncertaintyOptions(google.protobuf.message.Message):
+    """Asks how sure an answer is. What the model cannot tell is named in the reply, and is no error."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COVERAGE_FIELD_NUMBER: builtins.int
+    REFUSE_OUTSIDE_FIELD_NUMBER: builtins.int
+    coverage: builtins.float
+    """How often intervals are to hold the truth, 0.01 to 0.99, rounded up to whole percents; 0: 0.9."""
+    refuse_outside: builtins.bool
+    """A structure outside the training domain is refused by a Failure (OUTSIDE_DOMAIN), and not computed."""
+    def __init__(
+        self,
+        *,
+        coverage: builtins.float = ...,
+        refuse_outside: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["coverage", b"coverage", "refuse_outside", b"refuse_outside"]) -> None: ...
+
+global___UncertaintyOptions = UncertaintyOptions
+
+@typing.final
+class Uncertainty(google.protobuf.message.Message):
+    """How sure an answer is. A failed structure's slots are NaN. Intervals come from structures that no member was
+    trained on (split-conformal prediction); they hold for structures like those, not for structures outside.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: builtins.int
+    COVERAGE_FIELD_NUMBER: builtins.int
+    ENERGY_SPREAD_FIELD_NUMBER: builtins.int
+    FORCES_SPREAD_FIELD_NUMBER: builtins.int
+    ENERGY_INTERVAL_FIELD_NUMBER: builtins.int
+    FORCES_INTERVAL_FIELD_NUMBER: builtins.int
+    DOMAIN_SCORE_FIELD_NUMBER: builtins.int
+    OUTSIDE_FIELD_NUMBER: builtins.int
+    NOT_AVAILABLE_FIELD_NUMBER: builtins.int
+    members: builtins.int
+    """Potentials in the ensemble, whose mean is the prediction."""
+    coverage: builtins.float
+    """How often the intervals are to hold the truth."""
+    energy_spread: builtins.bytes
+    """float64[S] in eV: standard deviation of the members' total energies. Empty, as others: see not_available."""
+    forces_spread: builtins.bytes
+    """float64[N] in eV/Å: root mean square distance of the members' forces on an atom to their mean."""
+    energy_interval: builtins.bytes
+    """float64[S] in eV: the true total energy is within ± this."""
+    forces_interval: builtins.bytes
+    """float64[N] in eV/Å: the true force on an atom is within this distance of the predicted one."""
+    domain_score: builtins.bytes
+    """float64[S]: how strange the strangest atom's surroundings are: 1 at the border of what training saw."""
+    @property
+    def outside(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___OutsideDomain]:
+        """One entry for each structure that is outside."""
+
+    @property
+    def not_available(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What of this the model cannot tell, and why."""
+
+    def __init__(
+        self,
+        *,
+        members: builtins.int = ...,
+        coverage: builtins.float = ...,
+        energy_spread: builtins.bytes = ...,
+        forces_spread: builtins.bytes = ...,
+        energy_interval: builtins.bytes = ...,
+        forces_interval: builtins.bytes = ...,
+        domain_score: builtins.bytes = ...,
+        outside: collections.abc.Iterable[global___OutsideDomain] | None = ...,
+        not_available: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["coverage", b"coverage", "domain_score", b"domain_score", "energy_interval", b"energy_interval", "energy_spread", b"energy_spread", "forces_interval", b"forces_interval", "forces_spread", b"forces_spread", "members", b"members", "not_available", b"not_available", "outside", b"outside"]) -> None: ...
+
+global___Uncertainty = Uncertainty
+
+@typing.final
+class OutsideDomain(google.protobuf.message.Message):
+    """A structure unlike any in training: its numbers are a guess."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    ATOM_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """The structure's index in the request."""
+    atom: builtins.int
+    """Index of the atom that makes it so, within the structure."""
+    score: builtins.float
+    """As domain_score; at least 1."""
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        atom: builtins.int = ...,
+        score: builtins.float = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["atom", b"atom", "index", b"index", "reason", b"reason", "score", b"score"]) -> None: ...
+
+global___OutsideDomain = OutsideDomain
 
 @typing.final
 class PredictResponse(google.protobuf.message.Message):
@@ -318,6 +435,7 @@ class PredictResponse(google.protobuf.message.Message):
     STRESS_FIELD_NUMBER: builtins.int
     FAILURES_FIELD_NUMBER: builtins.int
     TIMING_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
     energy: builtins.bytes
     """float64[S] in eV: total energy at the stated level of theory. A failed structure's slot is NaN."""
     forces: builtins.bytes
@@ -336,6 +454,10 @@ class PredictResponse(google.protobuf.message.Message):
 
     @property
     def timing(self) -> global___Timing: ...
+    @property
+    def uncertainty(self) -> global___Uncertainty:
+        """Present if asked for."""
+
     def __init__(
         self,
         *,
@@ -345,9 +467,10 @@ class PredictResponse(google.protobuf.message.Message):
         stress: builtins.bytes = ...,
         failures: collections.abc.Iterable[global___Failure] | None = ...,
         timing: global___Timing | None = ...,
+        uncertainty: global___Uncertainty | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["model", b"model", "timing", b"timing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["energy", b"energy", "failures", b"failures", "forces", b"forces", "model", b"model", "stress", b"stress", "timing", b"timing"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model", "timing", b"timing", "uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["energy", b"energy", "failures", b"failures", "forces", b"forces", "model", b"model", "stress", b"stress", "timing", b"timing", "uncertainty", b"uncertainty"]) -> None: ...
 
 global___PredictResponse = PredictResponse
 
@@ -417,6 +540,7 @@ class SessionOpen(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     SKIN_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """As in PredictRequest; a digest keeps a session that is opened again on its bundle."""
     level_of_theory: builtins.str
@@ -434,6 +558,10 @@ class SessionOpen(google.protobuf.message.Message):
     def properties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Property.ValueType]:
         """As in PredictRequest, for steps that name none."""
 
+    @property
+    def uncertainty(self) -> global___UncertaintyOptions:
+        """As in PredictRequest, for steps that have none."""
+
     def __init__(
         self,
         *,
@@ -444,9 +572,10 @@ class SessionOpen(google.protobuf.message.Message):
         session: builtins.str = ...,
         skin: builtins.float = ...,
         priority: global___Priority.ValueType = ...,
+        uncertainty: global___UncertaintyOptions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["structures", b"structures"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["level_of_theory", b"level_of_theory", "model", b"model", "priority", b"priority", "properties", b"properties", "session", b"session", "skin", b"skin", "structures", b"structures"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["structures", b"structures", "uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["level_of_theory", b"level_of_theory", "model", b"model", "priority", b"priority", "properties", b"properties", "session", b"session", "skin", b"skin", "structures", b"structures", "uncertainty", b"uncertainty"]) -> None: ...
 
 global___SessionOpen = SessionOpen
 
@@ -459,6 +588,7 @@ class SessionStep(google.protobuf.message.Message):
     CELL_FIELD_NUMBER: builtins.int
     PROPERTIES_FIELD_NUMBER: builtins.int
     TIMEOUT_SECONDS_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
     number: builtins.int
     """The caller's number for it; its reply bears the same."""
     positions: builtins.bytes
@@ -469,6 +599,10 @@ class SessionStep(google.protobuf.message.Message):
     """Seconds after which the caller no longer wants the answer; 0: it waits."""
     @property
     def properties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Property.ValueType]: ...
+    @property
+    def uncertainty(self) -> global___UncertaintyOptions:
+        """As in PredictRequest."""
+
     def __init__(
         self,
         *,
@@ -477,8 +611,10 @@ class SessionStep(google.protobuf.message.Message):
         cell: builtins.bytes = ...,
         properties: collections.abc.Iterable[global___Property.ValueType] | None = ...,
         timeout_seconds: builtins.float = ...,
+        uncertainty: global___UncertaintyOptions | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cell", b"cell", "number", b"number", "positions", b"positions", "properties", b"properties", "timeout_seconds", b"timeout_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "number", b"number", "positions", b"positions", "properties", b"properties", "timeout_seconds", b"timeout_seconds", "uncertainty", b"uncertainty"]) -> None: ...
 
 global___SessionStep = SessionStep
 
@@ -522,6 +658,7 @@ class RelaxRequest(google.protobuf.message.Message):
     TOKEN_EVERY_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
     PROGRESS_FRAMES_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """As in PredictRequest."""
     level_of_theory: builtins.str
@@ -553,6 +690,12 @@ class RelaxRequest(google.protobuf.message.Message):
         none at all: all begin. A token that does not fit makes its structure fail.
         """
 
+    @property
+    def uncertainty(self) -> global___UncertaintyOptions:
+        """As in PredictRequest, of where each structure comes to rest; with refuse_outside one that leaves the domain
+        on its way goes no further.
+        """
+
     def __init__(
         self,
         *,
@@ -572,9 +715,10 @@ class RelaxRequest(google.protobuf.message.Message):
         token_every: builtins.int = ...,
         tokens: collections.abc.Iterable[builtins.bytes] | None = ...,
         progress_frames: builtins.bool = ...,
+        uncertainty: global___UncertaintyOptions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["structures", b"structures"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cell", b"cell", "fixed", b"fixed", "fmax", b"fmax", "level_of_theory", b"level_of_theory", "max_step", b"max_step", "max_steps", b"max_steps", "model", b"model", "optimizer", b"optimizer", "pressure", b"pressure", "priority", b"priority", "progress_every", b"progress_every", "progress_frames", b"progress_frames", "session", b"session", "structures", b"structures", "token_every", b"token_every", "tokens", b"tokens"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["structures", b"structures", "uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "fixed", b"fixed", "fmax", b"fmax", "level_of_theory", b"level_of_theory", "max_step", b"max_step", "max_steps", b"max_steps", "model", b"model", "optimizer", b"optimizer", "pressure", b"pressure", "priority", b"priority", "progress_every", b"progress_every", "progress_frames", b"progress_frames", "session", b"session", "structures", b"structures", "token_every", b"token_every", "tokens", b"tokens", "uncertainty", b"uncertainty"]) -> None: ...
 
 global___RelaxRequest = RelaxRequest
 
@@ -710,6 +854,7 @@ class RelaxResult(google.protobuf.message.Message):
     STRESS_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
     index: builtins.int
     """The structure's index in the request."""
     converged: builtins.bool
@@ -728,6 +873,10 @@ class RelaxResult(google.protobuf.message.Message):
 
     @property
     def model(self) -> global___ModelReference: ...
+    @property
+    def uncertainty(self) -> global___Uncertainty:
+        """Present if asked for, and it did not fail: as of a request for this structure alone, whose index is 0."""
+
     def __init__(
         self,
         *,
@@ -741,9 +890,10 @@ class RelaxResult(google.protobuf.message.Message):
         stress: builtins.bytes = ...,
         failure: global___Failure | None = ...,
         model: global___ModelReference | None = ...,
+        uncertainty: global___Uncertainty | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cell", b"cell", "converged", b"converged", "energy", b"energy", "failure", b"failure", "forces", b"forces", "index", b"index", "model", b"model", "positions", b"positions", "steps", b"steps", "stress", b"stress"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "model", b"model", "uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "converged", b"converged", "energy", b"energy", "failure", b"failure", "forces", b"forces", "index", b"index", "model", b"model", "positions", b"positions", "steps", b"steps", "stress", b"stress", "uncertainty", b"uncertainty"]) -> None: ...
 
 global___RelaxResult = RelaxResult
 
@@ -1223,6 +1373,9 @@ class Model(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     IS_CURRENT_FIELD_NUMBER: builtins.int
+    MEMBERS_FIELD_NUMBER: builtins.int
+    IS_CALIBRATED_FIELD_NUMBER: builtins.int
+    HAS_DOMAIN_FIELD_NUMBER: builtins.int
     name: builtins.str
     digest: builtins.str
     """"sha256:<hex>" over the bundle's card and weights, or over what decides a foreign potential's numbers."""
@@ -1244,6 +1397,12 @@ class Model(google.protobuf.message.Message):
     """Why it failed; of a version that answers: why what replaced it in the repository was refused."""
     is_current: builtins.bool
     """Whether the plain name means it (for those sessions that do not get the canary)."""
+    members: builtins.int
+    """Potentials in it, whose mean is the prediction; several have a spread."""
+    is_calibrated: builtins.bool
+    """Whether it knows intervals that hold the truth."""
+    has_domain: builtins.bool
+    """Whether it knows where its training ended."""
     @property
     def levels_of_theory(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -1284,9 +1443,12 @@ class Model(google.protobuf.message.Message):
         state: global___ModelState.ValueType = ...,
         reason: builtins.str = ...,
         is_current: builtins.bool = ...,
+        members: builtins.int = ...,
+        is_calibrated: builtins.bool = ...,
+        has_domain: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["card_json", b"card_json", "charges", b"charges", "cutoff", b"cutoff", "digest", b"digest", "dtype", b"dtype", "elements", b"elements", "force_mode", b"force_mode", "has_stress", b"has_stress", "is_current", b"is_current", "is_default", b"is_default", "labels", b"labels", "levels_of_theory", b"levels_of_theory", "limits", b"limits", "n_parameters", b"n_parameters", "name", b"name", "reason", b"reason", "spin_multiplicities", b"spin_multiplicities", "state", b"state", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["card_json", b"card_json", "charges", b"charges", "cutoff", b"cutoff", "digest", b"digest", "dtype", b"dtype", "elements", b"elements", "force_mode", b"force_mode", "has_domain", b"has_domain", "has_stress", b"has_stress", "is_calibrated", b"is_calibrated", "is_current", b"is_current", "is_default", b"is_default", "labels", b"labels", "levels_of_theory", b"levels_of_theory", "limits", b"limits", "members", b"members", "n_parameters", b"n_parameters", "name", b"name", "reason", b"reason", "spin_multiplicities", b"spin_multiplicities", "state", b"state", "version", b"version"]) -> None: ...
 
 global___Model = Model
 

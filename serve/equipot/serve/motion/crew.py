@@ -23,6 +23,7 @@ from equipot.serve.job import KeptNeighbors, Work
 from equipot.serve.motion.mover import Mover
 from equipot.serve.motion.state import BadState
 from equipot.serve.motion.walker import Given, Halt, Walker
+from equipot.wire.v1.certainty import UncertaintyArrays
 from equipot.wire.v1.codec import Failure, StructureArrays
 
 CREWS = 2
@@ -42,6 +43,7 @@ class Member:
         given: what its last question came to.
         fault: why it goes no further.
         goes_on: whether it waits for what it asked for.
+        certainty: how sure its last answer is; None if nobody asked.
     """
 
     index: int
@@ -49,6 +51,7 @@ class Member:
     given: Given | None = None
     fault: Fault | Failure | None = None
     goes_on: bool = True
+    certainty: UncertaintyArrays | None = None
 
 
 class Party:
@@ -177,6 +180,8 @@ class Party:
             atoms = slice(work.offsets[place], work.offsets[place + 1])
             stress = None if predicted.stress is None else predicted.stress[place]
             member.given = Given(float(predicted.energy[place]), predicted.forces[atoms], stress)
+            if predicted.uncertainty is not None:
+                member.certainty = predicted.uncertainty.of(place, atoms)
 
 
 def _pack(like: StructureArrays, crew: list[Member]) -> StructureArrays:

@@ -30,6 +30,7 @@ from equipot.serve.motion.relaxing import CellMotion, OptimizerName, Relaxing, w
 from equipot.serve.motion.state import Origin
 from equipot.serve.servicer import PotentialServicer
 from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.certainty import encode_uncertainty
 
 _OPTIMIZERS: dict[int, OptimizerName] = {pb.OPTIMIZER_LBFGS: "lbfgs"}
 _CELLS: dict[int, CellMotion] = {
@@ -132,4 +133,6 @@ class RelaxErrand:
             result.forces = as_bytes(progress.last.forces)
             if progress.last.stress is not None:
                 result.stress = as_bytes(progress.last.stress)
+            if member.certainty is not None:
+                result.uncertainty.CopyFrom(encode_uncertainty(member.certainty))
         return result

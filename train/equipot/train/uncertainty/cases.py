@@ -35,7 +35,7 @@ class Members:
     def __init__(self, potentials: Sequence[Potential]) -> None:
         """At least one, all of one configuration."""
         self.config: ModelConfig = potentials[0].config
-        self.ensemble = Ensemble([FrozenPotential(one) for one in potentials])
+        self.ensemble = Ensemble([_frozen(one) for one in potentials])
 
     def eval(self) -> Members:
         """Itself."""
@@ -47,6 +47,14 @@ class Members:
 
     def __len__(self) -> int:
         return len(self.ensemble.members)
+
+
+def _frozen(potential: Potential) -> FrozenPotential:
+    try:
+        # Nothing packed: that would take twice the memory of the weights on top of them.
+        return FrozenPotential(potential, way="analytic")
+    except ValueError:
+        return FrozenPotential(potential)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
