@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from equipot.client.aio import AsyncClient
 from equipot.client.aio_session import AsyncSession
+from equipot.client.certainty import Certainty, DomainVerdict, Uncertainty
 from equipot.client.channel import Health
 from equipot.client.credentials import Tls
 from equipot.client.dynamics import Begun, Ended, MotionFrame, Observation, Restart, Resumed, Trajectory
@@ -44,9 +45,11 @@ __all__ = [
     "AsyncClient",
     "AsyncSession",
     "Begun",
+    "Certainty",
     "Client",
     "ClientError",
     "DeadlineExceeded",
+    "DomainVerdict",
     "Ended",
     "EquipotCalculator",
     "Explanation",
@@ -85,6 +88,7 @@ __all__ = [
     "Tls",
     "Trajectory",
     "Unauthenticated",
+    "Uncertainty",
 ]
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast
 
 import grpc
 import grpc.aio
@@ -30,6 +30,7 @@ from equipot.client.settings import (
     DEFAULT_IN_FLIGHT,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT,
+    Asked,
     Settings,
 )
 from equipot.client.structures import StructuresLike, as_structure, each_structure
@@ -123,29 +124,23 @@ class AsyncClient(AsyncMotions):
         self,
         structures: StructuresLike,
         *,
-        forces: bool = True,
-        stress: bool = False,
-        level_of_theory: str = "",
-        model: str | None = None,
         timeout: float | None = None,
+        **asked: Unpack[Asked],
     ) -> Predictions:
         """As `Client.predict`."""
-        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        wish = self._settings.wish(asked)
         parts = [part async for part in self._parts(structures, wish, self._settings.seconds(timeout))]
-        return Predictions.concatenate(parts, forces=forces, stress=stress)
+        return Predictions.concatenate(parts, forces=wish.forces, stress=wish.stress)
 
     async def predict_iter(
         self,
         structures: StructuresLike,
         *,
-        forces: bool = True,
-        stress: bool = False,
-        level_of_theory: str = "",
-        model: str | None = None,
         timeout: float | None = None,
+        **asked: Unpack[Asked],
     ) -> AsyncGenerator[Prediction, None]:
         """As `Client.predict_iter`."""
-        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        wish = self._settings.wish(asked)
         known, start = None, 0
         async for part in self._parts(structures, wish, self._settings.seconds(timeout)):
             known = same_model(known, part.model)
@@ -157,15 +152,12 @@ class AsyncClient(AsyncMotions):
         self,
         structures: StructuresLike,
         *,
-        forces: bool = True,
-        stress: bool = False,
-        level_of_theory: str = "",
-        model: str | None = None,
         timeout: float | None = None,
+        **asked: Unpack[Asked],
     ) -> Explanation:
         """As `Client.explain`."""
         stub = self._connected()
-        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        wish = self._settings.wish(asked)
         seconds = self._settings.seconds(timeout)
         parts: list[Explanation] = []
         for part in await self._cut(structures, wish, seconds):
@@ -181,15 +173,12 @@ class AsyncClient(AsyncMotions):
         self,
         structures: StructuresLike,
         *,
-        forces: bool = True,
-        stress: bool = False,
-        level_of_theory: str = "",
-        model: str | None = None,
         skin: float = 0.0,
         timeout: float | None = None,
+        **asked: Unpack[Asked],
     ) -> AsyncSession:
         """As `Client.session`; it opens at its first step."""
-        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        wish = self._settings.wish(asked)
         course = Course([as_structure(item) for item in each_structure(structures)], wish, skin)
         return AsyncSession(
             # Without requests to iterate over, they are written one by one.

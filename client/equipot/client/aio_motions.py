@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import grpc
 
+from equipot.client.certainty import Uncertainty
 from equipot.client.credentials import TokenSource
 from equipot.client.dynamics import (
     Resumed,
@@ -23,7 +24,7 @@ from equipot.client.errors import ClientError
 from equipot.client.motions import RESUMED_SHARE, SIMULATION_SHARE, parts_of, warn
 from equipot.client.relax import Progressed, Relaxed, RelaxSettings, RelaxWords, relaxations
 from equipot.client.results import ModelInfo
-from equipot.client.settings import Settings
+from equipot.client.settings import Asked, Settings
 from equipot.client.structures import StructuresLike, each_structure
 from equipot.wire.v1 import potential_pb2 as pb
 
@@ -43,10 +44,13 @@ class AsyncMotions(ABC):
         *,
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         **how: Unpack[RelaxWords],
     ) -> list[Relaxed]:
         """As `Client.relax`."""
-        relaxing = self.relax_iter(structures, level_of_theory=level_of_theory, model=model, **how)
+        relaxing = self.relax_iter(
+            structures, level_of_theory=level_of_theory, model=model, uncertainty=uncertainty, **how
+        )
         found = {index: relaxed async for index, relaxed in relaxing}
         return [found[index] for index in range(len(found))]
 
@@ -56,12 +60,16 @@ class AsyncMotions(ABC):
         *,
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         on_progress: Progressed | None = None,
         **how: Unpack[RelaxWords],
     ) -> AsyncGenerator[tuple[int, Relaxed], None]:
         """As `Client.relax_iter`."""
         how_to = RelaxSettings(**how)
-        wish = self._settings.wish(model, level_of_theory, forces=True, stress=how_to.cell != "fixed")
+        stress = how_to.cell != "fixed"
+        wish = self._settings.wish(
+            Asked(model=model, level_of_theory=level_of_theory, stress=stress, uncertainty=uncertainty)
+        )
         items = list(each_structure(structures))
         limits = (await self.model(wish.model)).limits
         way = AsyncWay(self._relax, self._understand, self._settings.retry)
@@ -115,7 +123,7 @@ class AsyncMotions(ABC):
     ) -> AsyncGenerator[tuple[int, Told], None]:
         """As `Client.simulate_iter`."""
         how_to = SimulateSettings(steps=steps, **how)
-        wish = self._settings.wish(model, level_of_theory, forces=True, stress=how_to.stress)
+        wish = self._settings.wish(Asked(model=model, level_of_theory=level_of_theory, stress=how_to.stress))
         items = list(each_structure(structures))
         limits = (await self.model(wish.model)).limits
         way = AsyncWay(self._simulate, self._understand, self._settings.retry)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from equipot.client.certainty import Uncertainty, among
 from equipot.client.errors import (
     ClientError,
     InvalidStructure,
@@ -55,6 +56,7 @@ class Wish:
     priority: Priority = "normal"
     session: str = ""
     settled: bool = False
+    uncertainty: Uncertainty | None = None
 
     def settle(self, name: str, digest: str) -> Wish:
         """The same of one bundle exactly, whatever its name comes to mean meanwhile."""
@@ -85,7 +87,13 @@ class Wish:
             level_of_theory=self.level_of_theory,
             priority=PRIORITIES[self.priority],
             session=self.session,
+            uncertainty=self.options,
         )
+
+    @property
+    def options(self) -> pb.UncertaintyOptions | None:
+        """What is asked of how sure answers are, on the wire."""
+        return None if self.uncertainty is None else self.uncertainty.options()
 
 
 @dataclass(slots=True)
@@ -123,8 +131,11 @@ class Part:
         forces = np.full((int(n_atoms.sum()), 3), np.nan) if wish.forces else None
         stress = np.full((len(n_atoms), 3, 3), np.nan) if wish.stress else None
         failures = list(self.failures)
+        uncertainty = None
         if response is not None:
             answer = self._decode(wish, response)
+            if answer.uncertainty is not None:
+                uncertainty = among(answer.uncertainty, self.places, n_atoms)
             energy[self.places] = answer.energy
             if forces is not None and answer.forces is not None:
                 sent = np.zeros(len(n_atoms), dtype=np.bool_)
@@ -141,7 +152,7 @@ class Part:
             ]
         failures.sort(key=lambda failure: failure.index)
         model = None if response is None else ModelReference.from_wire(response.model)
-        return Predictions(n_atoms, energy, forces, stress, tuple(failures), model)
+        return Predictions(n_atoms, energy, forces, stress, tuple(failures), model, uncertainty)
 
     def _decode(self, wish: Wish, response: pb.PredictResponse) -> PredictionArrays:
         try:
@@ -150,6 +161,8 @@ class Part:
             raise ServerError(f"the answer does not fit the request: {error}") from error
         if (wish.forces and answer.forces is None) or (wish.stress and answer.stress is None):
             raise ServerError("the answer lacks the forces or the stress that were asked for")
+        if wish.uncertainty is not None and answer.uncertainty is None:
+            raise ServerError("the answer does not say how sure it is: the server is older than this client")
         return answer
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from equipot.client.certainty import OUTSIDE, Uncertainty
 from equipot.client.credentials import Tls
 from equipot.client.errors import (
     ClientError,
@@ -56,6 +57,10 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         tls: how to encrypt, and whom to trust, if `server` is an address; None: not encrypted.
         token: to show with each call, if `server` is an address.
         token_file: whose text is shown instead, read again when the file changes.
+        uncertainty: whether answers say how sure they are, True or `Uncertainty` with a coverage of its own;
+            `results` then hold what the model can tell of "energy_spread" and "energy_interval" (eV),
+            "forces_spread" and "forces_interval" (n,) (eV/Å) and "domain_score", and `atoms.info` the reason
+            as "equipot_outside_domain" if the structure is unlike any in training.
 
     Raises:
         ClientError: at construction for a bad address; in a calculation for everything else, see
@@ -75,6 +80,7 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         tls: Tls | None = None,
         token: str = "",
         token_file: str | os.PathLike[str] | None = None,
+        uncertainty: bool | Uncertainty = False,
     ) -> None:
         if not isinstance(server, str) and (tls is not None or token or token_file is not None):
             raise ValueError("tls, token and token_file are the client's own: give them to the Client")
@@ -83,6 +89,7 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         )
         self._owns_client = isinstance(server, str)
         self._timeout = timeout
+        self._uncertainty = uncertainty
         self.results: dict[str, Any]
         self.model_reference: ModelReference | None = None
         self._model_has_stress: bool | None = None
@@ -173,9 +180,14 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         self.results = {}
         wanted = self._last_read | self._read | set(properties)
         stress = "stress" in properties or ("stress" in wanted and bool(self.atoms.pbc.all()))
-        self.results = self._ask(forces="forces" in wanted, stress=stress)
+        answer = self._ask(forces="forces" in wanted, stress=stress)
+        self.results = _results(answer)
+        if atoms is not None and answer.uncertainty is not None:
+            atoms.info.pop(OUTSIDE, None)
+            for one in answer.uncertainty.outside:
+                atoms.info[OUTSIDE] = one.reason
 
-    def _ask(self, *, forces: bool, stress: bool) -> dict[str, Any]:
+    def _ask(self, *, forces: bool, stress: bool) -> Predictions:
         reference = self.model_reference
         try:
             structure = from_atoms(self.atoms)
@@ -194,13 +206,7 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         if reference is not None and answer.model.digest != reference.digest:
             raise ModelChanged(self._changed(f"{answer.model.pinned} answered"))
         self.model_reference = answer.model
-        energy = float(answer.energy[0])
-        results: dict[str, Any] = {"energy": energy, "free_energy": energy}
-        if answer.forces is not None:
-            results["forces"] = answer.forces
-        if answer.stress is not None:
-            results["stress"] = full_3x3_to_voigt_6_stress(answer.stress[0])
-        return results
+        return answer
 
     def _answer(self, structure: Structure, *, forces: bool, stress: bool) -> Predictions:
         session, reference = self._session_for(structure), self.model_reference
@@ -222,6 +228,7 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
             level_of_theory=self.parameters["level_of_theory"],
             model=self.parameters["model"] if reference is None else reference.pinned,
             timeout=self._timeout,
+            uncertainty=self._uncertainty,
         )
 
     def _session_for(self, structure: Structure) -> Session | None:
@@ -236,6 +243,7 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
                 level_of_theory=self.parameters["level_of_theory"],
                 model=self.model_reference.pinned,
                 timeout=self._timeout,
+                uncertainty=self._uncertainty,
             )
         return self._session
 
@@ -263,6 +271,18 @@ class EquipotCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
             f"calculator began ({how}): serve that bundle again, or go on with a new calculator and treat "
             "what follows as another trajectory"
         )
+
+
+def _results(answer: Predictions) -> dict[str, Any]:
+    """What ASE keeps of an answer for one structure."""
+    energy = float(answer.energy[0])
+    results: dict[str, Any] = {"energy": energy, "free_energy": energy}
+    if answer.forces is not None:
+        results["forces"] = answer.forces
+    if answer.stress is not None:
+        results["stress"] = full_3x3_to_voigt_6_stress(answer.stress[0])
+    known = answer[0].uncertainty
+    return results if known is None else results | known.numbers()
 
 
 def _same_atoms(one: Structure, other: Structure) -> bool:

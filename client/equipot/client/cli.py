@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from equipot.client.certainty import OUTSIDE, Uncertainty
 from equipot.client.errors import ClientError, InvalidRequest
 from equipot.client.explanation_table import print_explanation
 from equipot.client.options import (
@@ -33,7 +34,7 @@ from equipot.client.options import (
 )
 from equipot.client.results import ModelInfo, ModelReference, Prediction
 from equipot.client.retry import RetryPolicy
-from equipot.client.settings import DEFAULT_TIMEOUT
+from equipot.client.settings import DEFAULT_TIMEOUT, Asked
 from equipot.client.sync import Client
 
 if TYPE_CHECKING:
@@ -73,6 +74,16 @@ def predict(
     priority: Annotated[
         Literal["low", "normal", "high"], typer.Option(help="low: others go first; high: where it is granted")
     ] = "normal",
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="Write spreads, intervals and what is outside the training domain beside the results.",
+        ),
+    ] = False,
+    coverage: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="how often the intervals are to hold the truth")
+    ] = 0.9,
     explain: Annotated[
         bool, typer.Option("--explain", help="Only say what it would cost and which frames would fail.")
     ] = False,
@@ -112,7 +123,12 @@ def predict(
         writer = FrameWriter(target)
         try:
             with writer:
-                _run(client, info, level_of_theory, stress, reader, writer, report)
+                asked = Asked(
+                    stress=stress,
+                    level_of_theory=level_of_theory,
+                    uncertainty=Uncertainty(coverage=coverage) if uncertainty else False,
+                )
+                _run(client, info, asked, reader, writer, report)
                 reader.check()
         except BaseException:
             if writer.n_written:
@@ -150,7 +166,16 @@ def models(
     with trust.client(address, timeout=timeout, retry=RetryPolicy(attempts=2)) as client:
         served = client.models()
     table = Table(title=f"served by {address}", title_justify="left")
-    for column in ("model", "state", "level of theory", "elements", "forces", "parameters", "digest"):
+    for column in (
+        "model",
+        "state",
+        "level of theory",
+        "elements",
+        "forces",
+        "certainty",
+        "parameters",
+        "digest",
+    ):
         table.add_column(column, overflow="fold")
     for info in served:
         table.add_row(
@@ -159,10 +184,19 @@ def models(
             "\n".join(info.levels_of_theory),
             " ".join(_SYMBOLS[number] for number in info.elements) or "not stated",
             f"{info.force_mode}, stress" if info.has_stress else info.force_mode,
+            _certainty(info),
             f"{info.n_parameters:,}",
             info.digest[:19],
         )
     Console().print(table)
+
+
+def _certainty(info: ModelInfo) -> str:
+    """What it can say of how sure it is."""
+    known = [f"spread of {info.members}"] if info.members > 1 else []
+    known += ["intervals"] if info.is_calibrated else []
+    known += ["domain"] if info.has_domain else []
+    return "\n".join(known) or "none"
 
 
 def _named(info: ModelInfo) -> str:
@@ -181,6 +215,8 @@ class Report:
     comparison: Comparison
     n_frames: int = 0
     n_failed: int = 0
+    n_outside: int = 0
+    lacking: tuple[str, ...] = ()
     model: ModelReference | None = None
     first: list[tuple[str, ...]] = field(default_factory=list)
     last: deque[tuple[str, ...]] = field(default_factory=lambda: deque(maxlen=_ENDS))
@@ -199,6 +235,9 @@ class Report:
             self.n_failed += 1
             if len(self.failures) < _MOST_FAILURES:
                 self.failures.append((str(failure.index), failure.field, failure.message, failure.remedy))
+        if (known := prediction.uncertainty) is not None:
+            self.lacking = known.not_available
+            self.n_outside += known.domain is not None and known.domain.outside
         (self.first if len(self.first) < _ENDS else self.last).append(row)
         self.n_frames += 1
 
@@ -224,6 +263,10 @@ class Report:
             _say(console, f"energy MAE against the file's own: {1000 * compared.energy:.2f} meV/atom")
         if compared.n_components:
             _say(console, f"force MAE against the file's own: {compared.forces:.4f} eV/Å")
+        for why in self.lacking:
+            _say(console, f"not available: {why}")
+        if self.n_outside:
+            _say(console, f"outside the training domain: {self.n_outside} (see {OUTSIDE} in the results)")
         by = f" by {self.model.pinned} ({self.model.level_of_theory})" if self.model is not None else ""
         _say(console, f"{self.n_frames - self.n_failed} of {self.n_frames} frames predicted{by}")
         _say(console, f"results: {path}")
@@ -273,8 +316,7 @@ def _first_contact(client: Client, trust: Shown, timeout: float) -> ModelInfo:
 def _run(
     client: Client,
     info: ModelInfo,
-    level_of_theory: str,
-    stress: bool,
+    asked: Asked,
     reader: FrameReader,
     writer: FrameWriter,
     report: Report,
@@ -295,9 +337,8 @@ def _run(
         TextColumn("{task.completed} frames"),
         TimeElapsedColumn(),
     )
-    answers = client.predict_iter(
-        frames(), stress=stress, level_of_theory=level_of_theory, model=f"{info.name}@{info.digest}"
-    )
+    asked |= Asked(model=f"{info.name}@{info.digest}")
+    answers = client.predict_iter(frames(), **asked)
     with (
         Interruption(errors) as interruption,
         Progress(

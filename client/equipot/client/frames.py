@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import iread, write
 
+from equipot.client.certainty import ENERGY_NUMBERS, FORCES_NUMBERS, OUTSIDE, Certainty
 from equipot.client.errors import FileError, describe
 from equipot.client.relax import Relaxed
 from equipot.client.results import Prediction
@@ -253,8 +254,10 @@ def with_results(frame: Atoms, prediction: Prediction) -> Atoms:
         frame.info["reference_energy"] = labels.energy
     if labels.forces is not None:
         frame.arrays["reference_forces"] = labels.forces
-    for name in ("equipot_model", "equipot_level_of_theory", "equipot_failure"):
+    told = (f"equipot_{name}" for name in (*ENERGY_NUMBERS, *FORCES_NUMBERS, "domain_score"))
+    for name in ("equipot_model", "equipot_level_of_theory", "equipot_failure", OUTSIDE, *told):
         frame.info.pop(name, None)
+        frame.arrays.pop(name, None)
     if prediction.model is not None:
         frame.info["equipot_model"] = prediction.model.pinned
         frame.info["equipot_level_of_theory"] = prediction.model.level_of_theory
@@ -264,13 +267,25 @@ def with_results(frame: Atoms, prediction: Prediction) -> Atoms:
     results: dict[str, Any] = {"energy": prediction.energy, "forces": prediction.forces}
     if prediction.stress is not None and frame.pbc.all():
         results["stress"] = prediction.stress
+    _write_certainty(frame, prediction.uncertainty)
     frame.calc = SinglePointCalculator(frame, **results)
     return frame
 
 
+def _write_certainty(frame: Atoms, known: Certainty | None) -> None:
+    if known is None:
+        return
+    for name, value in known.numbers().items():
+        (frame.arrays if name in FORCES_NUMBERS else frame.info)[f"equipot_{name}"] = value
+    if known.domain is not None and known.domain.outside:
+        frame.info[OUTSIDE] = " ".join(known.domain.reason.split())
+
+
 def with_relaxed(frame: Atoms, relaxed: Relaxed) -> Atoms:
     """A copy of the frame where it came to rest, with its results; or as it was, with the reason why not."""
-    prediction = Prediction(relaxed.energy, relaxed.forces, relaxed.stress, relaxed.failure, relaxed.model)
+    prediction = Prediction(
+        relaxed.energy, relaxed.forces, relaxed.stress, relaxed.failure, relaxed.model, relaxed.uncertainty
+    )
     moved = frame.copy()
     if relaxed.failure is None:
         moved.set_cell(relaxed.cell)

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import grpc
 
 from equipot.client.batches import Part, cut
+from equipot.client.certainty import Uncertainty
 from equipot.client.credentials import TokenSource
 from equipot.client.dynamics import (
     Resumed,
@@ -24,7 +25,7 @@ from equipot.client.errands import Way, run
 from equipot.client.errors import ClientError
 from equipot.client.relax import Progressed, Relaxed, RelaxSettings, RelaxWords, relaxations
 from equipot.client.results import Limits, ModelInfo
-from equipot.client.settings import Settings
+from equipot.client.settings import Asked, Settings
 from equipot.client.structures import StructuresLike, each_structure
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -63,6 +64,7 @@ class Motions(ABC):
         *,
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         **how: Unpack[RelaxWords],
     ) -> list[Relaxed]:
         """Moves each structure to where its forces vanish, on the server; results in the order given.
@@ -74,6 +76,7 @@ class Motions(ABC):
             structures: as of `predict`; atoms that an `ase.constraints.FixAtoms` holds stay where they are.
             level_of_theory: one of the model's; empty: its only one.
             model: another than the client's.
+            uncertainty: whether it is to be said how sure the answer is where each came to rest.
             how: fmax, steps, optimizer, cell, pressure, max_step; see `RelaxWords`.
 
         Raises:
@@ -81,7 +84,10 @@ class Motions(ABC):
             ModelChanged: the server changed its model on the way.
             ClientError: the request as a whole failed, see the subclasses.
         """
-        found = dict(self.relax_iter(structures, level_of_theory=level_of_theory, model=model, **how))
+        results = self.relax_iter(
+            structures, level_of_theory=level_of_theory, model=model, uncertainty=uncertainty, **how
+        )
+        found = dict(results)
         return [found[index] for index in range(len(found))]
 
     def relax_iter(
@@ -90,6 +96,7 @@ class Motions(ABC):
         *,
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         on_progress: Progressed | None = None,
         **how: Unpack[RelaxWords],
     ) -> Generator[tuple[int, Relaxed], None, None]:
@@ -99,11 +106,15 @@ class Motions(ABC):
             structures: see `relax`, as for the others.
             level_of_theory: see `relax`.
             model: see `relax`.
+            uncertainty: see `relax`.
             on_progress: told index, step, energy in eV and largest force in eV/Å after every step.
             how: see `relax`.
         """
         how_to = RelaxSettings(**how)
-        wish = self._settings.wish(model, level_of_theory, forces=True, stress=how_to.cell != "fixed")
+        stress = how_to.cell != "fixed"
+        wish = self._settings.wish(
+            Asked(model=model, level_of_theory=level_of_theory, stress=stress, uncertainty=uncertainty)
+        )
         items = list(each_structure(structures))
         limits = self.model(wish.model).limits
         way = Way(self._relax, self._understand, self._settings.retry)
@@ -181,7 +192,7 @@ class Motions(ABC):
         Frames and observations of one structure come in the order of its steps, each once, and `Ended` last.
         """
         how_to = SimulateSettings(steps=steps, **how)
-        wish = self._settings.wish(model, level_of_theory, forces=True, stress=how_to.stress)
+        wish = self._settings.wish(Asked(model=model, level_of_theory=level_of_theory, stress=how_to.stress))
         items = list(each_structure(structures))
         limits = self.model(wish.model).limits
         way = Way(self._simulate, self._understand, self._settings.retry)

@@ -10,11 +10,14 @@ from typing import Literal, TypedDict
 import numpy as np
 
 from equipot.client.batches import PRIORITIES, Part, Wish
+from equipot.client.certainty import Certainty, certainty_of
+from equipot.client.errors import ServerError
 from equipot.client.moving import Moves, failure_of, fixed_of, flags, floats, word
 from equipot.client.results import ModelReference
 from equipot.client.structures import Structure, pack
 from equipot.wire.v1 import potential_pb2 as pb
-from equipot.wire.v1.codec import BoolArray, Failure, FloatArray, encode_structures
+from equipot.wire.v1.certainty import decode_uncertainty
+from equipot.wire.v1.codec import BoolArray, CodecError, Failure, FloatArray, encode_structures
 
 OptimizerName = Literal["fire", "lbfgs"]
 CellMotion = Literal["fixed", "full", "isotropic", "constant_volume"]
@@ -79,6 +82,7 @@ class RelaxSettings:
             cell=word(pb.CellMotion, "cell", self.cell, prefix="CELL_MOTION"),
             pressure=self.pressure,
             fixed=flags(fixed),
+            uncertainty=wish.options,
         )
 
 
@@ -96,6 +100,7 @@ class Relaxed:
         steps: taken.
         failure: why it could not go on; None if it could.
         model: what computed it; None if it was refused before anything was sent.
+        uncertainty: how sure the answer is there; None if not asked for, or it failed.
     """
 
     positions: FloatArray
@@ -107,6 +112,7 @@ class Relaxed:
     steps: int
     failure: Failure | None
     model: ModelReference | None
+    uncertainty: Certainty | None = None
 
 
 def relaxations(
@@ -225,7 +231,15 @@ def relaxed_of(result: pb.RelaxResult, n_atoms: int, index: int) -> Relaxed:
         steps=result.steps,
         failure=failure,
         model=ModelReference.from_wire(result.model),
+        uncertainty=_certainty(result, n_atoms) if result.HasField("uncertainty") else None,
     )
+
+
+def _certainty(result: pb.RelaxResult, n_atoms: int) -> Certainty:
+    try:
+        return certainty_of(decode_uncertainty(result.uncertainty, [n_atoms]), 0, slice(0, n_atoms))
+    except CodecError as error:
+        raise ServerError(f"the answer does not fit the request: {error}") from error
 
 
 def _refused(failure: Failure, n_atoms: int) -> Relaxed:

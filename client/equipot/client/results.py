@@ -10,8 +10,10 @@ from typing import Any, overload
 
 import numpy as np
 
+from equipot.client.certainty import Certainty, certainty_of, concatenated
 from equipot.client.errors import ModelChanged, StructureFailure
 from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.certainty import UncertaintyArrays
 from equipot.wire.v1.codec import Failure, FloatArray, Int64Array, offsets_of
 
 _STATES: Mapping[int, str] = MappingProxyType(
@@ -92,6 +94,9 @@ class ModelInfo:
         state: "available" (loaded when it is asked for), "loading", "ready" or "failed".
         reason: why it failed.
         is_current: whether its plain name means this version.
+        members: potentials in it, whose mean is the prediction; 0 if it does not say.
+        is_calibrated: whether it knows intervals that hold the truth.
+        has_domain: whether it knows where its training ended.
     """
 
     name: str
@@ -113,6 +118,9 @@ class ModelInfo:
     state: str = ""
     reason: str = ""
     is_current: bool = True
+    members: int = 0
+    is_calibrated: bool = False
+    has_domain: bool = False
 
     @property
     def card(self) -> dict[str, Any]:
@@ -149,6 +157,9 @@ class ModelInfo:
             state=_STATES.get(message.state, ""),
             reason=message.reason,
             is_current=message.is_current,
+            members=message.members,
+            is_calibrated=message.is_calibrated,
+            has_domain=message.has_domain,
         )
 
 
@@ -163,6 +174,7 @@ class Prediction:
             is not periodic in all three directions.
         failure: why it failed; None if it did not.
         model: what computed it; None if it was refused before anything was sent.
+        uncertainty: how sure it is; None if not asked for, or it was refused before anything was sent.
     """
 
     energy: float
@@ -170,6 +182,7 @@ class Prediction:
     stress: FloatArray | None
     failure: Failure | None
     model: ModelReference | None
+    uncertainty: Certainty | None = None
 
     def raise_for_failure(self) -> None:
         """Raises StructureFailure if this structure failed."""
@@ -188,6 +201,7 @@ class Predictions(Sequence[Prediction]):
         stress: (S, 3, 3) in eV/Å³, positive in tension; None if not asked for.
         failures: by index into the batch.
         model: what computed them; None if nothing was sent.
+        uncertainty: how sure they are, by structure (S,) and atom (N,); None if not asked for.
     """
 
     n_atoms: Int64Array
@@ -196,6 +210,7 @@ class Predictions(Sequence[Prediction]):
     stress: FloatArray | None
     failures: tuple[Failure, ...]
     model: ModelReference | None
+    uncertainty: UncertaintyArrays | None = None
 
     def __len__(self) -> int:
         """Number of structures."""
@@ -230,6 +245,7 @@ class Predictions(Sequence[Prediction]):
             stress=None if self.stress is None else self.stress[index],
             failure=failure,
             model=self.model,
+            uncertainty=None if self.uncertainty is None else certainty_of(self.uncertainty, index, atoms),
         )
 
     def raise_for_failures(self) -> None:
@@ -269,6 +285,7 @@ class Predictions(Sequence[Prediction]):
                 for failure in part.failures
             ),
             model=model,
+            uncertainty=concatenated([(part.uncertainty, part.n_atoms) for part in parts]),
         )
 
 

@@ -65,6 +65,7 @@ class Course:
                 skin=self._skin,
                 priority=PRIORITIES[self._wish.priority],
                 session=self._wish.session,
+                uncertainty=self._wish.options,
             )
         )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import TypedDict, get_args
 from uuid import uuid4
 
 from equipot.client.batches import Priority, Wish
+from equipot.client.certainty import Uncertainty, wanted
 from equipot.client.channel import check_address
 from equipot.client.credentials import Credentials
 from equipot.client.diagnosis import explained
@@ -17,6 +18,25 @@ DEFAULT_TIMEOUT = 60.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024**2
 DEFAULT_ATOMS_PER_REQUEST = 4_096
 DEFAULT_IN_FLIGHT = 4
+
+
+class Asked(TypedDict, total=False):
+    """What a call asks of a model for every structure.
+
+    Keys:
+        forces: whether forces are wanted; True if left out.
+        stress: whether stress is wanted; False if left out.
+        level_of_theory: one of the model's; empty or left out: its only one.
+        model: another than the client's.
+        uncertainty: True, or `Uncertainty` with a coverage of its own: whether the answer is to say how sure
+            it is; False if left out.
+    """
+
+    forces: bool
+    stress: bool
+    level_of_theory: str
+    model: str | None
+    uncertainty: bool | Uncertainty
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +79,15 @@ class Settings:
         """The same problem, or a lack of trust that is behind it; may take seconds to find out."""
         return explained(problem, self.address, self.credentials.tls)
 
-    def wish(self, model: str | None, level_of_theory: str, *, forces: bool, stress: bool) -> Wish:
-        """What one call asks for; `model` None: the client's own."""
+    def wish(self, asked: Asked) -> Wish:
+        """What one call asks for."""
+        model = asked.get("model")
         return Wish(
             model=self.model if model is None else model,
-            level_of_theory=level_of_theory,
-            forces=forces,
-            stress=stress,
+            level_of_theory=asked.get("level_of_theory", ""),
+            forces=asked.get("forces", True),
+            stress=asked.get("stress", False),
+            uncertainty=wanted(asked.get("uncertainty", False)),
             priority=self.priority,
             session=self.session,
         )

@@ -31,6 +31,7 @@ from equipot.client.settings import (
     DEFAULT_IN_FLIGHT,
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT,
+    Asked,
     Settings,
 )
 from equipot.client.structures import StructuresLike, as_structure, each_structure
@@ -171,43 +172,34 @@ class Client(Motions):
         self,
         structures: StructuresLike,
         *,
-        forces: bool = True,
-        stress: bool = False,
-        level_of_theory: str = "",
-        model: str | None = None,
         timeout: float | None = None,
+        **asked: Unpack[Asked],
     ) -> Predictions:
         """Energies, and what else is asked for; a bad structure has its failure, the others go on.
 
         Args:
             structures: `ase.Atoms`, `Structure`, a dict of its fields, any iterable of these, or
                 `StructureArrays`. Charge and spin of Atoms are taken from `atoms.info`.
-            forces: whether forces are wanted.
-            stress: whether stress is wanted.
-            level_of_theory: one of the model's; empty: its only one.
-            model: another than the client's.
             timeout: seconds for each request, another than the client's.
+            asked: forces (True), stress (False), level_of_theory, model, uncertainty (False); see `Asked`.
 
         Raises:
             ModelChanged: the server changed its model between two parts of the batch.
             ClientError: the call as a whole failed, see the subclasses.
         """
-        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        wish = self._settings.wish(asked)
         parts = list(self._parts(structures, wish, self._settings.seconds(timeout)))
-        return Predictions.concatenate(parts, forces=forces, stress=stress)
+        return Predictions.concatenate(parts, forces=wish.forces, stress=wish.stress)
 
     def predict_iter(
         self,
         structures: StructuresLike,
         *,
-        forces: bool = True,
-        stress: bool = False,
-        level_of_theory: str = "",
-        model: str | None = None,
         timeout: float | None = None,
+        **asked: Unpack[Asked],
     ) -> Generator[Prediction, None, None]:
         """As `predict`, one after the other while the structures are read: memory stays bounded."""
-        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        wish = self._settings.wish(asked)
         known, start = None, 0
         for part in self._parts(structures, wish, self._settings.seconds(timeout)):
             known = same_model(known, part.model)
@@ -218,11 +210,8 @@ class Client(Motions):
         self,
         structures: StructuresLike,
         *,
-        forces: bool = True,
-        stress: bool = False,
-        level_of_theory: str = "",
-        model: str | None = None,
         timeout: float | None = None,
+        **asked: Unpack[Asked],
     ) -> Explanation:
         """What `predict` with the same arguments would cost now: sizes, failures, seconds; computes nothing.
 
@@ -230,7 +219,7 @@ class Client(Motions):
             ModelChanged: the server changed its model between two parts of the batch.
             ClientError: the call as a whole failed, see the subclasses.
         """
-        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        wish = self._settings.wish(asked)
         seconds = self._settings.seconds(timeout)
         parts: list[Explanation] = []
         for part in self._cut(structures, wish, seconds):
@@ -246,28 +235,22 @@ class Client(Motions):
         self,
         structures: StructuresLike,
         *,
-        forces: bool = True,
-        stress: bool = False,
-        level_of_theory: str = "",
-        model: str | None = None,
         skin: float = 0.0,
         timeout: float | None = None,
+        **asked: Unpack[Asked],
     ) -> Session:
         """Opens a session for structures that are asked for again and again as their atoms move.
 
         Args:
             structures: as of `predict`; their positions count for nothing yet.
-            forces: whether forces are wanted at each step that does not say otherwise.
-            stress: likewise.
-            level_of_theory: one of the model's; empty: its only one.
-            model: another than the client's.
             skin: Å around the cutoff within which the server keeps neighbours; 0: its own choice.
             timeout: seconds for each step, another than the client's.
+            asked: as of `predict`, for each step that does not say otherwise.
 
         Raises:
             InvalidStructure: one of the structures cannot be one; or there are none.
         """
-        wish = self._settings.wish(model, level_of_theory, forces=forces, stress=stress)
+        wish = self._settings.wish(asked)
         course = Course([as_structure(item) for item in each_structure(structures)], wish, skin)
         return Session(
             lambda: partial(self._connected().Session, metadata=self._token.headers()),

@@ -1,0 +1,337 @@
+"""How sure answers are, over a real port: spreads, intervals, domains, and what a model cannot tell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.io import read, write
+from tests.serve.conftest import Process, ask, molecule, running, write_tiny
+
+from equipot.cli.main import main
+from equipot.client import (
+    AsyncClient,
+    Client,
+    EquipotCalculator,
+    FailureReason,
+    InvalidRequest,
+    Predictions,
+    Uncertainty,
+)
+from equipot.model.batch import System
+from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.certainty import UncertaintyArrays
+from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
+
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server of an ensemble, its members alone, and a model that is calibrated but alone."""
+
+    process: Process
+
+    @property
+    def address(self) -> str:
+        return self.process.address
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("certainty")
+    bundles = [
+        write_tiny(home / "three", "three", seed=1, more_seeds=SEEDS[1:], uncertain=True),
+        write_tiny(home / "alone", "alone", seed=1, uncertain=True),
+        *(write_tiny(home / f"m{seed}", f"m{seed}", seed=seed) for seed in SEEDS),
+    ]
+    with running(*bundles, "--dtype", "float64", "--threads", 1, stderr=home / "log") as process:
+        yield Served(process)
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[Client]:
+    with Client(served.address, model="three") as client:
+        yield client
+
+
+def atoms_of(system: System) -> Atoms:
+    return Atoms(numbers=system.atomic_numbers, positions=system.positions, pbc=False)
+
+
+@pytest.fixture
+def frames() -> list[Atoms]:
+    return [atoms_of(molecule(seed, 4 + seed % 6)) for seed in range(3000, 3012)]
+
+
+def squeezed() -> Atoms:
+    return Atoms("OHH", [(0, 0, 0), (0.95, 0.1, 0), (0.1, 0.45, 0)])
+
+
+def close(actual: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0, err_msg: str = "") -> None:
+    assert actual is not None
+    assert expected is not None
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=err_msg)
+
+
+def known(found: Predictions) -> UncertaintyArrays:
+    assert found.uncertainty is not None
+    return found.uncertainty
+
+
+def test_the_ensemble_is_what_numpy_makes_of_its_members(client: Client, frames: list[Atoms]) -> None:
+    found = client.predict(frames, stress=False, uncertainty=True)
+    alone = [client.predict(frames, model=f"m{seed}") for seed in SEEDS]
+    energies = np.stack([one.energy for one in alone])
+    forces = np.stack([one.forces for one in alone if one.forces is not None])
+    certainty = known(found)
+    assert certainty.members == 3
+    assert certainty.not_available == ()
+    close(found.energy, energies.mean(0), rtol=1e-12)
+    close(found.forces, forces.mean(0), atol=1e-10)
+    close(certainty.energy_spread, energies.std(0), rtol=1e-6)
+    by_component = forces.std(0)
+    close(certainty.forces_spread, np.sqrt((by_component**2).sum(1)), rtol=1e-6)
+
+
+def test_intervals_are_the_card_s_quantiles_of_spreads(client: Client, frames: list[Atoms]) -> None:
+    found = client.predict(frames, uncertainty=Uncertainty(coverage=0.8))
+    certainty = known(found)
+    assert certainty.coverage == 0.8
+    level = client.model().card["uncertainty"]["calibration"]["by_level_of_theory"]["PBE"]
+    n_atoms = found.n_atoms
+    assert certainty.energy_spread is not None
+    assert certainty.forces_spread is not None
+    energy = (certainty.energy_spread / n_atoms + level["energy"]["offset"]) * level["energy"]["values"][79]
+    close(certainty.energy_interval, energy * n_atoms, rtol=1e-12)
+    forces = (certainty.forces_spread + level["forces"]["offset"]) * level["forces"]["values"][79]
+    close(certainty.forces_interval, forces, rtol=1e-12)
+    wider = known(client.predict(frames, uncertainty=Uncertainty(coverage=0.95)))
+    assert (np.asarray(wider.energy_interval) > np.asarray(certainty.energy_interval)).all()
+
+
+def test_who_does_not_ask_gets_the_same_numbers_and_nothing_more(served: Served, frames: list[Atoms]) -> None:
+    system = molecule(3000)
+    with grpc.insecure_channel(served.address) as channel:
+        stub = PotentialServiceStub(channel)
+        plain = stub.Predict(ask([system], model="three"), timeout=20)
+        asked = stub.Predict(ask([system], model="three", uncertainty=pb.UncertaintyOptions()), timeout=20)
+    assert not plain.HasField("uncertainty")
+    assert asked.uncertainty.coverage == 0.9
+    assert (plain.energy, plain.forces) == (asked.energy, asked.forces)
+
+
+def test_what_a_model_cannot_tell_is_named_and_no_error(client: Client, frames: list[Atoms]) -> None:
+    plain = client.predict(frames, model="m1", uncertainty=True)
+    assert not plain.failures
+    words = " ".join(known(plain).not_available)
+    assert "no ensemble" in words
+    assert "not calibrated" in words
+    assert "where its training ended" in words
+    one = plain[0].uncertainty
+    assert one is not None
+    assert (one.energy_spread, one.energy_interval, one.domain) == (None, None, None)
+    alone = known(client.predict(frames, model="alone", uncertainty=True))
+    assert alone.energy_spread is None
+    assert len(alone.not_available) == 1
+    assert alone.energy_interval is not None
+    assert np.ptp(alone.energy_interval / np.array([len(frame) for frame in frames])) < 1e-12
+    assert alone.domain_score is not None
+
+
+def test_energy_alone_has_no_spread_of_forces(client: Client, frames: list[Atoms]) -> None:
+    certainty = known(client.predict(frames, forces=False, uncertainty=True))
+    assert certainty.energy_spread is not None
+    assert certainty.energy_interval is not None
+    assert certainty.forces_spread is None
+    assert certainty.forces_interval is None
+
+
+def test_strange_structures_are_answered_flagged_or_refused_as_asked(
+    client: Client, served: Served, frames: list[Atoms]
+) -> None:
+    unknown = Atoms("Xe", [(0, 0, 0)])
+    broken = Atoms("H2", [(0, 0, 0), (np.nan, 0, 0)])
+    batch = [frames[0], squeezed(), unknown, broken, frames[1]]
+    before = served.process.sample("equipot_structures_outside_domain_total", model="three")
+    found = client.predict(batch, uncertainty=True)
+    assert [failure.index for failure in found.failures] == [2, 3]
+    certainty = known(found)
+    (outside,) = certainty.outside
+    assert outside.index == 1
+    assert outside.atom in (0, 1, 2)
+    assert "Å apart; the closest in training were" in outside.reason
+    assert np.isfinite(found.energy[1])
+    score = certainty.domain_score
+    assert score is not None
+    assert np.isnan(score[[2, 3]]).all()
+    assert (score[[0, 4]] <= 1).all()
+    assert score[1] >= 1
+    assert certainty.forces_spread is not None
+    assert len(certainty.forces_spread) == sum(map(len, batch))
+    assert np.isnan(certainty.forces_spread[-len(frames[1]) - 3 : -len(frames[1])]).all()
+    one = found[1].uncertainty
+    assert one is not None
+    assert one.domain is not None
+    assert one.domain.outside
+    assert one.domain.atom == outside.atom
+    inside = found[0].uncertainty
+    assert inside is not None
+    assert inside.domain is not None
+    assert not inside.domain.outside
+
+    strict = Uncertainty(refuse_outside=True)
+    refused = client.predict(batch, uncertainty=strict)
+    assert [failure.index for failure in refused.failures] == [1, 2, 3]
+    assert refused.failures[0].reason is FailureReason.OUTSIDE_DOMAIN
+    assert "closest in training" in refused.failures[0].message
+    assert np.isnan(refused.energy[1])
+    assert refused.energy[4] == found.energy[4]
+    assert known(refused).outside == ()
+    explained = client.explain(batch, uncertainty=strict)
+    assert [failure.index for failure in explained.failures] == [1, 2, 3]
+    after = served.process.sample("equipot_structures_outside_domain_total", model="three")
+    assert after == before + 2
+
+
+@pytest.mark.parametrize("coverage", [1.0, 0.995, -0.1, float("nan"), 1e9])
+def test_a_coverage_that_nothing_has_is_refused(client: Client, frames: list[Atoms], coverage: float) -> None:
+    with pytest.raises(InvalidRequest, match="coverage is") as caught:
+        client.predict(frames, uncertainty=Uncertainty(coverage=coverage))
+    assert caught.value.field == "uncertainty.coverage"
+
+
+def test_parts_and_clients_agree(served: Served, client: Client, frames: list[Atoms]) -> None:
+    batch = [*frames[:5], Atoms(), squeezed(), *frames[5:], squeezed()]
+    whole = client.predict(batch, uncertainty=True)
+    with Client(served.address, model="three", atoms_per_request=12) as small:
+        parts = small.predict(batch, uncertainty=True)
+        one_by_one = list(small.predict_iter(batch, uncertainty=True))
+
+    async def by_asyncio() -> Predictions:
+        async with AsyncClient(served.address, model="three") as other:
+            return await other.predict(batch, uncertainty=True)
+
+    first = known(whole)
+    for other in (parts, asyncio.run(by_asyncio())):
+        second = known(other)
+        for name in ("energy_spread", "forces_spread", "energy_interval", "forces_interval", "domain_score"):
+            close(getattr(second, name), getattr(first, name), rtol=1e-6, err_msg=name)
+        assert [(one.index, one.atom) for one in second.outside] == [
+            (one.index, one.atom) for one in first.outside
+        ]
+    assert [one.index for one in first.outside] == [6, 14]
+    flagged = [
+        index
+        for index, one in enumerate(one_by_one)
+        if one.uncertainty is not None
+        and one.uncertainty.domain is not None
+        and one.uncertainty.domain.outside
+    ]
+    assert flagged == [6, 14]
+
+
+def test_steps_of_a_session_tell_it_too(client: Client, frames: list[Atoms]) -> None:
+    atoms = frames[3]
+    with client.session(atoms, uncertainty=True) as session:
+        for shift in (0.0, 0.02, 0.04):
+            moved = atoms.copy()
+            moved.positions[0] += shift
+            step, call = (
+                known(session.predict(moved.positions)),
+                known(client.predict(moved, uncertainty=True)),
+            )
+            close(step.energy_spread, call.energy_spread, rtol=1e-6)
+            close(step.forces_interval, call.forces_interval, rtol=1e-6)
+            close(step.domain_score, call.domain_score, rtol=1e-6)
+        with_plain = session.predict(atoms.positions, forces=False)
+        assert known(with_plain).forces_spread is None
+    with client.session(atoms) as plain:
+        assert plain.predict(atoms.positions).uncertainty is None
+
+
+def test_a_relaxed_structure_is_told_where_it_came_to_rest(client: Client, frames: list[Atoms]) -> None:
+    found = client.relax([frames[0], squeezed()], steps=3, uncertainty=True)
+    for frame, one in zip([frames[0], squeezed()], found, strict=True):
+        rested = frame.copy()
+        rested.positions = one.positions
+        call = client.predict(rested, uncertainty=True)[0].uncertainty
+        assert one.uncertainty is not None
+        assert call is not None
+        assert one.uncertainty.energy_spread == pytest.approx(call.energy_spread, rel=1e-6)
+        close(one.uncertainty.forces_spread, call.forces_spread, rtol=1e-6)
+        assert one.uncertainty.domain is not None
+        assert call.domain is not None
+        assert one.uncertainty.domain.score == pytest.approx(call.domain.score, rel=1e-6)
+    assert client.relax([frames[0]], steps=1)[0].uncertainty is None
+    strict = client.relax([frames[0], squeezed()], steps=3, uncertainty=Uncertainty(refuse_outside=True))
+    assert strict[1].failure is not None
+    assert strict[1].failure.reason is FailureReason.OUTSIDE_DOMAIN
+
+
+def test_ase_s_calculator_keeps_it(served: Served, frames: list[Atoms]) -> None:
+    atoms, strange = frames[2].copy(), squeezed()
+    with EquipotCalculator(served.address, model="three", uncertainty=True) as calculator:
+        for _ in range(3):  # by a call, then by a session
+            atoms.positions[0, 0] += 0.01
+            atoms.calc = calculator
+            atoms.get_forces()
+            names = {"energy_spread", "energy_interval", "forces_spread", "forces_interval", "domain_score"}
+            assert names <= calculator.results.keys()
+            assert calculator.results["forces_spread"].shape == (len(atoms),)
+            assert "equipot_outside_domain" not in atoms.info
+        strange.calc = calculator
+        strange.get_potential_energy()
+        assert "Å apart" in strange.info["equipot_outside_domain"]
+        strange.positions = strange.positions * 4
+        strange.info["equipot_outside_domain"] = "of another geometry"
+        strange.get_potential_energy()
+        assert strange.info.get("equipot_outside_domain") != "of another geometry"
+    with EquipotCalculator(served.address, model="three") as plain:
+        atoms.calc = plain
+        atoms.get_potential_energy()
+        assert "energy_spread" not in plain.results
+
+
+def test_the_command_line_writes_and_lists_it(
+    served: Served, frames: list[Atoms], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in.extxyz", tmp_path / "out.extxyz"
+    write(source, [*frames[:3], squeezed()])
+    words = ["predict", str(source), "--address", served.address, "--out", str(out), "--model", "three"]
+    assert main([*words, "--uncertainty", "--coverage", "0.5"]) == 0
+    assert "outside the training domain: 1" in capsys.readouterr().out
+    written = read(out, ":")
+    with Client(served.address, model="three") as client:
+        expected = client.predict([*frames[:3], squeezed()], uncertainty=Uncertainty(coverage=0.5))
+    for frame, one in zip(written, expected, strict=True):
+        certainty = one.uncertainty
+        assert certainty is not None
+        assert certainty.domain is not None
+        assert frame.info["equipot_energy_spread"] == pytest.approx(certainty.energy_spread, rel=1e-6)
+        assert frame.info["equipot_energy_interval"] == pytest.approx(certainty.energy_interval, rel=1e-6)
+        close(frame.arrays["equipot_forces_interval"], certainty.forces_interval, rtol=1e-6, atol=1e-7)
+        assert ("equipot_outside_domain" in frame.info) == certainty.domain.outside
+    assert main(words) == 0
+    assert "equipot_energy_spread" not in read(out, 0).info
+    capsys.readouterr()
+    assert main([*words[:-1], "m1", "--uncertainty"]) == 0
+    assert "not available: spread: the model is one potential" in capsys.readouterr().out
+    assert main(["models", "--address", served.address]) == 0
+    listed = " ".join(capsys.readouterr().out.split())
+    assert "certain" in listed
+    with Client(served.address) as client:
+        infos = {info.name: info for info in client.models()}
+    assert (infos["three"].members, infos["three"].is_calibrated, infos["three"].has_domain) == (
+        3,
+        True,
+        True,
+    )
+    assert (infos["m1"].members, infos["m1"].is_calibrated, infos["m1"].has_domain) == (1, False, False)
