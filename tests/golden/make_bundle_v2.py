@@ -14,6 +14,7 @@ from equipot.model.batch import System, build_graph, build_graphs, collate
 from equipot.model.bundle import load_potential, load_uncertainty, member_prefix, read_card, write_bundle
 from equipot.model.config import ModelConfig
 from equipot.model.conformal import Calibration, LevelCalibration, quantiles_of
+from equipot.model.domain import Neighborhoods
 from equipot.model.ensemble import Ensemble
 from equipot.model.inference import FrozenPotential
 from equipot.model.potential import Potential
@@ -120,7 +121,7 @@ def predictions(bundle: Path, dtype: torch.dtype) -> dict[str, object]:
         "energy_spread": spread.energy.tolist(),
         "forces_spread": spread.forces.tolist(),
         "water_interval": float(quantiles.half_width(spread.energy.numpy()[:1] / 3, 0.9)[0]),
-        "scores": [verdict.score for verdict in known.domain(batch)],
+        "scores": [verdict.score for verdict in known.domain(Neighborhoods.of(batch, card.config.elements))],
     }
 
 

@@ -12,14 +12,14 @@ and takes a small part of what the network takes. Beside it stand the shortest d
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equipot.model.batch import SystemBatch
+from equipot.model.batch import Graph, SystemBatch
 from equipot.model.elements import symbol
 from equipot.model.errors import BundleError
 
@@ -36,6 +36,7 @@ SHORTEST_SHARE = 0.95
 
 _MOST_EDGES = 16_384
 _SOFT = 0.01
+_PER_CHANNEL = RADIAL + (RADIAL // 2) * (3 + 6)
 _TENSORS = ("channels", "mean", "whitening", "shortest", "seen")
 
 
@@ -81,9 +82,8 @@ class Domain:
     shortest: NDArray[np.float64]
     seen: NDArray[np.int64]
 
-    def __call__(self, batch: SystemBatch) -> list[Verdict]:
-        """A verdict for each structure of a batch on the CPU that holds known elements alone."""
-        hood = Neighborhoods.of(batch, self.elements)
+    def __call__(self, hood: "Neighborhoods") -> list[Verdict]:
+        """A verdict for each structure; all of known elements."""
         scores = self.scores(hood)
         first = np.searchsorted(hood.system_idx, np.arange(hood.n_systems + 1))
         found = []
@@ -113,7 +113,7 @@ class Domain:
         """(N,) of every atom."""
         off = describe(hood, self.cutoff, self.channels) - self.mean[hood.element_idx]
         scores = np.empty(len(off))
-        for k in np.unique(hood.element_idx):
+        for k in np.flatnonzero(np.bincount(hood.element_idx)).tolist():
             rows = hood.element_idx == k
             scores[rows] = np.linalg.norm(off[rows] @ self.whitening[k].T, axis=1)
         return scores
@@ -208,6 +208,21 @@ class Neighborhoods:
         numbers = np.searchsorted(np.array(elements), batch.atomic_numbers.numpy())
         return Neighborhoods(numbers, system_idx, batch.n_systems, vectors, senders, receivers)
 
+    @staticmethod
+    def of_graphs(graphs: Sequence[Graph], elements: tuple[int, ...]) -> "Neighborhoods":
+        """Those of graphs, of which there is at least one."""
+        n_atoms = np.array([graph.n_atoms for graph in graphs])
+        offsets = np.repeat(np.cumsum(n_atoms) - n_atoms, [graph.n_edges for graph in graphs])
+        numbers = np.concatenate([graph.system.atomic_numbers for graph in graphs])
+        return Neighborhoods(
+            element_idx=np.searchsorted(np.array(elements), numbers),
+            system_idx=np.repeat(np.arange(len(graphs)), n_atoms),
+            n_systems=len(graphs),
+            vectors=np.concatenate([graph.vectors() for graph in graphs]),
+            senders=np.concatenate([graph.senders for graph in graphs]) + offsets,
+            receivers=np.concatenate([graph.receivers for graph in graphs]) + offsets,
+        )
+
 
 def channel_count(n_elements: int) -> int:
     """How many channels so many elements have."""
@@ -221,9 +236,8 @@ def size_of(n_channels: int) -> int:
 
 def describe(hood: Neighborhoods, cutoff: float, channels: NDArray[np.float64]) -> NDArray[np.float64]:
     """(N, D) what the surroundings of each atom are like; see the module."""
-    n_atoms, n_channels = len(hood.element_idx), channels.shape[1]
-    half = RADIAL // 2
-    sums = np.zeros((n_atoms, n_channels * (RADIAL + half * (3 + 6))))
+    n_atoms, (n_elements, n_channels) = len(hood.element_idx), channels.shape
+    sums = np.zeros((n_atoms, n_channels, _PER_CHANNEL))
     # In parts that end with an atom, as edges times numbers would take much memory in one.
     ends = np.searchsorted(hood.receivers, np.arange(1, n_atoms + 1))
     start = atom = 0
@@ -232,39 +246,61 @@ def describe(hood: Neighborhoods, cutoff: float, channels: NDArray[np.float64]) 
         stop = int(ends[stop_atom - 1])
         if stop > start:
             part = slice(start, stop)
-            values = _of_edges(hood.vectors[part], channels[hood.element_idx[hood.senders[part]]], cutoff)
-            receivers = hood.receivers[part]
-            firsts = np.flatnonzero(np.diff(receivers, prepend=-1))
-            sums[receivers[firsts]] = np.add.reduceat(values, firsts, axis=0)
+            # By receiver and sender's element first: of these there are fewer than edges to be weighted.
+            pairs = hood.receivers[part] * n_elements + hood.element_idx[hood.senders[part]]
+            order = np.argsort(pairs, kind="stable")
+            pairs, firsts = _runs(pairs[order])
+            by_pair = np.add.reduceat(_of_edges(hood.vectors[part][order], cutoff), firsts, axis=0)
+            receivers, elements = np.divmod(pairs, n_elements)
+            by_pair = channels[elements][:, :, None] * by_pair[:, None, :]
+            receivers, firsts = _runs(receivers)
+            sums[receivers] = np.add.reduceat(by_pair, firsts, axis=0)
         start, atom = stop, stop_atom
-    plain, first, second = np.split(sums, np.cumsum([n_channels * RADIAL, n_channels * half * 3]), axis=1)
-    first = first.reshape(n_atoms, -1, 3)
-    second = second.reshape(n_atoms, -1, 6)
-    return np.concatenate(
-        [plain, np.sqrt((first**2).sum(-1) + _SOFT), np.sqrt((second**2).sum(-1) + _SOFT)], axis=1
-    )
-
-
-def _of_edges(
-    vectors: NDArray[np.float64], weights: NDArray[np.float64], cutoff: float
-) -> NDArray[np.float64]:
-    """What each neighbour adds to the sums: (E, C·(R + R/2·(3 + 6)))."""
-    lengths = np.linalg.norm(vectors, axis=1)
-    x = np.minimum(lengths / cutoff, 1.0)
-    radial = np.sin(np.pi * x[:, None] * np.arange(1, RADIAL + 1)) * ((1 - x**2) ** 3 / x)[:, None]
-    unit = vectors / lengths[:, None]
-    a, b, c = unit.T
-    r2 = math.sqrt(2)
-    # The six numbers of r̂r̂ − 1/3, of which those beside the diagonal stand for two.
-    tensor = np.stack(
-        [a * a - 1 / 3, b * b - 1 / 3, c * c - 1 / 3, r2 * a * b, r2 * a * c, r2 * b * c], axis=1
-    )
-    n, directed = len(x), (weights[:, :, None] * radial[:, None, : RADIAL // 2]).reshape(len(x), -1, 1)
+    plain, first, second = np.split(sums, [RADIAL, RADIAL + 3 * (RADIAL // 2)], axis=2)
     return np.concatenate(
         [
-            (weights[:, :, None] * radial[:, None, :]).reshape(n, -1),
-            (directed * unit[:, None, :]).reshape(n, -1),
-            (directed * tensor[:, None, :]).reshape(n, -1),
+            plain.reshape(n_atoms, -1),
+            _lengths(first.reshape(n_atoms, n_channels * (RADIAL // 2), 3)),
+            _lengths(second.reshape(n_atoms, n_channels * (RADIAL // 2), 6)),
         ],
         axis=1,
     )
+
+
+def _runs(ascending: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The values that come, and where each begins."""
+    firsts = np.flatnonzero(np.diff(ascending, prepend=-1))
+    return ascending[firsts], firsts
+
+
+def _lengths(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    squares: NDArray[np.float64] = (vectors * vectors).sum(-1)
+    return np.sqrt(squares + _SOFT)
+
+
+def _of_edges(vectors: NDArray[np.float64], cutoff: float) -> NDArray[np.float64]:
+    """What each neighbour adds to the sums of its channel, before weights: (E, R + R/2·(3 + 6))."""
+    n, half = len(vectors), RADIAL // 2
+    lengths = np.sqrt((vectors * vectors).sum(-1))
+    x = np.minimum(lengths / cutoff, 1.0)
+    found = np.empty((n, _PER_CHANNEL))
+    radial = found[:, :RADIAL]
+    radial[:, 0] = np.sin(np.pi * x)
+    twice_cos = 2 * np.cos(np.pi * x)
+    radial[:, 1] = twice_cos * radial[:, 0]
+    for k in range(2, RADIAL):
+        radial[:, k] = twice_cos * radial[:, k - 1] - radial[:, k - 2]
+    radial *= ((1 - x * x) ** 3 / x)[:, None]
+    unit = vectors / lengths[:, None]
+    a, b, c = unit.T
+    r2 = math.sqrt(2)
+    tensor = np.empty((n, 6))
+    # The six numbers of r̂r̂ − 1/3, of which those beside the diagonal stand for two.
+    for place, values in enumerate((a * a, b * b, c * c)):
+        tensor[:, place] = values - 1 / 3
+    for place, values in enumerate((a * b, a * c, b * c), 3):
+        tensor[:, place] = r2 * values
+    directed = radial[:, :half, None]
+    np.multiply(directed, unit[:, None, :], out=found[:, RADIAL : RADIAL + 3 * half].reshape(n, half, 3))
+    np.multiply(directed, tensor[:, None, :], out=found[:, RADIAL + 3 * half :].reshape(n, half, 6))
+    return found

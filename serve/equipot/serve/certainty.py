@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from equipot.model.batch import Graph, collate
+from equipot.model.batch import Graph
 from equipot.model.conformal import DEFAULT_COVERAGE, LevelCalibration, percent_of
-from equipot.model.domain import Domain, Verdict
+from equipot.model.domain import Domain, Neighborhoods, Verdict
 from equipot.model.uncertainty import Uncertainty
 from equipot.serve.engine import Result
 from equipot.serve.errors import Fault, InvalidRequest
@@ -67,7 +66,7 @@ def judged(prepared: Iterable[Graph | Fault], domain: Domain, *, refuse_outside:
     graphs = [(place, one) for place, one in enumerate(found) if isinstance(one, Graph)]
     if not graphs:
         return found
-    verdicts = domain(collate([graph for _, graph in graphs], dtype=torch.float64))
+    verdicts = domain(Neighborhoods.of_graphs([graph for _, graph in graphs], domain.elements))
     for (place, graph), verdict in zip(graphs, verdicts, strict=True):
         if verdict.outside and refuse_outside:
             found[place] = Fault(

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from equipot.cli.main import main
-from equipot.model.batch import System, build_graphs, collate
+from equipot.model.batch import System, build_graphs
 from equipot.model.bundle import load_potential, load_uncertainty, read_card
+from equipot.model.domain import Neighborhoods
 from equipot.train.dataset import Sizes
 from equipot.train.mix import Mix
 from equipot.train.store import Store
@@ -92,8 +93,8 @@ def test_squeezed_and_foreign_structures_are_outside(bundles: dict[str, Path], r
         System(numbers, squeezed, *nothing),
         System(np.array([6, 8, 8]), np.array([[0, 0, 0], [0, 0, 1.17], [0, 0, -1.17]]), *nothing),
     ]
-    batch = collate(build_graphs(systems, card.config.cutoff), dtype=torch.float64)
-    own, close, foreign = domain(batch)
+    graphs = build_graphs(systems, card.config.cutoff)
+    own, close, foreign = domain(Neighborhoods.of_graphs(graphs, card.config.elements))
     assert not own.outside
     assert close.outside
     assert close.atom in (0, 1)

@@ -107,7 +107,7 @@ def look_at(members: Members, domain: Domain | None, mix: Mix, sizes: Sizes, spl
         forces_spread = none.expand(systems.n_atoms)
         if spread is not None and spread.forces is not None:
             forces_spread = spread.forces.double()
-        verdicts = [] if domain is None else domain(systems)
+        verdicts = [] if domain is None else domain(hood)
         parts.append(
             Cases(
                 energy_error=torch.where(found.has_energy, found.energy.abs(), torch.nan).numpy(),
