@@ -22,7 +22,7 @@ from equipot.client.moving import fixed_of
 from equipot.client.relax import RelaxSettings, RelaxWords
 from equipot.client.results import ModelInfo
 from equipot.client.retry import Deadline
-from equipot.client.settings import Settings
+from equipot.client.settings import Asked, Settings
 from equipot.client.structures import StructuresLike, each_structure
 from equipot.wire.v1 import jobs_pb2 as jpb
 from equipot.wire.v1 import potential_pb2 as pb
@@ -98,7 +98,8 @@ class Jobs:
             Refused: another job has this id already.
         """
         settings = RelaxSettings(**how)
-        wish = self._line.settings.wish(model, level_of_theory, forces=True, stress=settings.cell != "fixed")
+        asked = Asked(model=model, level_of_theory=level_of_theory, stress=settings.cell != "fixed")
+        wish = self._line.settings.wish(asked)
         items = list(each_structure(structures))
         limits = self._line.model(wish.model).limits
         parts = cut(
