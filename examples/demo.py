@@ -64,7 +64,7 @@ def main() -> int:
 
     with serving(out / "bundle", out / "untrained", log=out / "server.log") as address:
         equipot("models", "--address", address)
-        equipot("predict", test, "--address", address, "--out", out / "predicted.extxyz")
+        equipot("predict", test, "--address", address, "--out", out / "predicted.extxyz", "--uncertainty")
         kept = report_accuracy(address, test, out)
         relax(address, out)
         run_dynamics(address, out)
@@ -72,8 +72,9 @@ def main() -> int:
     learning_curve = run / "learning-curve.png"
     print(f"\nDone in {time.monotonic() - started:.0f} s. Look at:")
     for what, where in {
-        "learning curve": learning_curve, "parity on untouched frames": out / "parity.png",
-        "energy conservation": out / "nve.png", "predictions": out / "predicted.extxyz",
+        "learning curve": learning_curve, "coverage of intervals": run / "reliability.png",
+        "parity on untouched frames": out / "parity.png", "energy conservation": out / "nve.png",
+        "predictions": out / "predicted.extxyz",
         "the bundle, ready to serve": out / "bundle",
     }.items():  # fmt: skip
         print(f"  {what:<28} {where}")
