@@ -273,7 +273,7 @@ def decode_floats(field: str, raw: bytes, shape: tuple[int, ...]) -> FloatArray:
     Raises:
         CodecError: another length.
     """
-    return _from_bytes(field, raw, np.float64, shape)
+    return array_from(field, raw, np.float64, shape)
 
 
 def encode_predictions(arrays: PredictionArrays, response: pb.PredictResponse) -> None:

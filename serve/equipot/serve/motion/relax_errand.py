@@ -57,7 +57,10 @@ class RelaxErrand:
         Raises:
             CallError: the request as a whole cannot be done.
         """
-        work = potential.understand(question(request, stress=request.cell in _CELLS), model, None)
+        asked = question(request, stress=request.cell in _CELLS)
+        if request.HasField("uncertainty"):
+            asked.uncertainty.CopyFrom(request.uncertainty)
+        work = potential.understand(asked, model, None)
         defaults = Relaxing()
         how = Relaxing(
             optimizer=_OPTIMIZERS.get(word(pb.Optimizer, "optimizer", request.optimizer), "fire"),
