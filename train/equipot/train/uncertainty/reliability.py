@@ -19,6 +19,7 @@ from equipot.train.uncertainty.measure import Coverage, Measured, coverage_of
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 SHOWN = (50, 80, 90, 95)
 """Percents of coverage that tables and cards name."""
@@ -88,5 +89,7 @@ def _compare(axes: Axes, title: str, spread: NDArray[np.float64], error: NDArray
     rms = [float(np.sqrt((error[part] ** 2).mean())) for part in bins]
     axes.plot([float(np.median(spread[part])) for part in bins], rms, "o-", label="RMS of a bin")
     axes.set(title=title, xlabel="spread", ylabel="|error|", xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())  # between powers of ten they lie over each other
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
