@@ -112,7 +112,7 @@ def of_depth(series: Sequence[DepthSeries], base: Family) -> Figure | None:
     if with_similarity:
         _similarity(axes[1:], with_similarity, series)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), len(axes)))
     return figure
 
 

@@ -50,7 +50,7 @@ def of_variable(fits: Fits, kind: tuple[str, ...]) -> Figure | None:
     if any(each.foretold for each in fits.of(kind)):
         handles.append(Line2D([], [], marker="*", color="grey", markeredgecolor="black", linestyle="none"))
         labels.append("held out, not fitted")
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), len(axes)))
     return figure
 
 

@@ -277,7 +277,7 @@ def _width_or_depth(series: DepthSeries) -> str:
     shallow, deep = series.depths[0], series.depths[-1]
     found = _over_depth(series, shallow, deep)
     if found is None or not found.significant:
-        return f"Neither width nor depth wins between {shallow} and {deep} layers."
+        return f"Width and depth are not told apart between {shallow} and {deep} layers."
     return f"{'Width' if found.ratio > 1 else 'Depth'} wins between {shallow} and {deep} layers."
 
 
