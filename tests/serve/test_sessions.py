@@ -26,9 +26,10 @@ from tests.serve.conftest import (
     running,
 )
 
-from equipot.client import EquipotCalculator
+from equipot.client import Client, EquipotCalculator
 from equipot.model.batch import System
 from equipot.serve.config import ServeConfig, SessionLimits
+from equipot.serve.dispatcher import Dispatcher
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import FloatArray, encode_structures
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -285,3 +286,31 @@ def test_a_calculator_goes_on_by_calls_where_no_session_is_to_be_had(bundles: Bu
             assert at.value("requests_total", outcome="ok") == 4
 
     run(test())
+
+
+def test_steps_of_an_only_caller_change_no_thread(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere: list[object] = []
+    hand_over = Dispatcher._run_elsewhere
+
+    def count(self: Dispatcher, batch: Any, *rest: Any) -> None:
+        elsewhere.append(batch)
+        hand_over(self, batch, *rest)
+
+    monkeypatch.setattr(Dispatcher, "_run_elsewhere", count)
+
+    def step(address: str) -> None:
+        atoms = molecule(1)
+        with (
+            Client(address) as client,
+            client.session({"atomic_numbers": atoms.atomic_numbers, "positions": atoms.positions}) as session,
+        ):
+            for number in range(40):
+                session.predict(atoms.positions + 1e-3 * number)
+
+    async def test() -> None:
+        config = ServeConfig(bundles=(bundles.tiny,), port=0, metrics_port=None, threads=1)
+        async with inside(config) as at:
+            await asyncio.to_thread(step, at.address)
+
+    run(test())
+    assert len(elsewhere) < 20

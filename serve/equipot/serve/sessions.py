@@ -99,9 +99,11 @@ class SessionServicer:
                         raise InvalidRequest("a session that is open takes steps alone", field="step")
                     self._dispatcher.entered()
                     try:
-                        yield await self._step(opened, request.step, context)
+                        reply = await self._step(opened, request.step, context)
                     finally:
+                        # Not once it is written: the next step may be here by then, as if it were another's.
                         self._dispatcher.left()
+                    yield reply
         finally:
             self._count -= 1
             self._metrics.sessions.dec()
