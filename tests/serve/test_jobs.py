@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import signal
 import threading
 import time
@@ -15,44 +13,15 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.serve.conftest import Bundles, Process, arrays, crystal, inside, molecule, running
+from tests.serve.conftest import Bundles, Process, crystal, molecule, running
+from tests.serve.job_helpers import get, part, positions, results
 
-from equipot.model.batch import System
-from equipot.serve.config import ServeConfig
-from equipot.serve.jobs.kinds import TOKEN_STEPS
-from equipot.serve.jobs.settings import JobSettings
 from equipot.wire.v1 import jobs_pb2 as jpb
 from equipot.wire.v1 import potential_pb2 as pb
-from equipot.wire.v1.codec import encode_structures
 from equipot.wire.v1.jobs_pb2_grpc import JobServiceStub
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 ENDLESS: dict[str, Any] = {"fmax": 1e-12, "max_steps": 100_000}
-
-
-def part(name: str, systems: list[System], *, start: int = 0, last: bool = True, **fields: Any) -> Any:
-    words = {"model": "tiny", "fmax": 0.02, "max_steps": 40, **fields}
-    structures = encode_structures(arrays(systems)) if systems else pb.Structures()
-    relax = pb.RelaxRequest(structures=structures, **words)
-    return jpb.SubmitJobRequest(id=name, start=start, last=last, relax=relax)
-
-
-def results(replies: Any) -> dict[int, jpb.JobResult]:
-    """By index: each once, and numbered one after the other."""
-    found: dict[int, jpb.JobResult] = {}
-    numbers = []
-    for reply in replies:
-        if reply.HasField("result"):
-            assert reply.result.index not in found
-            found[reply.result.index] = reply.result
-            numbers.append(reply.result.number)
-    if numbers:
-        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    return found
-
-
-def positions(result: jpb.JobResult) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.frombuffer(result.relaxed.positions)
 
 
 def refusal(call: Any, request: Any, **words: Any) -> tuple[grpc.StatusCode, str]:
@@ -72,10 +41,6 @@ def until(condition: Any, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(0.05)
-
-
-def get(name: str) -> jpb.GetJobRequest:
-    return jpb.GetJobRequest(id=name)
 
 
 def attach(stub: JobServiceStub, name: str, **words: Any) -> Any:
@@ -331,46 +296,6 @@ class TestIdentities:
 def stopped(server: Process, number: signal.Signals) -> None:
     server.popen.send_signal(number)
     server.popen.wait(timeout=30)
-
-
-def test_a_server_that_drains_goes_on_later(bundles: Bundles, tmp_path: Path) -> None:
-    systems = [molecule(seed, 3 + seed % 9) for seed in range(30)]
-    jobs = JobSettings(folder=tmp_path / "jobs", save_seconds=0.2)
-    config = ServeConfig(
-        bundles=(bundles.tiny,), port=0, metrics_port=None, dtype="float64", threads=1, jobs=jobs
-    )
-
-    async def first() -> float:
-        async with inside(config) as at, grpc.aio.insecure_channel(at.address) as channel:
-            stub: Any = JobServiceStub(channel)
-            await stub.SubmitJob(part("long", systems, fmax=1e-3, max_steps=400))
-            await at.until(lambda: at.value("job_structures_total") >= 3)
-            waiting = asyncio.create_task(stub.AttachJob(jpb.AttachJobRequest(id="long", after=1)).read())
-            await at.server.drain(20.0)
-            with contextlib.suppress(grpc.RpcError):
-                await waiting
-            return at.value("structures_total", outcome="ok")
-
-    async def second() -> tuple[dict[int, jpb.JobResult], dict[int, jpb.JobResult], float, float]:
-        async with inside(config) as at, grpc.aio.insecure_channel(at.address) as channel:
-            stub: Any = JobServiceStub(channel)
-            before = (await stub.GetJob(get("long"))).n_done
-            assert 3 <= before < 30
-            found = results([reply async for reply in stub.AttachJob(jpb.AttachJobRequest(id="long"))])
-            late = at.value("structures_total", outcome="ok")
-            await stub.SubmitJob(part("whole", systems, fmax=1e-3, max_steps=400))
-            whole = results([reply async for reply in stub.AttachJob(jpb.AttachJobRequest(id="whole"))])
-            return found, whole, late, at.value("structures_total", outcome="ok") - late
-
-    early = asyncio.run(asyncio.wait_for(first(), 60))
-    found, expected, late, whole = asyncio.run(asyncio.wait_for(second(), 60))
-    assert sorted(found) == sorted(expected) == list(range(30))
-    for index, result in found.items():
-        assert result.relaxed.steps == expected[index].relaxed.steps
-        np.testing.assert_allclose(positions(result), positions(expected[index]), atol=1e-6)
-    # At most the steps since the last token are taken again.
-    assert late < whole
-    assert early + late < whole + 30 * TOKEN_STEPS
 
 
 @pytest.mark.slow

@@ -112,6 +112,12 @@ class Run:
         left = self.record.n_structures - self.record.n_done
         return left * (time.monotonic() - begun) / done if done else 0.0
 
+    def has_failed(self) -> bool:
+        """Notes that the server failed on it; returns whether it is to be given up."""
+        self.failed += 1
+        self.pause(RETRY_FAILED, "the server failed on it; its log has the reason")
+        return self.failed >= MOST_FAILED
+
     def pause(self, seconds: float, reason: str) -> None:
         """Tries again so much later."""
         self.not_before = time.monotonic() + seconds
@@ -203,6 +209,26 @@ class Runner:
         self._drop(key)
         self.desk.changed(key)
         return record
+
+    async def delete(self, key: int) -> None:
+        """Stops a job and forgets it.
+
+        Raises:
+            StoreError: that cannot be written now.
+        """
+        run = self._runs.get(key)
+        if run is not None:
+            run.pause(math.inf, "it is being deleted")
+            await _stopped(run.lanes)
+            self.desk.forget(key)
+        try:
+            await self.desk.do(self._store.delete, key)
+        except StoreError as error:
+            if run is not None:
+                run.pause(RETRY_FAILED, str(error))
+            raise
+        self._drop(key)
+        self.desk.changed(key)
 
     async def close(self) -> None:
         """Stops everything where it is, to be gone on with at the next start."""
@@ -302,6 +328,14 @@ class Runner:
         except StoreDamaged as error:
             await self.end(key, JobState.FAILED, str(error))
             return
+        except StoreError:
+            raise
+        except Exception:
+            # One job that cannot be read must not hold up the others.
+            logger.exception("job %s cannot be gone on with", run.record.id)
+            if run.has_failed():
+                await self.end(key, JobState.FAILED, run.reason)
+            return
         if chunk is None or key not in self._runs:
             return
         run.reason = ""
@@ -327,26 +361,33 @@ class Runner:
         ended: set[int] = set()
         ways: dict[int, bytes] = {}
         atoms = structures = 0
-        while (piece := await self._next_piece(run)) is not None:
-            atoms, structures = atoms + piece.n_atoms, structures + piece.n_structures
-            if pieces and (atoms > run.chunk_atoms or structures > CHUNK_STRUCTURES):
-                run.peeked = piece
-                break
-            at_end = await self.desk.do(self._store.ends, key, piece)
-            if len(at_end) < piece.n_structures:
-                ended |= at_end
-                ways.update(await self.desk.do(self._store.walks, key, piece))
-                pieces.append(piece)
-        if not pieces:
-            return None
-        return await asyncio.to_thread(kinds.chunk_of, run.settings, pieces, ended, ways)
+        taken: list[int] = []
+        try:
+            while (piece := await self._next_piece(run)) is not None:
+                atoms, structures = atoms + piece.n_atoms, structures + piece.n_structures
+                if pieces and (atoms > run.chunk_atoms or structures > CHUNK_STRUCTURES):
+                    run.peeked = piece
+                    break
+                taken.append(piece.first)
+                at_end = await self.desk.do(self._store.ends, key, piece)
+                if len(at_end) < piece.n_structures:
+                    ended |= at_end
+                    ways.update(await self.desk.do(self._store.walks, key, piece))
+                    pieces.append(piece)
+            if not pieces:
+                return None
+            return await asyncio.to_thread(kinds.chunk_of, run.settings, pieces, ended, ways)
+        except BaseException:
+            run.again.extend(taken)
+            raise
 
     async def _next_piece(self, run: Run) -> Piece | None:
         piece: Piece | None = None
         if run.peeked is not None:
             piece, run.peeked = run.peeked, None
         elif run.again:
-            piece = await self.desk.do(self._store.next_piece, run.record.key, run.again.pop(0))
+            piece = await self.desk.do(self._store.next_piece, run.record.key, run.again[0])
+            del run.again[0]
         elif run.next is not None:
             piece = await self.desk.do(self._store.next_piece, run.record.key, run.next)
             run.next = None if piece is None else piece.first + piece.n_structures
@@ -379,9 +420,7 @@ class Runner:
             failure = error.message
         except Exception:
             logger.exception("job %s failed on %d structures", record.id, len(chunk.places))
-            run.failed += 1
-            run.pause(RETRY_FAILED, "the server failed on it; its log has the reason")
-            if run.failed >= MOST_FAILED:
+            if run.has_failed():
                 failure = run.reason
         finally:
             run.moving -= chunk.n_atoms

@@ -202,9 +202,10 @@ class JobServicer:
     async def DeleteJob(self, request: jpb.DeleteJobRequest, context: Context) -> jpb.DeleteJobResponse:
         """Ends and forgets a job."""
         record = await self._own(request.id)
-        await self._end(record)
-        await self._read(self._store.delete, record.key)
-        self._desk.changed(record.key)
+        try:
+            await self._runner.delete(record.key)
+        except StoreError as error:
+            raise _understood(error) from error
         return jpb.DeleteJobResponse()
 
     async def attach(
