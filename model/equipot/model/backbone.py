@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from equipot.model.config import ModelConfig
 from equipot.model.geometry import Edges
 from equipot.model.heads import ForceHead
+from equipot.model.norm import LayerNorm
 from equipot.model.residual import layer_input
 
 RunLayer = Callable[[nn.Module, Tensor, Edges], Tensor]
@@ -46,3 +47,17 @@ class Backbone(nn.Module):
         for layer in layers:
             h = self.run_layer(layer, layer_input(self._config, h, first), edges)
         return h
+
+
+class Stack(Backbone):
+    """Layers one after the other, and a normalisation."""
+
+    def __init__(self, config: ModelConfig, layers: Iterable[nn.Module]) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(layers)
+        self.norm = LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
+
+    def forward(self, h: Tensor, edges: Edges) -> Tensor:
+        """Features (N, H) in the edges' dtype from embeddings (N, H)."""
+        out: Tensor = self.norm(self.run_layers(self.layers, h, edges).to(edges.radial.dtype))
+        return out

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equipot.model.backbone import Backbone
+from equipot.model.backbone import Stack
 from equipot.model.config import MessageForm, ModelConfig
 from equipot.model.geometry import Edges
 from equipot.model.messages import MessageSum
@@ -58,20 +58,11 @@ class EGNNLayer(nn.Module):
         return nullcontext() if leave else computed_again((tensor, recipe))
 
 
-class EGNN(Backbone):
+class EGNN(Stack):
     """A stack of layers."""
 
     has_forms: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(
-            EGNNLayer(config, form, place) for place, form in enumerate(config.message_forms)
-        )
-        self.norm = LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
-
-    def forward(self, h: Tensor, edges: Edges) -> Tensor:
-        """Features (N, H) in the edges' dtype from embeddings (N, H)."""
-        h = self.run_layers(self.layers, h, edges)
-        out: Tensor = self.norm(h.to(edges.radial.dtype))
-        return out
+        forms = enumerate(config.message_forms)
+        super().__init__(config, (EGNNLayer(config, form, place) for place, form in forms))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equipot.model.backbone import Backbone
+from equipot.model.backbone import Stack
 from equipot.model.config import ModelConfig
 from equipot.model.geometry import Edges
 from equipot.model.harmonics import SIZES, harmonics
@@ -95,7 +95,7 @@ class MomentForces(nn.Module):
         return forces.gather(-1, level.view(-1, 1, 1).expand(-1, 3, 1)).squeeze(-1).to(directions.dtype)
 
 
-class MomentsBackbone(Backbone):
+class MomentsBackbone(Stack):
     """A stack of layers."""
 
     reads_directions: ClassVar[bool] = True
@@ -103,9 +103,7 @@ class MomentsBackbone(Backbone):
     force_head: ClassVar[type[nn.Module]] = MomentForces
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(MomentsLayer(config, place) for place in range(config.layers))
-        self.norm = LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
+        super().__init__(config, (MomentsLayer(config, place) for place in range(config.layers)))
         # The root keeps a sum of n independent messages at the size of one.
         self.scale = config.mean_neighbors**-0.5
 
@@ -114,9 +112,7 @@ class MomentsBackbone(Backbone):
         assert edges.directions is not None
         slots = slots_of(edges.receivers, edges.n_atoms)
         inner = _in_slots(edges, slots, harmonics(edges.directions) * self.scale)
-        h = self.run_layers(self.layers, h[slots.order], inner)
-        out: Tensor = self.norm(h.to(edges.radial.dtype))
-        return out[_inverse(slots.order)]
+        return super().forward(h[slots.order], inner)[_inverse(slots.order)]
 
 
 def _in_slots(edges: Edges, slots: Slots, angular: Tensor) -> Edges:

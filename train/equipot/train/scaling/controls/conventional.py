@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.nn import GATConv, GCNConv
 
-from equipot.model.backbone import Backbone
+from equipot.model.backbone import Stack
 from equipot.model.config import ModelConfig
 from equipot.model.geometry import Edges, sum_by_index
 from equipot.model.norm import LayerNorm
@@ -80,27 +80,15 @@ def _with_selves(edges: Edges) -> Tensor:
     return torch.stack([torch.cat([edges.senders, own]), torch.cat([edges.receivers, own])])
 
 
-class _Stack(Backbone):
-    layer: type[ConvolutionLayer]
+class GCNBackbone(Stack):
+    """A stack of layers."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(self.layer(config, place) for place in range(config.layers))
-        self.norm = LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
-
-    def forward(self, h: Tensor, edges: Edges) -> Tensor:
-        """Features (N, H) in the edges' dtype from embeddings (N, H)."""
-        out: Tensor = self.norm(self.run_layers(self.layers, h, edges).to(edges.radial.dtype))
-        return out
+        super().__init__(config, (GCNLayer(config, place) for place in range(config.layers)))
 
 
-class GCNBackbone(_Stack):
+class GATBackbone(Stack):
     """A stack of layers."""
 
-    layer = GCNLayer
-
-
-class GATBackbone(_Stack):
-    """A stack of layers."""
-
-    layer = GATLayer
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, (GATLayer(config, place) for place in range(config.layers)))

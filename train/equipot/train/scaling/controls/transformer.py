@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equipot.model.backbone import Backbone
+from equipot.model.backbone import Stack
 from equipot.model.config import ModelConfig
 from equipot.model.geometry import Edges, sum_by_index
 from equipot.model.norm import LayerNorm
@@ -67,15 +67,8 @@ class TransformerLayer(nn.Module):
         return out
 
 
-class TransformerBackbone(Backbone):
+class TransformerBackbone(Stack):
     """A stack of layers."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(TransformerLayer(config, place) for place in range(config.layers))
-        self.norm = LayerNorm(config.width) if config.normalisation == "layer" else nn.Identity()
-
-    def forward(self, h: Tensor, edges: Edges) -> Tensor:
-        """Features (N, H) in the edges' dtype from embeddings (N, H)."""
-        out: Tensor = self.norm(self.run_layers(self.layers, h, edges).to(edges.radial.dtype))
-        return out
+        super().__init__(config, (TransformerLayer(config, place) for place in range(config.layers)))
