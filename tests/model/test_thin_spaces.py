@@ -25,6 +25,8 @@ def atoms(far: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> NDArray[np.float
     [
         (atoms(), np.diag([1e6, 9.6, 9.6]), ALL, "cell"),
         (atoms(), np.diag([2000.0, 2000.0, 5.0]), ALL, "cell"),
+        # Long vectors, nearly parallel: between two faces there is next to nothing.
+        (atoms(), np.array([[8.5, 1000.0, 0.0], [0.0, 480.0, 0.0], [0.0, 0.0, 6e5]]), ALL, "cell"),
         (atoms((0.0, 0.0, 1e6)), np.zeros((3, 3)), NONE, "positions"),
         (atoms((0.0, 0.0, 1e6)), np.diag([9.6, 9.6, 0.0]), np.array([True, True, False]), "cell"),
     ],

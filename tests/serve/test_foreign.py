@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -240,6 +242,26 @@ def test_charge_and_spin_are_passed_on_or_refused_and_never_lost(spec: Calculato
             ]
     finally:
         there.close()
+
+
+def test_a_calculator_that_hangs_is_ended_with_the_server_and_nobody_is_told_it_is_the_structure() -> None:
+    there = engine(CalculatorSpec(calculator=f"{ODD}:Moody", time_limit=500.0))
+    caught: list[Exception] = []
+
+    def compute() -> None:
+        try:
+            answers(there, [system(Atoms("He"))])
+        except NotReady as error:
+            caught.append(error)
+
+    waiting = threading.Thread(target=compute)
+    waiting.start()
+    time.sleep(0.5)
+    there.close()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert len(caught) == 1
+    there.close()
 
 
 def test_the_digest_is_of_what_decides_the_numbers() -> None:

@@ -22,6 +22,7 @@ from equipot.serve import hosts as hosts_module
 from equipot.serve import rank
 from equipot.serve.config import ServeConfig, Workers
 from equipot.serve.errors import ServeError
+from equipot.serve.free import free_port
 from equipot.serve.hosts import Hosts
 from equipot.serve.repository.settings import RepositorySettings
 from equipot.serve.wire import Wire, WireError, read_key
@@ -55,13 +56,6 @@ def connected() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one = socket.create_connection(listener.getsockname())
         return one, listener.accept()[0]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def ranks_of(pid: int) -> list[psutil.Process]:

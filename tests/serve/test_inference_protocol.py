@@ -222,6 +222,9 @@ class TestMetadata:
         assert inputs["positions"] == ("FP64", [-1, 3])
         assert {one.name for one in model.outputs} == {"energy", "forces", "error"}
         assert model.properties["levels_of_theory"] == "PBE, B3LYP"
+        (version,) = model.versions
+        again = oip_stub.ModelMetadata(oip.ModelMetadataRequest(name="direct", version=version))
+        assert again == model
 
     def test_readiness(self, oip_stub: GRPCInferenceServiceStub) -> None:
         assert oip_stub.ServerLive(oip.ServerLiveRequest()).live

@@ -16,7 +16,8 @@ import pytest
 
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import InvalidRequest, ServeError
-from equipot.serve.mii_front.server import check_plain, client, free_port
+from equipot.serve.free import free_port
+from equipot.serve.mii_front.server import check_plain, client
 from equipot.serve.mii_front.texts import request_of
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import decode_structures

@@ -86,6 +86,21 @@ def test_requests_at_once(events: list[bool], most: int) -> None:
             running += 1
 
 
+def test_what_is_held_open_has_a_bound_of_its_own() -> None:
+    account = Account("ann", Allowance(concurrent_requests=1, concurrent_streams=1), now=0.0)
+    account.begin(now=0.0, of_many=True)
+    account.begin(now=0.0)
+    with pytest.raises(OverQuota, match="1 concurrent streams"):
+        account.begin(now=0.0, of_many=True)
+    with pytest.raises(OverQuota, match="1 concurrent requests"):
+        account.begin(now=0.0)
+    account.end()
+    assert not account.is_idle(now=0.0)
+    account.end(of_many=True)
+    assert account.is_idle(now=0.0)
+    account.begin(now=0.0, of_many=True)
+
+
 def test_a_refused_request_costs_nothing() -> None:
     account = Account(
         "ann", Allowance(requests_per_second=1.0, atoms_per_second=1.0, burst_seconds=5.0), now=0.0

@@ -23,8 +23,8 @@ from grpc_status import rpc_status
 from equipot.client import Client
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
+from equipot.serve.free import free_port
 from equipot.serve.ray_app import local
-from equipot.serve.ray_app.free import free_port
 from equipot.serve.ray_app.scaling import ByOpenEdges
 from equipot.serve.ray_app.settings import RaySettings, split
 from equipot.wire.v1 import potential_pb2 as pb

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import grpc
@@ -22,6 +23,8 @@ from tests.serve.repository_helpers import put, serving
 from equipot.serve.errors import ServeError
 from equipot.serve.repository.settings import Preload, RepositorySettings
 from equipot.serve.repository.versions import is_version, order
+from equipot.wire.inference import open_inference_pb2 as oip
+from equipot.wire.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from equipot.wire.v1 import potential_pb2 as pb
 
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -308,6 +311,24 @@ class TestMemory:
                 assert await fetch("tiny") == "3"
                 assert await fetch("tiny@2") == "2"
                 assert await in_memory() == {"2", "3"}
+
+        run(test())
+
+    def test_whoever_waits_by_the_inference_protocol_has_it_loaded(self, model: Path) -> None:
+        async def test() -> None:
+            async with (
+                serving(model.parent, preload=Preload.NONE) as there,
+                grpc.aio.insecure_channel(there.inside.address) as channel,
+            ):
+                stub: Any = GRPCInferenceServiceStub(channel)
+                asked, polls = oip.ModelReadyRequest(name="tiny", version="1"), 1
+                while not (await stub.ModelReady(asked)).ready:
+                    polls += 1
+                    await asyncio.sleep(0.02)
+                assert polls > 1
+                assert await there.version("tiny@1") == "1"
+                metadata = await stub.ModelMetadata(oip.ModelMetadataRequest(name="tiny"))
+                assert set(metadata.versions) == {"1", "2"}
 
         run(test())
 

@@ -38,6 +38,7 @@ from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 ONCE = RetryPolicy(attempts=1)
 ANN, BOB, ROOT = "ann-" + "a" * 20, "bob-" + "b" * 20, "root-" + "c" * 20
 PACED, SINGLE, MOVER = "paced-" + "d" * 20, "single-" + "e" * 20, "mover-" + "f" * 20
+SAVER = "saver-" + "g" * 20
 LIMITS = """
 [default]
 requests_per_second = 0.001
@@ -53,8 +54,13 @@ burst_seconds = 1
 requests_per_second = 2
 burst_seconds = 1
 
+[identities.saver]
+atoms_per_second = 0.01
+burst_seconds = 600
+
 [identities.single]
 concurrent_requests = 1
+concurrent_streams = 1
 
 [identities.bob]
 atoms_per_second = 0.5
@@ -69,7 +75,7 @@ def tokens_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokens") / "tokens"
     path.write_text(
         f"# who may call\nann: {ANN}\nbob: {BOB}\nroot: {ROOT}\npaced: {PACED}\nsingle: {SINGLE}\n"
-        f"mover: {MOVER}\n"
+        f"mover: {MOVER}\nsaver: {SAVER}\n"
     )
     return path
 
@@ -340,6 +346,19 @@ def test_each_step_of_a_session_counts(guarded: Process) -> None:
         assert time.monotonic() - begun > 1.0
 
 
+def test_a_session_is_charged_for_its_steps_and_not_for_being_opened(guarded: Process) -> None:
+    structure = Structure(molecule(1).atomic_numbers, molecule(1).positions)
+    with (
+        Client(guarded.address, token=SAVER, retry=ONCE) as client,
+        client.session(structure) as session,
+    ):
+        # Just what there is, six atoms; then what anything left is good for; then the debt must be paid.
+        session.predict(molecule(1).positions)
+        session.predict(molecule(1).positions)
+        with pytest.raises(LimitExceeded, match="atoms per second"):
+            session.predict(molecule(1).positions)
+
+
 def test_each_step_of_a_relaxation_counts(guarded: Process, stub: PotentialServiceStub) -> None:
     begun = time.monotonic()
     structures = ask([molecule(1)]).structures
@@ -361,12 +380,16 @@ def test_calls_at_once_of_one_identity(guarded: Process, stub: PotentialServiceS
     with Client(guarded.address, token=SINGLE, retry=ONCE) as client:
         with client.session(structure) as session:
             session.predict(molecule(1).positions)
-            error = refused(stub, bearer(SINGLE))
-            assert "single may have 1 concurrent requests" in error.details()
-            assert details(error, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 250
+            # A session that is held leaves the requests alone, and lets no second one be opened.
+            client.predict(structure)
+            with (
+                pytest.raises(LimitExceeded, match="single may have 1 concurrent streams"),
+                client.session(structure) as another,
+            ):
+                another.predict(molecule(1).positions)
         # Counted no longer, once the session has ended.
-        with Client(guarded.address, token=SINGLE) as patient:
-            patient.predict(structure)
+        with Client(guarded.address, token=SINGLE) as patient, patient.session(structure) as session:
+            session.predict(molecule(1).positions)
 
 
 def test_ids_are_kept_or_made(guarded: Process, stub: PotentialServiceStub) -> None:

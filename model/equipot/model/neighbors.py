@@ -94,10 +94,12 @@ def check_searchable(
     if not len(positions):
         return
     lengths = np.where(pbc, np.sqrt((cell * cell).sum(axis=1)), np.ptp(positions, axis=0))
-    cells = np.maximum(lengths / cutoff, 1.0) + 1.0
-    total = float(cells.prod())
+    total = float((np.maximum(lengths / cutoff, 1.0) + 1.0).prod())
+    if total <= MOST_CELLS:
+        return
     # Too many cells are made larger, all directions alike: each must have some left.
-    if total <= MOST_CELLS or float(cells.min()) * (MOST_CELLS / total) ** (1.0 / 3.0) >= 3.0:
+    fewest = max(float(_least_widths(lengths, cell, pbc).min()) / cutoff, 1.0) + 1.0
+    if fewest * (MOST_CELLS / total) ** (1.0 / 3.0) >= 3.0:
         return
     raise StructureError(
         field="cell" if pbc.any() else "positions",
@@ -105,6 +107,20 @@ def check_searchable(
         f" to be searched for neighbours within {cutoff:g} Å",
         remedy="leave out atoms that are far away, or shorten the vacuum",
     )
+
+
+def _least_widths(
+    lengths: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """(3,) Å that a space has at least across each direction: of a skewed cell far less than its vectors."""
+    widths = lengths.copy()
+    periodic = cell[pbc]
+    # An open direction is measured at right angles to the periodic ones, which need not be its axis.
+    widths[~pbc & (periodic != 0.0).any(axis=0)] = 0.0
+    if len(periodic):
+        # Columns of the pseudo-inverse are the reciprocal vectors: one over the distances between faces.
+        widths[pbc] = 1.0 / np.linalg.norm(np.linalg.pinv(periodic), axis=0)
+    return widths
 
 
 def brute_force_neighbor_list(

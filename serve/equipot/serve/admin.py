@@ -11,7 +11,15 @@ from google.protobuf.message import Message
 
 from equipot.serve.call import current_call
 from equipot.serve.config import RequestLimits
-from equipot.serve.errors import Forbidden, InvalidRequest, NotPossible, NotReady, NotServed, ServeError
+from equipot.serve.errors import (
+    RETRY_STARTING,
+    Forbidden,
+    InvalidRequest,
+    NotPossible,
+    NotReady,
+    NotServed,
+    ServeError,
+)
 from equipot.serve.registry import Registry, Slot
 from equipot.serve.repository.keeper import Keeper, UnknownModelError
 from equipot.serve.repository.labels import LabelError, check
@@ -23,9 +31,6 @@ SERVICE = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
 
 ANYONE = "*"
 """In place of identities: whoever reaches the port."""
-
-RETRY_STARTING = 2.0
-"""Seconds after which a server that loads may be ready."""
 
 RequestT = TypeVar("RequestT", bound=Message)
 

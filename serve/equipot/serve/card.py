@@ -11,6 +11,7 @@ from typing import Literal
 from equipot.model.card import BundleCard, read_card
 
 ForceMode = Literal["conservative", "direct", "unknown", "none"]
+NO_FORCES: ForceMode = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class ModelCard:
     @property
     def has_forces(self) -> bool:
         """Whether it gives forces."""
-        return self.force_mode != "none"
+        return self.force_mode != NO_FORCES
 
     @classmethod
     def of_bundle(cls, card: BundleCard, text: str = "") -> ModelCard:

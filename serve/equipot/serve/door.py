@@ -172,7 +172,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
                     call.outcome = "cancelled"
                 raise
             finally:
-                self._end(call, account)
+                self._end(call, account, of_many=True)
 
         return answer
 
@@ -195,8 +195,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         call.account = account
         return account
 
-    def _end(self, call: Call, account: Account) -> None:
-        account.end()
+    def _end(self, call: Call, account: Account, *, of_many: bool = False) -> None:
+        account.end(of_many=of_many)
         call.seconds = time.monotonic() - call.started
         # Once the answer has left: noting it is not what the caller waits for.
         asyncio.get_running_loop().call_soon(self._note, call)

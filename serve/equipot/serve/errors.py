@@ -17,6 +17,10 @@ FaultReason = Literal[
 ]
 
 
+RETRY_STARTING = 2.0
+"""Seconds after which a server that loads may be ready."""
+
+
 class ServeError(RuntimeError):
     """The server cannot start as asked; the message is for the operator."""
 

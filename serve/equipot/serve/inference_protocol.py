@@ -12,6 +12,7 @@ from collections.abc import Callable
 import grpc
 from google.protobuf.message import Message
 
+from equipot.serve.card import NO_FORCES
 from equipot.serve.errors import InvalidRequest, NotReady
 from equipot.serve.servicer import PotentialServicer
 from equipot.serve.status import Context, guarded
@@ -42,12 +43,16 @@ class InferenceServicer:
         return oip.ServerReadyResponse(ready=self._ready())
 
     async def ModelReady(self, request: oip.ModelReadyRequest, context: Context) -> oip.ModelReadyResponse:
-        """Whether this model answers now; one that is not served here is an error."""
+        """Whether this model answers now; one that is not served here is an error.
+
+        One that is not in memory is loaded from now on: who waits for it here would else wait for ever.
+        """
         try:
-            model = await self._model(request.name, request.version, context)
+            wanted = pb.PredictRequest(model=_address(request.name, request.version))
+            self._potential.find(wanted, context).engine.check_ready()
         except NotReady:
             return oip.ModelReadyResponse(ready=False)
-        return oip.ModelReadyResponse(ready=model.state == pb.MODEL_STATE_READY and self._ready())
+        return oip.ModelReadyResponse(ready=self._ready())
 
     async def ServerMetadata(
         self, request: oip.ServerMetadataRequest, context: Context
@@ -59,11 +64,17 @@ class InferenceServicer:
         self, request: oip.ModelMetadataRequest, context: Context
     ) -> oip.ModelMetadataResponse:
         """The tensors a model takes and gives, and as properties what else a caller should know of it."""
-        model = await self._model(request.name, request.version, context)
-        outputs = {name: tensor for name, tensor in OUTPUTS.items() if name != "stress" or model.has_stress}
+        wanted = pb.GetModelRequest(model=_address(request.name, request.version))
+        model = await self._potential.GetModel(wanted, context)
+        everything = await self._potential.ListModels(pb.ListModelsRequest(), context)
+        missing = {"forces": model.force_mode == NO_FORCES, "stress": not model.has_stress}
+        outputs = {name: tensor for name, tensor in OUTPUTS.items() if not missing.get(name)}
         return oip.ModelMetadataResponse(
             name=model.name,
-            versions=[model.digest],
+            # What stands after the @ of a name: without a repository, a digest alone.
+            versions=[
+                other.version or other.digest for other in everything.models if other.name == model.name
+            ],
             platform=PLATFORM,
             inputs=tensor_metadata(INPUTS),
             outputs=tensor_metadata(outputs),
@@ -98,6 +109,6 @@ class InferenceServicer:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
-    async def _model(self, name: str, version: str, context: Context) -> pb.Model:
-        wanted = f"{name}@{version}" if version else name
-        return await self._potential.GetModel(pb.GetModelRequest(model=wanted), context)
+
+def _address(name: str, version: str) -> str:
+    return f"{name}@{version}" if version else name

@@ -20,7 +20,7 @@ from equipot.serve.quotas import Allowance, Allowances
 from equipot.serve.reread import read_bytes
 
 _RATES = ("atoms_per_second", "edges_per_second", "requests_per_second", "burst_seconds", "weight")
-_COUNTS = ("concurrent_requests", "request_atoms", "request_edges")
+_COUNTS = ("concurrent_requests", "concurrent_streams", "request_atoms", "request_edges")
 _PRIORITIES = ("low", "normal", "high")
 
 

@@ -18,6 +18,9 @@ from equipot.serve.shares import Priority, Share
 RETRY_BUSY = 0.25
 """Seconds after which one of an identity's own running requests may be done; nobody knows better."""
 
+RETRY_STREAM = 5.0
+"""As `RETRY_BUSY`, of what may be open for hours."""
+
 MOST_IDLE = 4096
 """Identities that are remembered while they ask for nothing."""
 
@@ -31,7 +34,8 @@ class Allowance:
         edges_per_second: on the long run; of structures that were prepared, computed or not.
         requests_per_second: on the long run.
         burst_seconds: of these rates that may be saved up and spent at once.
-        concurrent_requests: under way at the same time.
+        concurrent_requests: under way at the same time, beside sessions and relaxations.
+        concurrent_streams: sessions and relaxations that are open at the same time.
         request_atoms: in one request.
         request_edges: in one request.
         weight: of the engine's time, while others want it, too.
@@ -43,6 +47,7 @@ class Allowance:
     requests_per_second: float | None = None
     burst_seconds: float = 10.0
     concurrent_requests: int | None = None
+    concurrent_streams: int | None = None
     request_atoms: int | None = None
     request_edges: int | None = None
     weight: float = 1.0
@@ -116,6 +121,7 @@ class Account:
     def __init__(self, identity: str, allowance: Allowance, *, now: float) -> None:
         self.identity = identity
         self._running = 0
+        self._streams = 0
         self._buckets: dict[str, Bucket] = {}
         self.change(allowance, now=now)
 
@@ -135,7 +141,7 @@ class Account:
         self._buckets = buckets
 
     def begin(self, *, now: float, of_many: bool = False) -> None:
-        """Lets one request in; `end` must follow.
+        """Lets one request in; `end` must follow, of as many.
 
         Args:
             now: the time.
@@ -145,12 +151,18 @@ class Account:
         Raises:
             OverQuota: too many are under way, or a rate is used up; nothing was taken then.
         """
+        if of_many:
+            most = self._allowance.concurrent_streams
+            if most is not None and self._streams >= most:
+                raise self._over("concurrent_streams", most, RETRY_STREAM)
+            self._check_rates(now)
+            self._streams += 1
+            return
         most = self._allowance.concurrent_requests
         if most is not None and self._running >= most:
             raise self._over("concurrent_requests", most, RETRY_BUSY)
         self._check_rates(now)
-        if not of_many:
-            self._take_request(now)
+        self._take_request(now)
         self._running += 1
 
     def again(self, *, now: float) -> None:
@@ -174,9 +186,12 @@ class Account:
         if "requests" in self._buckets:
             self._buckets["requests"].take(1.0, now=now)
 
-    def end(self) -> None:
-        """One request is done."""
-        self._running -= 1
+    def end(self, *, of_many: bool = False) -> None:
+        """One request, or a stream of them, is done."""
+        if of_many:
+            self._streams -= 1
+        else:
+            self._running -= 1
 
     def charge(self, name: Literal["atoms", "edges"], amount: int, in_request: int, *, now: float) -> None:
         """Takes atoms or edges of a request, which has so many in all by now.
@@ -197,7 +212,11 @@ class Account:
 
     def is_idle(self, *, now: float) -> bool:
         """Whether forgetting it would change nothing."""
-        return not self._running and all(bucket.is_full(now=now) for bucket in self._buckets.values())
+        return (
+            not self._running
+            and not self._streams
+            and all(bucket.is_full(now=now) for bucket in self._buckets.values())
+        )
 
     def _over(self, name: str, limit: float, wait: float) -> OverQuota:
         return OverQuota(

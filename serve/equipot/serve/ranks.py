@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from equipot.model.potential import Prediction
 from equipot.serve import rank
 from equipot.serve.config import Workers
 from equipot.serve.errors import NotReady, ServeError
+from equipot.serve.free import free_port
 from equipot.serve.hosts import Hosts, RemoteRank
 
 LONGEST_PAUSE = 30.0
@@ -176,7 +176,7 @@ class Ranks:
         self._make: Callable[[], _Generation] = lambda: _Generation(
             [
                 rank.RankConfig(bundle, dtype, device, place, size, port, threads, place % each)
-                for port in [_free_port()]
+                for port in [free_port()]
                 for place in range(size)
             ],
             self._hosts,
@@ -292,10 +292,3 @@ class Ranks:
 def _joined(parts: Sequence[npt.NDArray[np.float64] | None]) -> torch.Tensor | None:
     present = [torch.from_numpy(part) for part in parts if part is not None]
     return torch.cat(present) if present else None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

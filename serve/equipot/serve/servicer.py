@@ -12,7 +12,7 @@ from equipot.serve.call import current_call
 from equipot.serve.certainty import understood
 from equipot.serve.config import RequestLimits
 from equipot.serve.dispatcher import CHUNK_ATOMS, Dispatcher
-from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit
+from equipot.serve.errors import RETRY_STARTING, CallError, InvalidRequest, NotReady, OverLimit
 from equipot.serve.excerpt import excerpt
 from equipot.serve.explain import Estimate
 from equipot.serve.job import Answer, Key, Work
@@ -35,9 +35,6 @@ SERVICE = pb.DESCRIPTOR.services_by_name["PotentialService"].full_name
 
 Naming: TypeAlias = pb.PredictRequest | pb.SessionOpen | pb.RelaxRequest | pb.SimulateRequest
 """Requests that name a model to compute with."""
-
-RETRY_STARTING = 2.0
-"""Seconds after which a server that loads may be ready."""
 
 RETRY_DRAINING = 1.0
 """Seconds after which another server may have taken over."""
@@ -170,8 +167,16 @@ class PotentialServicer:
         current_call().model = model.name
         return model
 
-    def understand(self, request: pb.PredictRequest, model: ServedModel, deadline: float | None) -> Work:
+    def understand(
+        self, request: pb.PredictRequest, model: ServedModel, deadline: float | None, *, now: bool = True
+    ) -> Work:
         """What is asked, checked against what the model and this server can do.
+
+        Args:
+            request: the question.
+            model: that is to answer.
+            deadline: by `time.monotonic`.
+            now: whether it is asked with this; else its caller is charged when it is.
 
         Raises:
             CallError: the request as a whole cannot be answered.
@@ -192,7 +197,8 @@ class PotentialServicer:
         level = model.level_index(request.level_of_theory)
         structures = self._structures(request)
         call = current_call()
-        call.asked(len(structures), len(structures.positions))
+        if now:
+            call.asked(len(structures), len(structures.positions))
         if self._log_structures:
             call.contents = excerpt(structures)
         return Work(

@@ -157,7 +157,7 @@ class SessionServicer:
             priority=request.priority,
             uncertainty=request.uncertainty if request.HasField("uncertainty") else None,
         )
-        work = self._potential.understand(asked, model, None)
+        work = self._potential.understand(asked, model, None, now=False)
         cutoff = model.card.cutoff
         neighbors = KeptNeighbors(cutoff, request.skin or SKIN) if cutoff else None
         return _Open(work, neighbors, asked, {frozenset(request.properties): work})
@@ -194,7 +194,7 @@ class SessionServicer:
             other.CopyFrom(opened.asked)
             other.ClearField("properties")
             other.properties.extend(step.properties)
-            like = self._potential.understand(other, opened.work.key.model, None)
+            like = self._potential.understand(other, opened.work.key.model, None, now=False)
             opened.by_properties[wanted] = like
         before: StructureArrays = opened.work.structures
         try:

@@ -25,6 +25,9 @@ START_SECONDS = 600.0
 LEAVE_SECONDS = 5.0
 """Time for a process to end by itself once its pipe is closed."""
 
+CLOSE_SECONDS = 0.2
+"""For what is computed to be done before its process is ended."""
+
 MOST_DEATHS = 8
 """Deaths in one batch after which the rest of it is not tried any more."""
 
@@ -55,6 +58,7 @@ class CalculatorProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._closing = threading.Event()
+        self._using = threading.Lock()
         self._pause = 1.0
         self._not_before = 0.0
         self._load_seconds = 1.0
@@ -78,6 +82,12 @@ class CalculatorProcess:
         Raises:
             NotReady: the calculator died, and does not start again.
         """
+        with self._using:
+            return self._compute(structures, forces=forces, stress=stress)
+
+    def _compute(
+        self, structures: Sequence[Structure], *, forces: bool, stress: bool
+    ) -> list[Answered | Refused]:
         answers: dict[int, Answered | Refused] = {}
         parts = [list(range(len(structures)))]
         deaths = 0
@@ -91,6 +101,8 @@ class CalculatorProcess:
             try:
                 self._ask(part, structures, answers, forces=forces, stress=stress)
             except _DeadError as death:
+                if self._closing.is_set():
+                    raise self._not_ready() from None
                 deaths += 1
                 left = [index for index in part if index not in answers]
                 self._end()
@@ -105,16 +117,21 @@ class CalculatorProcess:
         return [answers[index] for index in range(len(structures))]
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, in the middle of a batch, too; whoever waits for that gets NotReady."""
         self._closing.set()
-        process, pipe = self._process, self._pipe
-        if process is not None and pipe is not None:
-            pipe.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(LEAVE_SECONDS)
-            process.kill()
-            process.wait()
-        self._process = None
+        while not self._using.acquire(timeout=CLOSE_SECONDS):
+            # The pipe tells the thread that computes, which alone touches the rest until it lets go.
+            if (process := self._process) is not None:
+                process.kill()
+        try:
+            process, pipe = self._process, self._pipe
+            if process is not None and pipe is not None:
+                pipe.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LEAVE_SECONDS)
+            self._end()
+        finally:
+            self._using.release()
 
     def _ask(
         self,

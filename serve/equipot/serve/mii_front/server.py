@@ -26,6 +26,7 @@ import grpc
 
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
+from equipot.serve.free import free_port
 from equipot.serve.logs import configure
 
 if TYPE_CHECKING:
@@ -190,11 +191,3 @@ def _answers(port: int, process: BaseProcess, stop: threading.Event) -> bool:
             return True
         time.sleep(LOOK_SECONDS)
     return False
-
-
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -24,7 +24,7 @@ import grpc
 from equipot.model.bundle import read_card
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
-from equipot.serve.ray_app.free import free_port
+from equipot.serve.free import free_port
 from equipot.serve.ray_app.settings import RaySettings, split
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub

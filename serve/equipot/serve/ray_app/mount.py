@@ -16,9 +16,9 @@ from grpc_health.v1 import health_pb2_grpc
 
 from equipot.serve import health
 from equipot.serve.door import Door, Metadata
-from equipot.serve.errors import NotReady
+from equipot.serve.errors import RETRY_STARTING, NotReady
 from equipot.serve.inference_protocol import SERVICE as INFERENCE
-from equipot.serve.servicer import RETRY_STARTING, SERVICE
+from equipot.serve.servicer import SERVICE
 from equipot.serve.status import Context, refuse
 from equipot.wire.inference import open_inference_pb2 as oip
 from equipot.wire.v1 import potential_pb2 as pb

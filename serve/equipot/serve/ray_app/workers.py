@@ -17,8 +17,8 @@ from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from equipot.serve.config import ServeConfig
+from equipot.serve.free import free_port
 from equipot.serve.hosts import join
-from equipot.serve.ray_app.free import free_port
 
 logger = logging.getLogger(__name__)
 

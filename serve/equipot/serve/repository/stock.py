@@ -69,6 +69,7 @@ class Stock:
         self._failed: dict[tuple[str, str], str] = {}
         self._thread = ThreadPoolExecutor(1, "equipot-load")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._leaving: set[ServedModel] = set()
 
     async def in_thread(self, work: Callable[[], _T]) -> _T:
         """Waits for storage."""
@@ -84,6 +85,8 @@ class Stock:
         """Ends what goes on beside; a load under way goes on in its thread and is dropped."""
         for task in self._tasks:
             task.cancel()
+        for model in self._leaving:
+            model.engine.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def still_failed(self, slot: Slot, place: Place) -> bool:
@@ -119,7 +122,7 @@ class Stock:
         slot.reason = ""
         family = self._registry.families.get(slot.name)
         if slot.closed or family is None or family.slots.get(slot.version) is not slot:
-            model.retire(lambda: self._gone(model))
+            self._retire(model)
             return
         old, slot.model, slot.card = slot.model, model, model.card
         if old is not None:
@@ -131,13 +134,13 @@ class Stock:
         model, slot.model = slot.model, None
         self.held.discard((slot.name, slot.version))
         if model is not None:
-            model.retire(lambda: self._gone(model))
+            self._retire(model)
 
     def let_go_former(self, family: Family, version: str | None = None) -> None:
         """As `let_go`, for what answered before a version got another content; None: of all versions."""
         for model in [one for one in family.former if version in (None, one.version)]:
             family.former.remove(model)
-            model.retire(lambda gone=model: self._gone(gone))  # type: ignore[misc]
+            self._retire(model)
 
     def reap(self) -> None:
         """Lets go of what neither a plain name nor a label means, once nobody has used it for a while."""
@@ -190,16 +193,22 @@ class Stock:
             self.let_go(slot)
         else:
             family.former.remove(model)
-            model.retire(lambda: self._gone(model))
+            self._retire(model)
+
+    def _retire(self, model: ServedModel) -> None:
+        # The registry knows it no longer, and who uses it may outlast the server.
+        self._leaving.add(model)
+        model.retire(lambda: self._gone(model))
 
     def _gone(self, model: ServedModel) -> None:
         """Nobody uses it any more."""
         logger.info("unloaded %s (%s)", model.full_name, model.card.digest)
-        self.spawn(self._finish(model.engine.close))
+        self.spawn(self._finish(model))
 
-    async def _finish(self, close: Callable[[], None]) -> None:
+    async def _finish(self, model: ServedModel) -> None:
         # Ranks take a moment to leave, and memory to be given back.
-        await asyncio.to_thread(close)
-        del close
+        await asyncio.to_thread(model.engine.close)
+        self._leaving.discard(model)
+        del model
         await asyncio.sleep(LAST_CALL_SECONDS)
         await asyncio.to_thread(give_back)
