@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self, get_args
@@ -18,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from equipot.model.config import MessageForm
 from equipot.train.errors import TrainError
 from equipot.train.scaling.controls.names import ARCHITECTURES as CONTROLS
-from equipot.train.sections import Section, apply_override, explain, parse_bytes
+from equipot.train.sections import Section, explain, parse_bytes, read_toml
 
 # Keys that people look for and that are deliberately absent: the answer is better than "unknown key".
 _ELSEWHERE = {
@@ -405,22 +404,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, not TOML, an unknown key or a value out of range; each named, on one line.
     """
-    path = Path(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe; give the path of a TOML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{path}: cannot be read as text ({error}); give the path of a TOML file"
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from error
-    for override in overrides:
-        try:
-            apply_override(values, override)
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
+        values = read_toml(Path(path), "recipe", overrides)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     return parse_recipe(values, str(path))
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -33,6 +34,25 @@ def parse_bytes(text: str) -> int:
     if not 1 <= value < 2**63:
         raise ValueError(f'{text!r} is no number of bytes, as "120 GB" or "1.5 TiB"')
     return int(value)
+
+
+def read_toml(path: Path, what: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A file's plain values after ``section.key=value`` overrides; `what` is how messages call the file.
+
+    Raises:
+        ValueError: no such file, not TOML, or an override that is not written so.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such {what}; give the path of a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text ({error}); give the path of a TOML file") from error
+    for override in overrides:
+        apply_override(values, override)
+    return values
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

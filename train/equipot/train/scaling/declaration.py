@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from equipot.train.errors import TrainError
 from equipot.train.mix_request import FRACTIONS
-from equipot.train.sections import Section, apply_override, explain
+from equipot.train.sections import Section, explain, read_toml
 
 AXES = {
     "architecture": "model.architecture",
@@ -222,20 +221,10 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), folders: Sequenc
     Raises:
         StudyError: no such file, not TOML, an unknown key or a value out of range; each named, on one line.
     """
-    path = Path(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StudyError(f"{path}: no such study; give the path of a TOML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read as text ({error}); give the path of a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"{path}: not valid TOML: {error}") from error
-    for override in overrides:
-        try:
-            apply_override(values, override)
-        except ValueError as error:
-            raise StudyError(f"{path}: {error}") from None
+        values = read_toml(Path(path), "study", overrides)
+    except ValueError as error:
+        raise StudyError(str(error)) from None
     known = values.get("folders")
     for folder in folders:
         name, equals, place = folder.partition("=")

@@ -27,7 +27,7 @@ from equipot.train.scaling.speed import Speed
 from equipot.train.scaling.worker import RENEW, Assignment, is_open
 
 _POLL_SECONDS = 0.2
-_LOOK_SECONDS = 2.0
+_LOOK_SECONDS = 4.0
 _QUIET_SECONDS = 30.0  # between two lines where there is no terminal
 _MOST_CRASHES = 2
 

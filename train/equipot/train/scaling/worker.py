@@ -25,7 +25,7 @@ from equipot.train.scaling.point import Point
 from equipot.train.scaling.speed import Speed
 from equipot.train.worker import StopRequest, end_with_parent
 
-_IDLE_SECONDS = 1.0
+_IDLE_SECONDS = 2.0
 _MOST_POINTS = 50
 RENEW = 75
 """Exit code of a process that asks for another in its place: some 10 MB a point are never given back."""
