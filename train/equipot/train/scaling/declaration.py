@@ -118,9 +118,9 @@ class Length(Section):
 class RateSection(Section):
     """[rate]: the peak learning rate, peak · (at_width / width)^power, and no more than most."""
 
-    peak: float = Field(default=5e-3, gt=0, le=1, description="peak learning rate at at_width")
+    peak: float = Field(default=4e-3, gt=0, le=1, description="peak learning rate at at_width")
     at_width: int = Field(default=64, ge=1, description="the width that peak is for")
-    power: float = Field(default=0.5, ge=0, le=2, description="how it falls with the width; 0: it does not")
+    power: float = Field(default=0.7, ge=0, le=2, description="how it falls with the width; 0: it does not")
     most: float = Field(default=1.2e-2, gt=0, le=1, description="upper bound, for small widths")
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm it up")
 
