@@ -87,7 +87,7 @@ class TestShares:
             def work(name: str) -> Callable[[int], None]:
                 def do(number: int) -> None:
                     order.append(name)
-                    np.linalg.svd(np.ones((60, 60)))
+                    sum(range(5_000))
 
                 return do
 

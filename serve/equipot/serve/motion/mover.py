@@ -83,9 +83,8 @@ class Mover:
             lane = min(self._lanes.values(), key=lambda lane: lane.virtual)
             self._clock = lane.virtual
             turn = lane.turns[0]
-            begun = time.perf_counter()
-            problem = await loop.run_in_executor(self._thread, _work, turn)
-            lane.virtual += (time.perf_counter() - begun) / lane.weight
+            problem, seconds = await loop.run_in_executor(self._thread, _work, turn)
+            lane.virtual += seconds / lane.weight
             lane.turns.popleft()
             if turn.next < turn.count and problem is None:
                 # Of one identity's, too, the few need not wait for the many.
@@ -106,15 +105,17 @@ class Mover:
             self._had = {identity: had for identity, had in self._had.items() if had > self._clock}
 
 
-def _work(turn: _Turn) -> Exception | None:
-    """In the thread: some of a turn's structures."""
-    until = time.perf_counter() + SLICE_SECONDS
+def _work(turn: _Turn) -> tuple[Exception | None, float]:
+    """In the thread: some of a turn's structures; what went wrong, and seconds of the processor."""
+    begun, until = time.thread_time(), time.perf_counter() + SLICE_SECONDS
+    problem = None
     while turn.next < turn.count:
         number, turn.next = turn.next, turn.next + 1
         try:
             turn.do(number)
         except Exception as error:
-            return error
+            problem = error
+            break
         if time.perf_counter() >= until:
             break
-    return None
+    return problem, time.thread_time() - begun
