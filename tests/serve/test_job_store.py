@@ -252,6 +252,16 @@ def test_a_full_disk_refuses_what_is_new(tmp_path: Path) -> None:
     store.close()
 
 
+def test_large_results_are_read_in_portions(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    key = store.submit("ann", "a", OPENING, part(0, 1, last=True), ROOM).key
+    store.advance({key: [Move(place=0, results=tuple(bytes(400) for _ in range(6)), walk=b"way")]})
+    assert [number for number, _ in store.results(key, 0, 100, 1_000)] == [1, 2, 3]
+    assert [number for number, _ in store.results(key, 3, 100, 1)] == [4]
+    assert [number for number, _ in store.results(key, 4, 100)] == [5, 6]
+    store.close()
+
+
 class TestDamage:
     def test_of_the_file_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "jobs.sqlite").write_bytes(b"no database at all" * 300)
@@ -272,8 +282,10 @@ class TestDamage:
             store.results(key, 0, 10)
         with pytest.raises(StoreDamaged, match="structures from 1 on"):
             store.next_piece(key, 1)
-        # A way can be gone again.
+        # A way can be gone again, unless it brought results.
         assert store.walks(key, Piece(0, 2, 6, b"")) == {}
+        with pytest.raises(StoreDamaged, match="steps of structure 1"):
+            store.walks(key, Piece(0, 2, 6, b""), needed=True)
         store.close()
 
     def test_another_version_or_program_is_named(self, tmp_path: Path) -> None:

@@ -71,12 +71,12 @@ def test_what_fails_once_is_done_later(
     where: Any = Store if broken == "walks" else kinds
     right, calls = getattr(where, broken), []
 
-    def once_wrong(*words: Any) -> Any:
+    def once_wrong(*words: Any, **more: Any) -> Any:
         calls.append(words)
         # The first look at a chunk is the submission's own check.
         if len(calls) == (1 if broken == "walks" else 2):
             raise StoreFull("for a moment") if broken == "walks" else ValueError("for a moment")
-        return right(*words)
+        return right(*words, **more)
 
     monkeypatch.setattr(where, broken, once_wrong)
     jobs = JobSettings(folder=tmp_path / "jobs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -94,15 +95,17 @@ def attach(
         typer.Option(help="that the job was made of; its frames' own words and numbers go into OUT, too"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on after the frames that OUT.partial has already")
+        bool, typer.Option("--resume", help="go on after the frames that OUT or OUT.partial has already")
     ] = False,
 ) -> None:
     """Write a job's results, in the order of its structures, into an extxyz file; wait for those to come.
 
+    Of dynamics each structure has a trajectory: OUT, or OUT with its number if there are several.
     Ctrl-C ends the waiting, not the job: --resume fetches the rest.
     """
     from equipot.client.frames import FrameReader, UnorderedWriter
     from equipot.client.job_files import Slip, fetch, say_end
+    from equipot.client.job_trajectories import fetch_trajectories, say_trajectories
 
     target, frames = out or Path(f"{job}.extxyz"), None
     if file is not None:
@@ -111,7 +114,7 @@ def attach(
         reader.check()
     with _client(context, PATIENT) as client:
         # Nothing is written for a job that is not there.
-        client.jobs.get(job)
+        kind = client.jobs.get(job).kind
         slip, former = Slip(job, client.address), Slip.read(target)
         if resume and (former is None or former.job != job):
             raise ClientError(f"{target}.partial is not known to be of job {job}: leave --resume out")
@@ -120,7 +123,16 @@ def attach(
                 f"job {former.job} fills {target} already, says {Slip.path(target)}: --resume goes on with"
                 " it; to begin anew take that file away"
             )
-        slip.write(target)
+        if former is None:
+            slip.write(target)
+        else:
+            slip = replace(former, address=client.address)
+        if kind == "simulate":
+            ended, failures = fetch_trajectories(client, slip, target, frames, resume=resume)
+            Slip.path(target).unlink(missing_ok=True)
+            if not say_trajectories(Console(), ended, failures, target):
+                raise typer.Exit(1)
+            return
         with UnorderedWriter(target, resume=resume) as writer:
             info, outcome = fetch(client, slip, target, frames, writer)
         Slip.path(target).unlink(missing_ok=True)

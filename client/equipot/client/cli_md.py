@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from equipot.client.cli import DEFAULT_ADDRESS, Address, Interruption, Timeout
-from equipot.client.dynamics import Begun, Ended, IntegratorName, MotionFrame, Restart, Told
+from equipot.client.cli_jobs import PATIENT
+from equipot.client.dynamics import (
+    Begun,
+    Ended,
+    IntegratorName,
+    MotionFrame,
+    Restart,
+    SimulateWords,
+    Told,
+)
 from equipot.client.errors import ClientError, describe
 from equipot.client.options import (
     AllowPlaintextToken,
@@ -27,10 +36,12 @@ from equipot.client.options import (
     shown,
 )
 from equipot.client.settings import DEFAULT_TIMEOUT
+from equipot.client.sync import Client
 
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from equipot.client.job_info import JobInfo
     from equipot.client.trajectory_file import TrajectoryFile
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -61,6 +72,10 @@ def md(
     forces: Annotated[bool, typer.Option("--forces", help="write forces, too")] = False,
     stress: Annotated[bool, typer.Option("--stress", help="write the stress, too")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what OUT and OUT.token have")] = False,
+    job: Annotated[
+        bool,
+        typer.Option("--job", help="submit it: the server goes on whether we are connected or not"),
+    ] = False,
     timeout: Timeout = DEFAULT_TIMEOUT,
     tls: UseTls = False,
     tls_ca: TlsCa = None,
@@ -75,9 +90,12 @@ def md(
     Momenta in the file count; where there are none, velocities are drawn at --temperature. Atoms that a
     FixAtoms constraint holds stay. Of several frames each has a file of its own, OUT with its number. What
     cannot go on is written so far, its reason is said, and the exit code is 1. A run that is stopped goes on
-    by --resume with the same words, as if it had never been.
+    by --resume with the same words, as if it had never been. With --job a server that was started with --jobs
+    keeps the work and its frames: Ctrl-C only detaches.
     """
     from equipot.client.frames import FrameReader
+    from equipot.client.job_files import Slip
+    from equipot.client.job_trajectories import trajectory_paths
     from equipot.client.trajectory_file import TrajectoryFile
 
     trust = shown(
@@ -92,33 +110,47 @@ def md(
     reader = FrameReader(file)
     frames = list(reader)
     reader.check()
-    paths = _paths(out or Path(f"{file.stem}-md.extxyz"), len(frames))
+    target = out or Path(f"{file.stem}-md.extxyz")
+    paths = trajectory_paths(target, len(frames))
     if any(path.exists() and path.samefile(file) for path in paths):
         raise ClientError(f"{file} is the input itself: give another --out")
     errors, console = Console(stderr=True), Console()
+    how = SimulateWords(
+        integrator=integrator,
+        timestep=timestep,
+        temperature=temperature,
+        final_temperature=final_temperature,
+        friction=friction,
+        thermostat_time=thermostat_time,
+        pressure=pressure,
+        barostat_time=barostat_time,
+        frame_every=frame_every,
+        forces=forces,
+        stress=stress,
+    )
+    if job:
+        how["seed"] = seed
+        with trust.client(address, model=model, timeout=timeout, retry=PATIENT) as client:
+            _as_job(client, file, frames, target, steps, level_of_theory, how, resume=resume)
+        return
+    if (slip := Slip.read(target)) is not None:
+        raise ClientError(
+            f"job {slip.job} fills {target}, says {Slip.path(target)}: give --job --resume to go on with"
+            " it; to begin anew take that file away"
+        )
     with ExitStack() as stack:
         files = [stack.enter_context(TrajectoryFile(path, resume=resume)) for path in paths]
         todo = [place for place, one in enumerate(files) if one.reached < steps]
         run = _Run([frames[place] for place in todo], [files[place] for place in todo], todo)
         client = stack.enter_context(trust.client(address, model=model, timeout=timeout))
+        how["seed"] = None if seed is None else [seed + place for place in todo]
         simulating = client.simulate_iter(
             run.frames,
             steps=steps,
             level_of_theory=level_of_theory,
             resume=[one.resumed for one in run.files] if resume else None,
             on_warning=lambda warning: errors.print(f"[yellow]note:[/] {escape(warning)}", soft_wrap=True),
-            integrator=integrator,
-            timestep=timestep,
-            temperature=temperature,
-            final_temperature=final_temperature,
-            friction=friction,
-            thermostat_time=thermostat_time,
-            pressure=pressure,
-            barostat_time=barostat_time,
-            seed=None if seed is None else [seed + place for place in todo],
-            frame_every=frame_every,
-            forces=forces,
-            stress=stress,
+            **how,
         )
         interruption = stack.enter_context(Interruption(errors))
         bar = stack.enter_context(_progress(errors))
@@ -168,10 +200,43 @@ class _Run:
                     self.failures.append(describe(failure))
 
 
-def _paths(out: Path, count: int) -> Sequence[Path]:
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{place}{out.suffix}") for place in range(count)]
+def _as_job(
+    client: Client,
+    file: Path,
+    frames: list[Atoms],
+    target: Path,
+    steps: int,
+    level_of_theory: str,
+    how: SimulateWords,
+    *,
+    resume: bool,
+) -> None:
+    """Submits the frames unless that was done before, and fetches what there is until all is there."""
+    from equipot.client.job_files import Slip
+    from equipot.client.job_submission import slip_for, submit
+    from equipot.client.job_trajectories import fetch_trajectories, say_trajectories, trajectory_paths
+
+    slip, known = slip_for(client, target, "md", resume=resume)
+    for path in trajectory_paths(target, len(frames)):
+        if not known and (path.with_name(path.name + ".token").exists() or (resume and path.exists())):
+            raise ClientError(f"{path} was begun without a job: leave --job out to go on with it")
+
+    def send(sent: Callable[[int], None]) -> JobInfo:
+        return client.jobs.simulate(
+            frames,
+            steps=steps,
+            id=slip.job,
+            label=file.name,
+            level_of_theory=level_of_theory,
+            on_sent=sent,
+            **how,
+        )
+
+    submit(client, slip, target, len(frames), send, begun=slip.after > 0)
+    info, failures = fetch_trajectories(client, slip, target, frames, resume=resume)
+    Slip.path(target).unlink(missing_ok=True)
+    if not say_trajectories(Console(), info, failures, target):
+        raise typer.Exit(1)
 
 
 def _progress(errors: Console) -> Progress:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
-from uuid import uuid4
 
 import typer
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from equipot.client.cli import DEFAULT_ADDRESS, Address, Interruption, Timeout
 from equipot.client.cli_jobs import PATIENT
-from equipot.client.errors import ClientError, JobNotFound
+from equipot.client.errors import ClientError
 from equipot.client.options import (
     AllowPlaintextToken,
     TlsCa,
@@ -31,6 +31,8 @@ from equipot.client.sync import Client
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+    from equipot.client.job_info import JobInfo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -151,58 +153,21 @@ def _as_job(
     """Submits the frames unless that was done before, and fetches what there is until all is there."""
     from equipot.client.frames import UnorderedWriter
     from equipot.client.job_files import Slip, fetch, say_end
+    from equipot.client.job_submission import slip_for, submit
 
-    console, slip = Console(), Slip.read(target)
-    if slip is not None and not resume:
-        raise ClientError(
-            f"job {slip.job} fills {target} already, says {Slip.path(target)}: --resume goes on with it; to"
-            " begin anew take that file away"
+    slip, known = slip_for(client, target, "relax", resume=resume)
+
+    def send(sent: Callable[[int], None]) -> JobInfo:
+        return client.jobs.relax(
+            frames, id=slip.job, label=file.name, level_of_theory=level_of_theory, on_sent=sent, **how
         )
-    if slip is not None and slip.address != client.address:
-        raise ClientError(f"job {slip.job} is at {slip.address}, not at {client.address}: give --address")
-    known = slip is not None
-    if slip is None:
-        slip = Slip(f"relax-{uuid4().hex[:12]}", client.address)
+
     with UnorderedWriter(target, resume=resume) as writer:
         if writer.kept and not known:
             raise ClientError(f"{writer.partial} was begun without a job: leave --job out to go on with it")
-        if not (known and _has_all(client, slip.job, bool(writer.kept))):
-            # First the slip: whoever is stopped while it submits must know what it has submitted.
-            slip.write(target)
-            _submit(client, slip.job, file, frames, level_of_theory, how)
+        submit(client, slip, target, len(frames), send, begun=bool(writer.kept))
         info, outcome = fetch(client, slip, target, frames, writer)
     Slip.path(target).unlink(missing_ok=True)
-    say_end(console, info, outcome, writer.n_written, target)
+    say_end(Console(), info, outcome, writer.n_written, target)
     if not outcome.is_whole or info.state != "done":
         raise typer.Exit(1)
-
-
-def _has_all(client: Client, job: str, begun: bool) -> bool:
-    """Whether the server has all of a job's structures."""
-    try:
-        return client.jobs.get(job).state != "receiving"
-    except JobNotFound:
-        if begun:
-            raise
-        return False
-
-
-def _submit(
-    client: Client, job: str, file: Path, frames: list[Atoms], level_of_theory: str, how: RelaxWords
-) -> None:
-    errors = Console(stderr=True)
-    columns = (TextColumn("submitting"), BarColumn(), MofNCompleteColumn())
-    with (
-        Interruption(errors) as interruption,
-        Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar,
-    ):
-        task = bar.add_task("submitting", total=len(frames))
-
-        def sent(count: int) -> None:
-            bar.update(task, completed=count)
-            interruption.check()
-
-        client.jobs.relax(
-            frames, id=job, label=file.name, level_of_theory=level_of_theory, on_sent=sent, **how
-        )
-    Console().print(f"job {job}: {len(frames)} structures", soft_wrap=True, highlight=False, markup=False)

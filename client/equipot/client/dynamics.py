@@ -6,15 +6,13 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypedDict
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal, TypedDict
 
 from equipot.client.batches import PRIORITIES, Part, Wish
 from equipot.client.errors import InvalidRequest
 from equipot.client.moving import Moves, failure_of, fixed_of, flags, floats, word
 from equipot.client.results import ModelReference
+from equipot.client.starts import masses_of, put_start, velocities_of
 from equipot.client.structures import pack
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import BoolArray, Failure, FloatArray, encode_structures
@@ -321,8 +319,8 @@ class _Begun:
         sent = [items[index] for index in indices]
         return cls(
             fixed=fixed_of(items, part, start),
-            velocities=[_velocities(item) for item in sent],
-            masses=_masses(sent, [structure.atomic_numbers for structure in part.structures]),
+            velocities=[velocities_of(item) for item in sent],
+            masses=masses_of(sent, [structure.atomic_numbers for structure in part.structures]),
             seeds=[seeds[index] for index in indices],
             tokens=[one.token for one in resumed],
             frames=[one.frames for one in resumed],
@@ -367,15 +365,12 @@ class Simulation(Moves):
         structures = [self.part.structures[number] for number in asked]
         request.structures.CopyFrom(encode_structures(pack(structures)))
         request.fixed = flags([begun.fixed[number] for number in asked])
-        given = [begun.velocities[number] for number in asked]
-        if any(one is not None for one in given):
-            request.velocities = b"".join(
-                (np.zeros((len(structure), 3)) if one is None else one).astype("<f8").tobytes()
-                for one, structure in zip(given, structures, strict=True)
-            )
-            request.drawn = bytes(one is None for one in given)
-        if begun.masses is not None:
-            request.masses = b"".join(begun.masses[number].astype("<f8").tobytes() for number in asked)
+        put_start(
+            request,
+            [begun.velocities[number] for number in asked],
+            None if begun.masses is None else [begun.masses[number] for number in asked],
+            [len(structure) for structure in structures],
+        )
         request.seeds.extend(begun.seeds[number] for number in asked)
         request.tokens.extend(self.tokens_within(request.ByteSize()))
         return request
@@ -402,9 +397,9 @@ class Simulation(Moves):
                 yield self.index_of(reply.token.index), Restart(reply.token.step, reply.token.token)
             case "frame" if self._is_new(self._begun.frames, reply.frame):
                 index = self.index_of(reply.frame.index)
-                yield index, _frame(reply.frame, self.n_atoms_of(reply.frame.index))
+                yield index, frame_of(reply.frame, self.n_atoms_of(reply.frame.index))
             case "observation" if self._is_new(self._begun.observations, reply.observation):
-                yield self.index_of(reply.observation.index), _observation(reply.observation)
+                yield self.index_of(reply.observation.index), observation_of(reply.observation)
             case "result":
                 result = reply.result
                 index = self.index_of(result.index)
@@ -428,7 +423,12 @@ class Simulation(Moves):
         return True
 
 
-def _frame(frame: pb.MotionFrame, n_atoms: int) -> MotionFrame:
+def frame_of(frame: pb.MotionFrame, n_atoms: int) -> MotionFrame:
+    """The frame in a reply.
+
+    Raises:
+        ServerError: it is not one of so many atoms.
+    """
     return MotionFrame(
         step=frame.step,
         positions=floats(frame.positions, (n_atoms, 3)),
@@ -442,7 +442,8 @@ def _frame(frame: pb.MotionFrame, n_atoms: int) -> MotionFrame:
     )
 
 
-def _observation(seen: pb.MotionObservation) -> Observation:
+def observation_of(seen: pb.MotionObservation) -> Observation:
+    """The observation in a reply."""
     return Observation(
         step=seen.step,
         energy=seen.energy,
@@ -452,33 +453,6 @@ def _observation(seen: pb.MotionObservation) -> Observation:
         pressure=seen.pressure,
         largest_force=seen.largest_force,
     )
-
-
-def _velocities(item: Any) -> FloatArray | None:  # noqa: ANN401  # ASE's Atoms, or anything else
-    """(n, 3) in Å/fs of `ase.Atoms` that have momenta; None: they are to be drawn."""
-    momenta = getattr(item, "arrays", {}).get("momenta")
-    if momenta is None or not np.any(momenta):
-        return None
-    from ase.units import fs
-
-    velocities: FloatArray = item.get_velocities() * fs
-    return velocities
-
-
-def _masses(items: Sequence[Any], atomic_numbers: Sequence[npt.NDArray[np.int32]]) -> list[FloatArray] | None:
-    """(n,) in unified atomic mass units of each item; None if none of them has its own."""
-    own = [getattr(item, "arrays", {}).get("masses") for item in items]
-    if all(one is None for one in own):
-        return None
-    from ase.data import atomic_masses
-
-    return [
-        np.asarray(
-            atomic_masses[np.clip(numbers, 0, len(atomic_masses) - 1)] if one is None else one,
-            dtype=np.float64,
-        )
-        for one, numbers in zip(own, atomic_numbers, strict=True)
-    ]
 
 
 def _given(name: str, value: float | None) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ase import Atoms
@@ -27,10 +27,16 @@ class Slip:
     Attributes:
         job: its id.
         address: of its server.
+        after: the number of the last result that is in files of trajectories.
+        steps: of the last frame there, by the structure's index.
+        failures: what was said of structures that went no further.
     """
 
     job: str
     address: str
+    after: int = 0
+    steps: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     @staticmethod
     def path(target: Path) -> Path:
@@ -58,10 +64,13 @@ class Slip:
         Raises:
             FileError: it cannot be written.
         """
+        path = self.path(target)
+        beside = path.with_name(path.name + ".new")
         try:
-            self.path(target).write_text(json.dumps(asdict(self)), encoding="utf-8")
+            beside.write_text(json.dumps(asdict(self)), encoding="utf-8")
+            beside.replace(path)
         except OSError as error:
-            raise FileError(f"cannot write {self.path(target)}: {error.strerror}") from error
+            raise FileError(f"cannot write {path}: {error.strerror}") from error
 
 
 def fetch(
@@ -80,10 +89,37 @@ def fetch(
         ClientError: the frames are not those of the job, or it is gone.
         KeyboardInterrupt: whoever waits has enough; the job goes on.
     """
-    outcome, errors = Outcome(), Console(stderr=True)
+    outcome = Outcome()
     for comment in writer.kept.values():
         outcome.recall(comment)
     last: list[JobInfo] = []
+    following = follow(client, slip, target, len(writer.kept), f"in {writer.partial}", last.append)
+    with closing(following) as results:
+        for result in results:
+            frame = _frame_of(result) if frames is None else same_frame(frames, result, slip.job)
+            outcome.add(result.index, result.relaxed)
+            writer.add(result.index, with_relaxed(frame, result.relaxed))
+    return last[-1], outcome
+
+
+def follow(
+    client: Client, slip: Slip, target: Path, after: int, where: str, on_progress: Callable[[JobInfo], None]
+) -> Generator[JobResult, None, None]:
+    """A job's results behind this number until it has ended, with a bar of how far it is.
+
+    Args:
+        client: of the job's server.
+        slip: of the job.
+        target: what it is for.
+        after: the number of the last result that is there.
+        where: what was fetched before is, in words.
+        on_progress: told how far it is.
+
+    Raises:
+        ClientError: it is gone.
+        KeyboardInterrupt: whoever waits has enough; the job goes on, and how to come back was said.
+    """
+    errors = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -97,27 +133,26 @@ def fetch(
         task = bar.add_task("", total=None, eta="")
 
         def told(info: JobInfo) -> None:
-            last[:] = [info]
+            on_progress(info)
+            steps = info.n_steps_asked
             bar.update(
                 task,
                 description=f"{info.state}: {info.reason}" if info.reason else info.state,
-                total=info.n_structures,
-                completed=info.n_done,
+                total=steps or info.n_structures,
+                completed=info.n_steps + info.n_steps_moving if steps else info.n_done,
                 eta=_eta(info),
             )
             interruption.check()
 
         try:
-            with closing(client.jobs.attach(slip.job, after=len(writer.kept), on_progress=told)) as results:
+            with closing(client.jobs.attach(slip.job, after=after, on_progress=told)) as results:
                 for result in results:
-                    frame = _frame_of(result) if frames is None else _same(frames, result, slip.job)
-                    outcome.add(result.index, result.relaxed)
-                    writer.add(result.index, with_relaxed(frame, result.relaxed))
+                    yield result
                     interruption.check()
         except JobNotFound as error:
             raise JobNotFound(
                 f"{error}: it was deleted, or the server forgot it some days after its end. What was fetched"
-                f" before is in {writer.partial}"
+                f" before is {where}"
             ) from error
         except KeyboardInterrupt:
             again = f"equipot jobs --address {slip.address} attach {slip.job} --out {target} --resume"
@@ -128,7 +163,6 @@ def fetch(
                 markup=False,
             )
             raise
-    return last[-1], outcome
 
 
 def say_end(console: Console, info: JobInfo, outcome: Outcome, n_written: int, target: Path) -> None:
@@ -157,7 +191,7 @@ def _frame_of(result: JobResult) -> Atoms:
     return Atoms(result.atomic_numbers, relaxed.positions, cell=relaxed.cell, pbc=result.pbc)
 
 
-def _same(frames: Sequence[Atoms], result: JobResult, job: str) -> Atoms:
+def same_frame(frames: Sequence[Atoms], result: JobResult, job: str) -> Atoms:
     """The frame of a result.
 
     Raises:

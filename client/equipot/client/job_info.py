@@ -10,7 +10,9 @@ from typing import Literal
 import numpy as np
 
 from equipot.client.batches import Priority
-from equipot.client.errors import JobFailed
+from equipot.client.dynamics import Ended, MotionFrame, Observation, frame_of, observation_of
+from equipot.client.errors import JobFailed, ServerError
+from equipot.client.moving import failure_of
 from equipot.client.relax import Relaxed, relaxed_of
 from equipot.client.results import ModelReference
 from equipot.wire.v1 import jobs_pb2 as jpb
@@ -40,7 +42,7 @@ class JobInfo:
     Attributes:
         id: by which its owner asks for it.
         label: what its owner calls it.
-        kind: what is done: "relax".
+        kind: what is done: "relax" or "simulate".
         state: "receiving" (parts are still to come), "queued", "running", "waiting" (it cannot go on now),
             "done", "cancelled" or "failed".
         reason: why it waits or failed.
@@ -59,6 +61,9 @@ class JobInfo:
         ended: Unix time; None if it has not.
         expires: Unix time at which the server forgets it; None while it has not ended.
         bytes: that it takes of the server's room.
+        n_steps_moving: steps that structures which move now have taken, as far as the server knows.
+        n_steps_asked: steps of all structures if none fails, of dynamics; None if that is not known before.
+        warnings: what looks wrong of what was submitted last, and is done all the same; not told later.
     """
 
     id: str
@@ -81,6 +86,9 @@ class JobInfo:
     ended: float | None
     expires: float | None
     bytes: int
+    n_steps_moving: int
+    n_steps_asked: int | None
+    warnings: tuple[str, ...]
 
     @property
     def has_ended(self) -> bool:
@@ -116,26 +124,41 @@ class JobInfo:
             ended=message.ended or None,
             expires=message.expires or None,
             bytes=message.bytes,
+            n_steps_moving=message.n_steps_moving,
+            n_steps_asked=message.n_steps_asked or None,
+            warnings=tuple(message.warnings),
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JobResult:
-    """What became of one structure of a job.
+    """What became of one structure of a job, or of dynamics one of its steps or its end.
 
     Attributes:
         number: 1, 2, …: in the order in which results came; it never changes.
         index: the structure's, in the job.
-        atomic_numbers: (n,) int32; of no atoms if the structure was refused before it was sent.
+        atomic_numbers: (n,) int32; of no atoms if the structure was refused before it was sent, and with an
+            observation.
         pbc: (3,) bool.
-        relaxed: where it came to rest.
+        found: where it came to rest; of dynamics a frame, an observation, or how it ended.
     """
 
     number: int
     index: int
     atomic_numbers: Int32Array
     pbc: BoolArray
-    relaxed: Relaxed
+    found: Relaxed | MotionFrame | Observation | Ended
+
+    @property
+    def relaxed(self) -> Relaxed:
+        """Where it came to rest.
+
+        Raises:
+            TypeError: the job is none of relaxations.
+        """
+        if not isinstance(self.found, Relaxed):
+            raise TypeError(f"result {self.number} is a {type(self.found).__name__}: look at `found`")
+        return self.found
 
     @staticmethod
     def from_wire(message: jpb.JobResult) -> JobResult:
@@ -151,5 +174,24 @@ class JobResult:
             message.index,
             numbers,
             pbc,
-            relaxed_of(message.relaxed, len(numbers), message.index),
+            _found(message, len(numbers)),
         )
+
+
+def _found(message: jpb.JobResult, n_atoms: int) -> Relaxed | MotionFrame | Observation | Ended:
+    match message.WhichOneof("kind"):
+        case "relaxed":
+            return relaxed_of(message.relaxed, n_atoms, message.index)
+        case "frame":
+            return frame_of(message.frame, n_atoms)
+        case "observation":
+            return observation_of(message.observation)
+        case "simulated":
+            ended = message.simulated
+            return Ended(
+                steps=ended.steps,
+                failure=failure_of(ended, message.index),
+                model=ModelReference.from_wire(ended.model) if ended.HasField("model") else None,
+                seed=message.seed,
+            )
+    raise ServerError(f"result {message.number} is of a kind that this client does not know: renew it")

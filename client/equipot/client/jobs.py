@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, TypeVar, Unpack
 from uuid import uuid4
 
@@ -14,16 +15,18 @@ import grpc
 import numpy as np
 
 from equipot.client.attempts import persist
-from equipot.client.batches import PRIORITIES, Part, Priority, cut
+from equipot.client.batches import PRIORITIES, Part, Priority, Wish, cut
 from equipot.client.credentials import TokenSource
+from equipot.client.dynamics import SimulateSettings, SimulateWords
 from equipot.client.errors import ClientError, Refused, ServerError
 from equipot.client.job_info import JobInfo, JobResult
-from equipot.client.moving import fixed_of
+from equipot.client.moving import fixed_of, flags
 from equipot.client.relax import RelaxSettings, RelaxWords
 from equipot.client.results import ModelInfo
 from equipot.client.retry import Deadline
 from equipot.client.settings import Asked, Settings
-from equipot.client.structures import StructuresLike, each_structure
+from equipot.client.starts import masses_of, put_start, velocities_of
+from equipot.client.structures import StructuresLike, each_structure, pack
 from equipot.wire.v1 import jobs_pb2 as jpb
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import StructureArrays, decode_structures, encode_failures, encode_structures
@@ -99,37 +102,83 @@ class Jobs:
         """
         settings = RelaxSettings(**how)
         asked = Asked(model=model, level_of_theory=level_of_theory, stress=settings.cell != "fixed")
-        wish = self._line.settings.wish(asked)
+        wish = replace(self._line.settings.wish(asked), priority=priority)
         items = list(each_structure(structures))
-        limits = self._line.model(wish.model).limits
-        parts = cut(
-            items,
-            limits,
-            atoms_per_request=min(limits.max_atoms_per_request or ATOMS_PER_PART, ATOMS_PER_PART),
-            max_message_bytes=self._line.settings.max_message_bytes,
-        )
-        id, start = id or f"relax-{uuid4().hex[:12]}", 0
-        # An empty job is one, too.
-        for part, following in (
-            itertools.pairwise(itertools.chain(parts, (None,))) if items else ((Part(), None),)
-        ):
-            assert part is not None
+
+        def add(request: jpb.SubmitJobRequest, part: Part, start: int) -> None:
             relax = settings.request(wish, part.structures, fixed_of(items, part, start))
-            relax.priority = pb.PRIORITY_NORMAL if priority == "normal" else PRIORITIES[priority]
+            relax.priority = _explicit(priority)
             relax.structures.CopyFrom(_with_refused(relax.structures, part))
-            request = jpb.SubmitJobRequest(
-                id=id,
-                label=label,
-                start=start,
-                last=following is None,
-                relax=relax,
-                refused=encode_failures(part.failures),
+            request.relax.CopyFrom(relax)
+
+        return self._submit(id or _new("relax"), label, items, wish, add, on_sent)
+
+    def simulate(
+        self,
+        structures: StructuresLike,
+        *,
+        steps: int,
+        id: str = "",
+        label: str = "",
+        level_of_theory: str = "",
+        model: str | None = None,
+        priority: Priority = "low",
+        on_sent: Callable[[int], None] | None = None,
+        **how: Unpack[SimulateWords],
+    ) -> JobInfo:
+        """Has the server move any number of structures in time, and returns when it has them all on its disk.
+
+        Each frame and each observation is a result of its own, those of one structure in the order of their
+        steps; the last result of each structure is an `Ended`, also where the structure cannot be sent.
+
+        Args:
+            structures: as of `Client.simulate`.
+            steps: in all.
+            id: as in `relax`.
+            label: any text to know it by.
+            level_of_theory: one of the model's; empty: its only one.
+            model: another than the client's.
+            priority: among all work of the server; "low" lets others go first.
+            on_sent: told how many structures the server has.
+            how: integrator, timestep, temperature, …; see `SimulateSettings`. A seed that is not given is
+                made of the id, so other jobs have others. When states are saved is the server's business, not
+                token_every's.
+
+        Raises:
+            InvalidRequest: a setting out of its range, or a constraint that is not FixAtoms.
+            LimitExceeded: the server has no room for it; see frame_every.
+            Refused: another job has this id already.
+        """
+        settings, id = SimulateSettings(steps=steps, **how), id or _new("simulate")
+        if settings.seed is None:
+            # Not drawn: what is submitted once more must be the same.
+            first = int.from_bytes(sha256(id.encode()).digest()[:6], "little")
+            settings = replace(settings, seed=first)
+        asked = Asked(model=model, level_of_theory=level_of_theory, stress=settings.stress)
+        wish = replace(self._line.settings.wish(asked), priority=priority)
+        items = list(each_structure(structures))
+        seeds = settings.seeds(len(items))
+
+        def add(request: jpb.SubmitJobRequest, part: Part, start: int) -> None:
+            simulate, sent = settings.request(wish), [items[start + place] for place in part.places]
+            simulate.priority = _explicit(priority)
+            packed = encode_structures(pack(part.structures))
+            simulate.structures.CopyFrom(_with_refused(packed, part))
+            simulate.fixed = flags(fixed_of(items, part, start))
+            put_start(
+                simulate,
+                [velocities_of(item) for item in sent],
+                masses_of(sent, [structure.atomic_numbers for structure in part.structures]),
+                [len(structure) for structure in part.structures],
             )
-            info = JobInfo.from_wire(self._ask(lambda stub: stub.SubmitJob, request))
-            start += len(part.n_atoms)
-            if on_sent is not None:
-                on_sent(start)
-        return info
+            if simulate.drawn:
+                drawn = np.ones(len(part.n_atoms), dtype=np.uint8)
+                drawn[part.places] = np.frombuffer(simulate.drawn, dtype=np.uint8)
+                simulate.drawn = drawn.tobytes()
+            simulate.seeds.extend(seeds[start : start + len(part.n_atoms)])
+            request.simulate.CopyFrom(simulate)
+
+        return self._submit(id, label, items, wish, add, on_sent)
 
     def get(self, id: str) -> JobInfo:
         """How far a job is."""
@@ -198,6 +247,43 @@ class Jobs:
             pass
         return last[-1]
 
+    def _submit(
+        self,
+        id: str,
+        label: str,
+        items: Sequence[Any],
+        wish: Wish,
+        add: Callable[[jpb.SubmitJobRequest, Part, int], None],
+        on_sent: Callable[[int], None] | None,
+    ) -> JobInfo:
+        """Sends items part by part; `add` writes what is to be done with a part that begins there."""
+        limits = self._line.model(wish.model).limits
+        parts = cut(
+            items,
+            limits,
+            atoms_per_request=min(limits.max_atoms_per_request or ATOMS_PER_PART, ATOMS_PER_PART),
+            max_message_bytes=self._line.settings.max_message_bytes,
+        )
+        start = 0
+        # An empty job is one, too.
+        for part, following in (
+            itertools.pairwise(itertools.chain(parts, (None,))) if items else ((Part(), None),)
+        ):
+            assert part is not None
+            request = jpb.SubmitJobRequest(
+                id=id,
+                label=label,
+                start=start,
+                last=following is None,
+                refused=encode_failures(part.failures),
+            )
+            add(request, part, start)
+            info = JobInfo.from_wire(self._ask(lambda stub: stub.SubmitJob, request))
+            start += len(part.n_atoms)
+            if on_sent is not None:
+                on_sent(start)
+        return info
+
     def _attached(self, request: jpb.AttachJobRequest) -> Generator[jpb.AttachJobReply, None, None]:
         call: Any = self._stub().AttachJob(request, metadata=self._line.token.headers())
         try:
@@ -226,6 +312,15 @@ class Jobs:
                 " ask without a job"
             )
         return problem
+
+
+def _explicit(priority: Priority) -> pb.Priority.ValueType:
+    """On the wire; a job's unspecified one is low."""
+    return pb.PRIORITY_NORMAL if priority == "normal" else PRIORITIES[priority]
+
+
+def _new(kind: str) -> str:
+    return f"{kind}-{uuid4().hex[:12]}"
 
 
 def _with_refused(structures: pb.Structures, part: Part) -> pb.Structures:

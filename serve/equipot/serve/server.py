@@ -166,7 +166,7 @@ class GrpcServer:
         if config.jobs is not None:
             self._jobs = JobServicer(
                 config.jobs,
-                move=self._motion.relaxed,
+                move=self._motion.moved,
                 check=self._motion.check,
                 find=lambda name, session: self._gate.registry().find(name, session=session),
                 quotas=self._trust.quotas,

@@ -68,6 +68,7 @@ class SubmitJobRequest(google.protobuf.message.Message):
     START_FIELD_NUMBER: builtins.int
     LAST_FIELD_NUMBER: builtins.int
     RELAX_FIELD_NUMBER: builtins.int
+    SIMULATE_FIELD_NUMBER: builtins.int
     REFUSED_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Made by the caller, of its own jobs alone: 1 to 64 letters, digits, and . _ -"""
@@ -80,6 +81,8 @@ class SubmitJobRequest(google.protobuf.message.Message):
     @property
     def relax(self) -> equipot.wire.v1.potential_pb2.RelaxRequest: ...
     @property
+    def simulate(self) -> equipot.wire.v1.potential_pb2.SimulateRequest: ...
+    @property
     def refused(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[equipot.wire.v1.potential_pb2.Failure]:
         """Structures that the caller refuses itself; each has its place in this part, and no atoms there."""
 
@@ -91,11 +94,12 @@ class SubmitJobRequest(google.protobuf.message.Message):
         start: builtins.int = ...,
         last: builtins.bool = ...,
         relax: equipot.wire.v1.potential_pb2.RelaxRequest | None = ...,
+        simulate: equipot.wire.v1.potential_pb2.SimulateRequest | None = ...,
         refused: collections.abc.Iterable[equipot.wire.v1.potential_pb2.Failure] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["kind", b"kind", "relax", b"relax"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["id", b"id", "kind", b"kind", "label", b"label", "last", b"last", "refused", b"refused", "relax", b"relax", "start", b"start"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["relax"] | None: ...
+    def HasField(self, field_name: typing.Literal["kind", b"kind", "relax", b"relax", "simulate", b"simulate"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "kind", b"kind", "label", b"label", "last", b"last", "refused", b"refused", "relax", b"relax", "simulate", b"simulate", "start", b"start"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["relax", "simulate"] | None: ...
 
 global___SubmitJobRequest = SubmitJobRequest
 
@@ -123,10 +127,13 @@ class Job(google.protobuf.message.Message):
     ENDED_FIELD_NUMBER: builtins.int
     EXPIRES_FIELD_NUMBER: builtins.int
     BYTES_FIELD_NUMBER: builtins.int
+    N_STEPS_MOVING_FIELD_NUMBER: builtins.int
+    N_STEPS_ASKED_FIELD_NUMBER: builtins.int
+    WARNINGS_FIELD_NUMBER: builtins.int
     id: builtins.str
     label: builtins.str
     kind: builtins.str
-    """"relax"."""
+    """"relax" or "simulate"."""
     state: global___JobState.ValueType
     reason: builtins.str
     priority: equipot.wire.v1.potential_pb2.Priority.ValueType
@@ -152,9 +159,17 @@ class Job(google.protobuf.message.Message):
     expires: builtins.float
     bytes: builtins.int
     """That it takes of the server's room for jobs."""
+    n_steps_moving: builtins.int
+    """Steps that structures which move now have taken, as far as the server was told since it started."""
+    n_steps_asked: builtins.int
+    """Steps of all structures if none fails, of dynamics; 0: not known before."""
     @property
     def model(self) -> equipot.wire.v1.potential_pb2.ModelReference:
         """What computes it."""
+
+    @property
+    def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Of what is submitted, what looks wrong and is done all the same; in the answer to SubmitJob alone."""
 
     def __init__(
         self,
@@ -179,9 +194,12 @@ class Job(google.protobuf.message.Message):
         ended: builtins.float = ...,
         expires: builtins.float = ...,
         bytes: builtins.int = ...,
+        n_steps_moving: builtins.int = ...,
+        n_steps_asked: builtins.int = ...,
+        warnings: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "created", b"created", "ended", b"ended", "expires", b"expires", "id", b"id", "kind", b"kind", "label", b"label", "model", b"model", "n_ahead", b"n_ahead", "n_atoms", b"n_atoms", "n_done", b"n_done", "n_failed", b"n_failed", "n_moving", b"n_moving", "n_results", b"n_results", "n_steps", b"n_steps", "n_structures", b"n_structures", "priority", b"priority", "reason", b"reason", "remaining_seconds", b"remaining_seconds", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "created", b"created", "ended", b"ended", "expires", b"expires", "id", b"id", "kind", b"kind", "label", b"label", "model", b"model", "n_ahead", b"n_ahead", "n_atoms", b"n_atoms", "n_done", b"n_done", "n_failed", b"n_failed", "n_moving", b"n_moving", "n_results", b"n_results", "n_steps", b"n_steps", "n_steps_asked", b"n_steps_asked", "n_steps_moving", b"n_steps_moving", "n_structures", b"n_structures", "priority", b"priority", "reason", b"reason", "remaining_seconds", b"remaining_seconds", "state", b"state", "warnings", b"warnings"]) -> None: ...
 
 global___Job = Job
 
@@ -282,16 +300,26 @@ class JobResult(google.protobuf.message.Message):
     ATOMIC_NUMBERS_FIELD_NUMBER: builtins.int
     PBC_FIELD_NUMBER: builtins.int
     RELAXED_FIELD_NUMBER: builtins.int
+    FRAME_FIELD_NUMBER: builtins.int
+    OBSERVATION_FIELD_NUMBER: builtins.int
+    SIMULATED_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
     number: builtins.int
     index: builtins.int
     """The structure's index in the job."""
     atomic_numbers: builtins.bytes
-    """int32[n] and uint8[3]: what the structure is; empty if its sender refused it."""
+    """int32[n] and uint8[3]: what the structure is; empty if its sender refused it, and with an observation."""
     pbc: builtins.bytes
+    seed: builtins.int
+    """Of what was drawn, with `simulated`."""
     @property
-    def relaxed(self) -> equipot.wire.v1.potential_pb2.RelaxResult:
-        """Its index, and that of its failure, is the structure's in the job."""
-
+    def relaxed(self) -> equipot.wire.v1.potential_pb2.RelaxResult: ...
+    @property
+    def frame(self) -> equipot.wire.v1.potential_pb2.MotionFrame: ...
+    @property
+    def observation(self) -> equipot.wire.v1.potential_pb2.MotionObservation: ...
+    @property
+    def simulated(self) -> equipot.wire.v1.potential_pb2.SimulateResult: ...
     def __init__(
         self,
         *,
@@ -300,10 +328,14 @@ class JobResult(google.protobuf.message.Message):
         atomic_numbers: builtins.bytes = ...,
         pbc: builtins.bytes = ...,
         relaxed: equipot.wire.v1.potential_pb2.RelaxResult | None = ...,
+        frame: equipot.wire.v1.potential_pb2.MotionFrame | None = ...,
+        observation: equipot.wire.v1.potential_pb2.MotionObservation | None = ...,
+        simulated: equipot.wire.v1.potential_pb2.SimulateResult | None = ...,
+        seed: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["kind", b"kind", "relaxed", b"relaxed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["atomic_numbers", b"atomic_numbers", "index", b"index", "kind", b"kind", "number", b"number", "pbc", b"pbc", "relaxed", b"relaxed"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["relaxed"] | None: ...
+    def HasField(self, field_name: typing.Literal["frame", b"frame", "kind", b"kind", "observation", b"observation", "relaxed", b"relaxed", "simulated", b"simulated"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["atomic_numbers", b"atomic_numbers", "frame", b"frame", "index", b"index", "kind", b"kind", "number", b"number", "observation", b"observation", "pbc", b"pbc", "relaxed", b"relaxed", "seed", b"seed", "simulated", b"simulated"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["relaxed", "frame", "observation", "simulated"] | None: ...
 
 global___JobResult = JobResult
 

@@ -22,7 +22,8 @@ RETRY_SECONDS = 2.0
 """Between two attempts to write where the disk is full."""
 
 UNWRITTEN = 2_000
-"""Moves that wait to be written; whoever brings more waits with them."""
+UNWRITTEN_BYTES = 2**26
+"""Moves that wait to be written, and the bytes of these; whoever brings more waits with them."""
 
 SAVING_SHARE = 0.05
 """Of the time, that writing ways may take: where there is much to write, it is written less often."""
@@ -53,7 +54,7 @@ class Desk:
         self._moves: dict[int, list[Move]] = defaultdict(list)
         self._ways: dict[tuple[int, int], Move] = {}
         self._save_at = time.monotonic() + save_seconds
-        self._n_moves = 0
+        self._n_moves = self._n_bytes = 0
         self._room = asyncio.Event()
         self._room.set()
         self._writing = asyncio.Lock()
@@ -91,11 +92,13 @@ class Desk:
         if move.walk is not None and not move.ended and not move.results:
             self._ways[key, move.place] = move
             return
-        if move.ended:
+        if move.goes_elsewhere:
+            # What waits was before it, and would be written behind it.
             self._ways.pop((key, move.place), None)
         self._moves[key].append(move)
         self._n_moves += 1
-        if self._n_moves >= UNWRITTEN:
+        self._n_bytes += move.n_bytes
+        if self._n_moves >= UNWRITTEN or self._n_bytes >= UNWRITTEN_BYTES:
             self._room.clear()
             await self._room.wait()
 
@@ -124,13 +127,21 @@ class Desk:
             try:
                 records = await self.do(self._store.advance, together)
             except BaseException:
+                # What came meanwhile is newer, also where it came with results.
+                newer = {
+                    (key, move.place)
+                    for key, of_job in self._moves.items()
+                    for move in of_job
+                    if move.goes_elsewhere
+                }
+                older = {at: move for at, move in walking.items() if at not in newer}
                 for key, of_job in self._moves.items():
                     moves[key].extend(of_job)
                 self._moves = moves
-                # What came meanwhile is newer.
-                self._ways = {**walking, **self._ways}
+                self._ways = {**older, **self._ways}
                 raise
             self._n_moves -= sum(len(of_job) for of_job in moves.values())
+            self._n_bytes -= sum(move.n_bytes for of_job in moves.values() for move in of_job)
             self._room.set()
             for record in records.values():
                 self._on_written(record)

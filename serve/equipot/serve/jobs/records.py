@@ -132,7 +132,7 @@ class Move:
         walk: where it is on its way, to go on from; None keeps what is known.
         ended: whether it is at its end: it brings nothing more.
         failed: whether that end is a failure.
-        steps: that it took to its end.
+        steps: that it has taken.
     """
 
     place: int
@@ -141,6 +141,16 @@ class Move:
     ended: bool = False
     failed: bool = False
     steps: int = 0
+
+    @property
+    def goes_elsewhere(self) -> bool:
+        """Whether its structure is no longer where it was known to be."""
+        return self.ended or self.walk is not None
+
+    @property
+    def n_bytes(self) -> int:
+        """That it brings."""
+        return sum(map(len, self.results)) + len(self.walk or b"")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,11 @@ from equipot.serve.call import Call, enter
 from equipot.serve.errors import CallError, NotReady, NotServed, OverQuota, QueueFull
 from equipot.serve.jobs import kinds
 from equipot.serve.jobs.desk import Desk, wait_for
-from equipot.serve.jobs.kinds import Chunk
+from equipot.serve.jobs.kinds import Chunk, MoveRequest
 from equipot.serve.jobs.records import JobRecord, JobState, Piece, StoreDamaged, StoreError
 from equipot.serve.jobs.settings import JobSettings
 from equipot.serve.jobs.store import Store
+from equipot.serve.jobs.telling import Listener
 from equipot.serve.models import ServedModel
 from equipot.serve.quotas import Quotas
 from equipot.wire.v1 import potential_pb2 as pb
@@ -51,7 +52,9 @@ SWEEP_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
 
-MoveStructures = Callable[[pb.RelaxRequest, ServedModel], AsyncGenerator[pb.RelaxReply, None]]
+MoveStructures = Callable[
+    [MoveRequest, ServedModel], AsyncGenerator[pb.RelaxReply, None] | AsyncGenerator[pb.SimulateReply, None]
+]
 """Answers a request by a model as a caller's."""
 
 FindModel = Callable[[str, str], ServedModel]
@@ -75,13 +78,14 @@ class Run:
         lanes: tasks that move chunks.
         moving: atoms of these.
         structures: of these that have not come to their end.
+        steps: that these have taken, by place, as far as they have told.
         since: when it began to move here, and how many were done then.
         failed: times that the server failed on it, one after the other.
         held: keeps its bundle in memory.
     """
 
     record: JobRecord
-    settings: pb.RelaxRequest
+    settings: MoveRequest
     model: ServedModel | None = None
     reason: str = ""
     not_before: float = 0.0
@@ -92,6 +96,7 @@ class Run:
     lanes: set[asyncio.Task[None]] = field(default_factory=set)
     moving: int = 0
     structures: int = 0
+    steps: dict[int, int] = field(default_factory=dict)
     since: tuple[float, int] | None = None
     failed: int = 0
     held: ExitStack = field(default_factory=ExitStack)
@@ -241,7 +246,7 @@ class Runner:
 
     def _take(self, record: JobRecord) -> None:
         model = pb.ModelReference.FromString(record.model)
-        settings = pb.RelaxRequest.FromString(record.request)
+        settings = kinds.REQUESTS[record.kind].FromString(record.request)
         settings.model = f"{model.name}@{model.digest}"
         settings.level_of_theory = model.level_of_theory
         settings.session = record.id
@@ -372,7 +377,9 @@ class Runner:
                 at_end = await self.desk.do(self._store.ends, key, piece)
                 if len(at_end) < piece.n_structures:
                     ended |= at_end
-                    ways.update(await self.desk.do(self._store.walks, key, piece))
+                    # Frames come on the way: what began anew would bring them twice.
+                    needed = isinstance(run.settings, pb.SimulateRequest)
+                    ways.update(await self.desk.do(self._store.walks, key, piece, needed=needed))
                     pieces.append(piece)
             if not pieces:
                 return None
@@ -400,16 +407,19 @@ class Runner:
         call = Call(method="job", request_id=record.id, identity=record.identity, account=account)
         call.model = model.name
         enter(call)
-        left, failure = set(chunk.places), ""
+        left, failure, listener = set(chunk.places), "", Listener(chunk)
         try:
             async with aclosing(self._move_structures(chunk.request, model)) as replies:
                 async for reply in replies:
-                    move = kinds.move_of(reply, chunk)
+                    move = listener.move_of(reply)
                     if move is None:
                         continue
                     if move.ended:
                         left.discard(move.place)
                         run.structures -= 1
+                        run.steps.pop(move.place, None)
+                    else:
+                        run.steps[move.place] = move.steps
                     await self.desk.note(record.key, move)
                     run.failed = 0
         except (NotReady, QueueFull, OverQuota) as error:
@@ -425,6 +435,8 @@ class Runner:
         finally:
             run.moving -= chunk.n_atoms
             run.structures -= len(left)
+            for place in left:
+                run.steps.pop(place, None)
             if left:
                 run.again.extend(chunk.firsts)
             self._changed.set()

@@ -32,13 +32,13 @@ from equipot.serve.jobs.records import (
 from equipot.serve.jobs.runner import FindModel, MoveStructures, Run, Runner
 from equipot.serve.jobs.settings import JobSettings
 from equipot.serve.jobs.store import Store
+from equipot.serve.jobs.telling import refusals_of
 from equipot.serve.models import ServedModel
 from equipot.serve.quotas import Quotas
 from equipot.serve.servicer import RETRY_DRAINING
 from equipot.serve.status import Context, guarded, guarded_reply_stream
 from equipot.wire.v1 import jobs_pb2 as jpb
 from equipot.wire.v1 import potential_pb2 as pb
-from equipot.wire.v1.codec import CodecError
 
 SERVICE = jpb.DESCRIPTOR.services_by_name["JobService"].full_name
 
@@ -65,7 +65,7 @@ _STATES: dict[JobState, jpb.JobState.ValueType] = {
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CheckRequest = Callable[[pb.RelaxRequest, ServedModel], None]
+CheckRequest = Callable[[kinds.MoveRequest, ServedModel], list[str]]
 
 
 class JobServicer:
@@ -74,7 +74,7 @@ class JobServicer:
     Args:
         settings: of the operator.
         move: answers one request of a job.
-        check: raises what is wrong with one.
+        check: raises what is wrong with one, and returns what looks so.
         find: the model that a name means to a session.
         quotas: of the identities.
         metrics: that are told what happens.
@@ -152,23 +152,22 @@ class JobServicer:
             )
         if len(request.label) > _LONGEST_LABEL:
             raise InvalidRequest(f"label is longer than {_LONGEST_LABEL} characters", field="label")
-        if request.WhichOneof("kind") != kinds.RELAX:
-            raise InvalidRequest("the request does not say what is to be done: give relax", field="kind")
+        asked = kinds.request_of(request)
         record = await self._read(self._store.job, current_call().identity, request.id)
         part = await asyncio.to_thread(_part_of, request)
-        name = request.relax.model
+        name = asked.model
         if record is not None:
             # The name may have come to mean another bundle since the first part.
             reference = pb.ModelReference.FromString(record.model)
             name = f"{reference.name}@{reference.digest}"
         model = self._find(name, request.id)
-        settings = kinds.settings_of(request.relax)
+        settings = kinds.settings_of(asked)
         refused = {move.place for move in part.moves}
-        self._check(kinds.chunk_of(settings, part.pieces, refused, {}).request, model)
-        level = model.level_index(request.relax.level_of_theory)
+        warnings = self._check(kinds.chunk_of(settings, part.pieces, refused, {}).request, model)
+        level = model.level_index(asked.level_of_theory)
         opening = Opening(
             label=request.label,
-            kind=kinds.RELAX,
+            kind=request.WhichOneof("kind") or "",
             request=settings.SerializeToString(deterministic=True),
             model=model.reference(level).SerializeToString() if record is None else record.model,
         )
@@ -180,7 +179,9 @@ class JobServicer:
             self._metrics.begin(replace(record, n_done=0, n_failed=0))
         self._metrics.written(record)
         self._runner.submitted(record)
-        return self._message(record)
+        message = self._message(record)
+        message.warnings.extend(warnings)
+        return message
 
     async def GetJob(self, request: jpb.GetJobRequest, context: Context) -> jpb.Job:
         """How far a job is."""
@@ -264,7 +265,7 @@ class JobServicer:
     def _message(self, record: JobRecord) -> jpb.Job:
         run = self._runner.run_of(record.key)
         state, reason = self._state(record, run)
-        settings = pb.RelaxRequest.FromString(record.request)
+        settings = kinds.REQUESTS[record.kind].FromString(record.request)
         return jpb.Job(
             id=record.id,
             label=record.label,
@@ -286,6 +287,8 @@ class JobServicer:
             ended=record.ended,
             expires=record.ended + self._settings.keep_seconds if record.ended else 0.0,
             bytes=record.size,
+            n_steps_moving=sum(run.steps.values()) if run is not None else 0,
+            n_steps_asked=kinds.steps_of(settings) * record.n_structures,
         )
 
     def _state(self, record: JobRecord, run: Run | None) -> tuple[jpb.JobState.ValueType, str]:
@@ -311,25 +314,21 @@ class JobServicer:
 
 def _part_of(request: jpb.SubmitJobRequest) -> Part:
     """What a call adds to its job."""
-    relax = request.relax
-    try:
-        pieces = tuple(kinds.pieces_of(relax, request.start))
-    except CodecError as error:
-        raise InvalidRequest(str(error), field=f"structures.{error.field}") from error
-    n_structures, n_atoms = len(relax.structures.n_atoms), sum(relax.structures.n_atoms)
+    asked = kinds.request_of(request)
+    pieces = tuple(kinds.pieces_of(asked, request.start))
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece.data)
-    refusals = kinds.refusals_of(request)
+    refusals = refusals_of(request)
     for move in refusals:
         digest.update(move.results[0])
     n_bytes = sum(len(piece.data) for piece in pieces)
     return Part(
         start=request.start,
-        n_structures=n_structures,
-        n_atoms=n_atoms,
+        n_structures=sum(piece.n_structures for piece in pieces),
+        n_atoms=sum(piece.n_atoms for piece in pieces),
         digest=digest.digest(),
-        size=kinds.room_for(n_structures, n_atoms, n_bytes),
+        size=kinds.room_for(asked, n_bytes),
         pieces=pieces,
         moves=refusals,
         last=request.last,

@@ -35,6 +35,9 @@ from equipot.serve.jobs.records import (
 _COLUMNS = ", ".join(JobRecord.__dataclass_fields__)
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 
+READ_BYTES = 2**23
+"""Of results that are read at once, unless one alone has more."""
+
 
 class Store:
     """The jobs in one folder.
@@ -128,16 +131,21 @@ class Store:
             )
             return {place for (place,) in rows}
 
-    def walks(self, key: int, piece: Piece) -> dict[int, bytes]:
+    def walks(self, key: int, piece: Piece, *, needed: bool = False) -> dict[int, bytes]:
         """Where a piece's structures were on their way when that was last saved, by place.
 
         A damaged one is left out: its structure begins anew.
+
+        Raises:
+            StoreDamaged: one is damaged, and needed: what begins anew would bring results again.
         """
         with self._reading():
             rows = self._database.execute(
                 "SELECT place, data, crc FROM walks WHERE job = ? AND place >= ? AND place < ?",
                 (key, piece.first, piece.first + piece.n_structures),
             ).fetchall()
+        if needed:
+            return {place: _sound(data, crc, f"steps of structure {place}") for place, data, crc in rows}
         return {place: data for place, data, crc in rows if zlib.crc32(data) == crc}
 
     def advance(self, moves: Mapping[int, Sequence[Move]]) -> dict[int, JobRecord]:
@@ -156,18 +164,25 @@ class Store:
                     found[key] = job
             return found
 
-    def results(self, key: int, after: int, most: int) -> list[tuple[int, bytes]]:
-        """Numbers and data of a job's results behind one, in order.
+    def results(
+        self, key: int, after: int, most: int, most_bytes: int = READ_BYTES
+    ) -> list[tuple[int, bytes]]:
+        """Numbers and data of some of a job's results behind one, in order; one at least if there is any.
 
         Raises:
             StoreDamaged: one is not what was written.
         """
+        found, n_bytes = list[tuple[int, bytes]](), 0
         with self._reading():
-            rows = self._database.execute(
+            for number, data, crc in self._database.execute(
                 "SELECT number, data, crc FROM results WHERE job = ? AND number > ? ORDER BY number LIMIT ?",
                 (key, after, most),
-            ).fetchall()
-        return [(number, _sound(data, crc, f"result {number}")) for number, data, crc in rows]
+            ):
+                found.append((number, _sound(data, crc, f"result {number}")))
+                n_bytes += len(data)
+                if n_bytes >= most_bytes:
+                    break
+        return found
 
     def end(self, key: int, state: JobState, reason: str = "") -> JobRecord | None:
         """Ends a job that has not ended; its results stay. None if it is gone."""
@@ -255,7 +270,7 @@ class Store:
         if own + size > room.identity_bytes:
             raise NoRoom(
                 f"your jobs take {_mib(own)} and this part {_mib(size)} with its results, the limit is"
-                f" {_mib(room.identity_bytes)}: delete some"
+                f" {_mib(room.identity_bytes)}: delete some, or ask for less"
             )
         (others,) = self._database.execute(
             f"{count} WHERE state IN (?, ?)", (JobState.RECEIVING, JobState.OPEN)

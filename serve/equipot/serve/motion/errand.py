@@ -96,15 +96,15 @@ def fixed_of(raw: bytes, work: Work) -> npt.NDArray[np.bool_]:
         raise InvalidRequest(str(error), field=error.field) from error
 
 
-def one_each(name: str, values: Sequence[Any], work: Work) -> None:
-    """Checks that a field has no entries, or one for each structure.
+def one_each(name: str, values: Sequence[Any], count: int) -> None:
+    """Checks that a field has no entries, or one for each of so many structures.
 
     Raises:
         InvalidRequest: it has another number.
     """
-    if values and len(values) != len(work.structures):
+    if values and len(values) != count:
         raise InvalidRequest(
-            f"{name} has {len(values)} entries for {len(work.structures)} structures: give each one, or none",
+            f"{name} has {len(values)} entries for {count} structures: give each one, or none",
             field=name,
         )
 

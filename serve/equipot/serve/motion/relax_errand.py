@@ -71,7 +71,7 @@ class RelaxErrand:
             pressure=request.pressure,
         )
         fixed = fixed_of(request.fixed, work)
-        one_each("tokens", request.tokens, work)
+        one_each("tokens", request.tokens, len(work.structures))
         if how.moves_cell:
             periodic(work)
         return cls(work, request, how, fixed, model.reference(work.level))

@@ -82,20 +82,30 @@ class MotionServicer:
         """Lets the thread go."""
         self._mover.close()
 
-    def check(self, request: pb.RelaxRequest, model: ServedModel) -> None:
-        """Raises CallError where `relaxed` would."""
+    def check(self, request: pb.RelaxRequest | pb.SimulateRequest, model: ServedModel) -> list[str]:
+        """Raises CallError where `moved` would; returns what looks wrong and is done all the same."""
+        if isinstance(request, pb.SimulateRequest):
+            return SimulateErrand.understand(request, model, self._potential).warnings
         RelaxErrand.understand(request, model, self._potential)
+        return []
+
+    def moved(
+        self, request: pb.RelaxRequest | pb.SimulateRequest, model: ServedModel
+    ) -> AsyncGenerator[pb.RelaxReply, None] | AsyncGenerator[pb.SimulateReply, None]:
+        """As `relax` or `simulate`, by this model."""
+        if isinstance(request, pb.SimulateRequest):
+            return self._simulated(request, model)
+        return self._relaxed(request, model)
 
     async def relax(self, request: pb.RelaxRequest, context: Context) -> AsyncGenerator[pb.RelaxReply, None]:
         """Results, and progress and tokens if they are wanted, as structures come to rest."""
-        async with aclosing(self.relaxed(request, self._potential.find(request, context))) as replies:
+        async with aclosing(self._relaxed(request, self._potential.find(request, context))) as replies:
             async for reply in replies:
                 yield reply
 
-    async def relaxed(
+    async def _relaxed(
         self, request: pb.RelaxRequest, model: ServedModel
     ) -> AsyncGenerator[pb.RelaxReply, None]:
-        """As `relax`, by this model."""
         with model.in_use():
             errand = RelaxErrand.understand(request, model, self._potential)
             async with aclosing(self._carry_out(errand)) as replies:
@@ -106,7 +116,13 @@ class MotionServicer:
         self, request: pb.SimulateRequest, context: Context
     ) -> AsyncGenerator[pb.SimulateReply, None]:
         """Frames, observations and tokens as structures move, and how each of them ended."""
-        model = self._potential.find(request, context)
+        async with aclosing(self._simulated(request, self._potential.find(request, context))) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def _simulated(
+        self, request: pb.SimulateRequest, model: ServedModel
+    ) -> AsyncGenerator[pb.SimulateReply, None]:
         with model.in_use():
             errand = SimulateErrand.understand(request, model, self._potential)
             async with aclosing(self._carry_out(errand)) as replies:

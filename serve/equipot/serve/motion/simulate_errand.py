@@ -97,8 +97,8 @@ class SimulateErrand:
         n_atoms, n_structures = len(work.structures.positions), len(work.structures)
         fixed = fixed_of(request.fixed, work)
         how.check_fixed(fixed)
-        one_each("tokens", request.tokens, work)
-        one_each("seeds", request.seeds, work)
+        one_each("tokens", request.tokens, n_structures)
+        one_each("seeds", request.seeds, n_structures)
         if how.moves_cell:
             periodic(work)
         try:
@@ -116,7 +116,7 @@ class SimulateErrand:
             masses = (
                 decode_floats("masses", request.masses, (n_atoms,))
                 if request.masses
-                else _standard_masses(work.structures.atomic_numbers)
+                else standard_masses(work.structures.atomic_numbers)
             )
         except CodecError as error:
             raise InvalidRequest(str(error), field=error.field) from error
@@ -185,7 +185,8 @@ class SimulateErrand:
         return self.how.origin(self.reference.digest, self.reference.level_of_theory, digest)
 
 
-def _standard_masses(atomic_numbers: npt.NDArray[np.int32]) -> FloatArray:
+def standard_masses(atomic_numbers: npt.NDArray[np.int32]) -> FloatArray:
+    """(N,) in unified atomic mass units; NaN for what is no element."""
     known = (atomic_numbers >= 0) & (atomic_numbers < len(atomic_masses))
     masses: FloatArray = np.where(known, atomic_masses[np.where(known, atomic_numbers, 0)], np.nan)
     return masses
