@@ -247,6 +247,14 @@ class TestCommand:
                 assert first.info["equipot_step"] == third.info["equipot_step"]
         assert not list(tmp_path.glob("*.job*")) + list(tmp_path.glob("*.token*"))
 
+    def test_what_is_refused_leaves_nothing(self, jobs_server: Process, tmp_path: Path) -> None:
+        write(tmp_path / "in.extxyz", frames_of(1))
+        words = ["--address", jobs_server.address, "--steps", 5, "--friction", 0.1, "--job"]
+        done = equipot("md", "in.extxyz", *words, folder=tmp_path)
+        assert done.returncode == 2
+        assert "velocity_verlet has none" in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["in.extxyz"]
+
     def test_detaches_and_comes_back(self, jobs_server: Process, tmp_path: Path) -> None:
         write(tmp_path / "in.extxyz", frames_of(1))
         words = ["--address", jobs_server.address, "--steps", 1500, "--timestep", 0.1, "--temperature", 50]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from equipot.client.cli import Interruption
-from equipot.client.errors import ClientError, JobNotFound
+from equipot.client.errors import ClientError, InvalidRequest, JobNotFound, LimitExceeded
 from equipot.client.job_files import Slip
 from equipot.client.job_info import JobInfo
 from equipot.client.sync import Client
@@ -44,12 +44,14 @@ def submit(client: Client, slip: Slip, target: Path, count: int, send: Send, *, 
     Raises:
         JobNotFound: it has had the job, and has it no more.
     """
+    n_sent: int | None = None
     try:
         if client.jobs.get(slip.job).state != "receiving":
             return
     except JobNotFound:
         if begun:
             raise
+        n_sent = 0
     # First the slip: whoever is stopped while it submits must know what it has submitted.
     slip.write(target)
     errors = Console(stderr=True)
@@ -61,10 +63,18 @@ def submit(client: Client, slip: Slip, target: Path, count: int, send: Send, *, 
         task = bar.add_task("submitting", total=count)
 
         def sent(count: int) -> None:
+            nonlocal n_sent
+            n_sent = count
             bar.update(task, completed=count)
             interruption.check()
 
-        info = send(sent)
+        try:
+            info = send(sent)
+        except (InvalidRequest, LimitExceeded):
+            if n_sent == 0:
+                # There is no job: whoever asks again, asks anew.
+                Slip.path(target).unlink(missing_ok=True)
+            raise
     for warning in info.warnings:
         errors.print(f"note: {warning}", soft_wrap=True, highlight=False, markup=False)
     Console().print(f"job {slip.job}: {count} structures", soft_wrap=True, highlight=False, markup=False)
