@@ -24,7 +24,7 @@ ROUNDS = 4
 DIFFERENT = 32
 """Requests of a load; they come again."""
 
-BATCHES_WAITING = 3
+BATCHES_WAITING = 6
 """So many batches' worth of callers keep the engine busy."""
 
 
