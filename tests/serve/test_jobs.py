@@ -235,7 +235,11 @@ class TestAttached:
         assert server.sample("equipot_jobs", state="open") >= 1
         stub.DeleteJob(jpb.DeleteJobRequest(id="crowd"))
         until(lambda: not server.sample("equipot_moving_structures"))
-        assert server.sample("equipot_job_structures_total", outcome="ok") > 0
+
+    def test_what_comes_to_its_end_is_counted(self, stub: JobServiceStub, server: Process) -> None:
+        before = server.sample("equipot_job_structures_total", outcome="ok")
+        stub.SubmitJob(part("counted", [molecule(1), molecule(2)], max_steps=2))
+        until(lambda: server.sample("equipot_job_structures_total", outcome="ok") == before + 2)
 
 
 @pytest.mark.slow
