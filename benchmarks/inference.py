@@ -35,7 +35,7 @@ from messages import (  # type: ignore[import-not-found]  # beside this file whe
 from equipot.model.batch import SystemBatch, build_graphs
 from equipot.model.inference import FrozenPotential
 from equipot.model.kernels import available, kernel_status, pure_torch
-from equipot.model.skin import SkinnedNeighbors
+from equipot.model.skin import SkinnedNeighbors, follow_all
 
 CUTOFF = 5.0
 
@@ -110,11 +110,11 @@ def neighbours(args: argparse.Namespace) -> dict[str, Any]:
     systems = make_systems(64, args.atoms)
     batch = make_batch(64, args.atoms, torch.float32)
     frozen = FrozenPotential(make_model(256, "split", "conservative", batch))
-    skinned, rng = SkinnedNeighbors(CUTOFF), np.random.default_rng(0)
+    skinned, rng = [SkinnedNeighbors(CUTOFF) for _ in systems], np.random.default_rng(0)
     calls: dict[str, Callable[[], object]] = {
         "compute": lambda: frozen(batch),
         "build": lambda: build_graphs(systems, CUTOFF),
-        "skin": lambda: skinned.graphs(systems),
+        "skin": lambda: follow_all(systems, skinned),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(max(args.repeats, 5)):

@@ -95,7 +95,7 @@ def measure_step(engine: LocalEngine, address: str, bare_address: str, rounds: i
     random = np.random.default_rng(0)
     system = crystal(random)
     velocity = random.normal(0.0, 0.002, system.positions.shape)
-    neighbors = SkinnedNeighbors(engine.card.cutoff or 0.0, skin=SKIN)
+    neighbors = [SkinnedNeighbors(engine.card.cutoff or 0.0, skin=SKIN)]
     here: list[float] = []
     there: list[float] = []
     floor: list[float] = []
@@ -249,7 +249,7 @@ def by_engine(engine: LocalEngine, systems: list[System], steps: int) -> tuple[i
     for start in range(0, len(systems), size):
         batch = systems[start : start + size]
         walkers = [Walker(as_atoms(system), how.algorithm()) for system in batch]
-        neighbors = SkinnedNeighbors(engine.card.cutoff or 0.0, skin=0.3)
+        neighbors = [SkinnedNeighbors(engine.card.cutoff or 0.0, skin=0.3) for _ in batch]
         going = [walker.advance() for walker in walkers]
         while all(going):
             now = [
@@ -266,7 +266,7 @@ def by_engine(engine: LocalEngine, systems: list[System], steps: int) -> tuple[i
 
 
 def compute(
-    engine: LocalEngine, systems: list[System], neighbors: SkinnedNeighbors | None
+    engine: LocalEngine, systems: list[System], neighbors: list[SkinnedNeighbors] | None
 ) -> tuple[list[Result], int]:
     """Energies and forces, and the edges of all of them."""
     graphs = [graph for graph in engine.prepare(systems, neighbors=neighbors) if isinstance(graph, Graph)]

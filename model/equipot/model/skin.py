@@ -1,12 +1,17 @@
-"""Neighbour lists of many systems that move little between calls. Knows nothing of torch.
+"""Neighbour lists of structures that move little between calls. Knows nothing of torch.
 
 A list is built for the cutoff and a skin around it, and serves, filtered by distance, until an atom has moved
 half the skin since then (Verlet, "Computer experiments on classical fluids", 1967). It is exact at any time,
 and its edges have one order whenever it was built, so that sums over them have the same bits.
+
+A cell may deform meanwhile. With F what turns the old lattice vectors into the new ones, two images at a
+distance d stand at σ_min(F)·d or more where atoms follow the cell, so a list of reach c + s has all pairs
+within c as long as σ_min(F)·(c + s) − 2u ≥ c for atoms that have gone u astray from that.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,33 +20,17 @@ from equipot.model.batch import Graph, System
 from equipot.model.errors import ModelError
 from equipot.model.neighbors import NeighborList, neighbor_list
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Reference:
-    """One system as it was when its list was built, and the list with the skin."""
-
-    system: System
-    wide: Graph
-
-    def serves(self, system: System, skin: float) -> bool:
-        old = self.system
-        if system.n_atoms != old.n_atoms or not np.array_equal(system.pbc, old.pbc):
-            return False
-        # A cell that changes moves images by more than their atoms.
-        if not np.array_equal(system.cell, old.cell):
-            return False
-        moved = ((system.positions - old.positions) ** 2).sum(-1).max(initial=0.0)
-        return bool(4.0 * moved < skin * skin)
+RefusalT = TypeVar("RefusalT")
 
 
 class SkinnedNeighbors:
-    """Neighbour lists that a caller keeps between calls with the same systems in the same order.
+    """The neighbour list of one structure that its owner keeps between calls.
 
-    Whoever keeps it owns it: one per trajectory or relaxation, used by one thread at a time.
+    One for each structure of a trajectory or relaxation, used by one thread at a time.
     """
 
     def __init__(self, cutoff: float, *, skin: float = 0.5) -> None:
-        """Lists for a cutoff in Å.
+        """A list for a cutoff in Å.
 
         Args:
             cutoff: the model's.
@@ -57,29 +46,134 @@ class SkinnedNeighbors:
         self.cutoff, self.skin = cutoff, skin
         self.n_built = 0
         """How many lists were built since the start."""
-        self._references: list[_Reference] = []
+        self._reference: _Reference | None = None
 
-    def graphs(self, systems: Sequence[System]) -> list[Graph]:
-        """The systems with all their edges shorter than the cutoff, as `build_graph` finds them.
+    @property
+    def reference(self) -> "_Reference":
+        """What was built last."""
+        assert self._reference is not None
+        return self._reference
 
-        A system that does not follow from the one in its place before (other atoms, another cell) is simply
-        built anew.
-        """
-        references = [self._reference(place, system) for place, system in enumerate(systems)]
-        self._references = references
-        return [
-            _within(reference.wide, system, self.cutoff)
-            for reference, system in zip(references, systems, strict=True)
-        ]
+    def like(self, system: System) -> bool:
+        """Whether the system is, but for where its atoms and lattice vectors are, the one of the list."""
+        if self._reference is None:
+            return False
+        old = self._reference.given
+        return (
+            bool(old.n_atoms)
+            and system.positions.shape == old.positions.shape
+            and system.cell.shape == (3, 3)
+            and system.atomic_numbers.tobytes() == old.atomic_numbers.tobytes()
+            and system.pbc.tobytes() == old.pbc.tobytes()
+            and system.charge == old.charge
+            and system.spin_multiplicity == old.spin_multiplicity
+            and system.level_of_theory == old.level_of_theory
+        )
 
-    def _reference(self, place: int, system: System) -> _Reference:
-        if place < len(self._references) and self._references[place].serves(system, self.skin):
-            return self._references[place]
+    def build(self, given: System, admitted: System) -> None:
+        """Makes the list anew where the atoms are now."""
         self.n_built += 1
-        wide = _ordered(neighbor_list(system.positions, system.cell, system.pbc, self.cutoff + self.skin))
+        reach = self.cutoff + self.skin
+        wide = _ordered(neighbor_list(given.positions, given.cell, given.pbc, reach))
         # A copy: the caller may move atoms in place.
-        then = System(system.atomic_numbers, system.positions.copy(), system.cell.copy(), system.pbc.copy())
-        return _Reference(then, Graph(then, *wide))
+        then = replace(
+            given,
+            atomic_numbers=given.atomic_numbers.copy(),
+            positions=given.positions.copy(),
+            cell=given.cell.copy(),
+            pbc=given.pbc.copy(),
+        )
+        spin = admitted.spin_multiplicity
+        self._reference = _Reference(then, spin, wide, wide.cell_shifts @ then.cell)
+
+
+class Followed(NamedTuple):
+    """A system with its edges, and the square of the shortest of them in Å² (infinite without any)."""
+
+    graph: Graph
+    shortest_squared: float
+
+
+def follow(
+    systems: Sequence[System],
+    kept: Sequence[SkinnedNeighbors],
+    admit: Callable[[System], System | RefusalT],
+) -> list[Followed | RefusalT]:
+    """The systems with all their edges shorter than the cutoff, as `build_graph` finds them.
+
+    Args:
+        systems: where they are now.
+        kept: the list of each, all of one cutoff and skin. One that does not serve is built anew.
+        admit: called with a system before its list is built: the system as the model is to see it, or why it
+            is refused, which then stands in its place. One that has moved little since is admitted unseen.
+    """
+    admitted: list[System | RefusalT] = list(systems)
+    serves = _serve(systems, kept)
+    for place, (system, one) in enumerate(zip(systems, kept, strict=True)):
+        if not serves[place]:
+            answer = admitted[place] = admit(system)
+            if isinstance(answer, System):
+                one.build(system, answer)
+        elif (spin := one.reference.spin_multiplicity) != system.spin_multiplicity:
+            admitted[place] = replace(system, spin_multiplicity=spin)
+    good = [(one, of) for one, of in zip(admitted, kept, strict=True) if isinstance(one, System)]
+    found = iter(_within([system for system, _ in good], [of for _, of in good]))
+    return [next(found) if isinstance(one, System) else one for one in admitted]
+
+
+def follow_all(systems: Sequence[System], kept: Sequence[SkinnedNeighbors]) -> list[Graph]:
+    """`follow` for systems that are known to be good."""
+    return [one.graph for one in follow(systems, kept, lambda system: system) if isinstance(one, Followed)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reference:
+    """One structure as it was when its list was built, and that list."""
+
+    given: System
+    spin_multiplicity: int
+    wide: NeighborList
+    shifts: NDArray[np.float64]
+    """(n_edges, 3) Å: what the shifts came to with its cell."""
+
+
+def _serve(systems: Sequence[System], kept: Sequence[SkinnedNeighbors]) -> NDArray[np.bool_]:
+    """Which of the lists have all neighbours of where the systems are now."""
+    serves = np.array([one.like(system) for one, system in zip(kept, systems, strict=True)], dtype=bool)
+    places: list[int] = np.flatnonzero(serves).tolist()
+    if not places:
+        return serves
+    now = [systems[place] for place in places]
+    then = [kept[place].reference.given for place in places]
+    counts = np.array([system.n_atoms for system in now])
+    old_positions = np.concatenate([system.positions for system in then])
+    cells = np.concatenate([system.cell for system in now]).reshape(-1, 3, 3)
+    old_cells = np.concatenate([system.cell for system in then]).reshape(-1, 3, 3)
+    narrowed = np.ones(len(places))
+    starts = np.cumsum(counts) - counts
+    for place in np.flatnonzero((cells != old_cells).any(axis=(1, 2))):
+        atoms = slice(starts[place], starts[place] + counts[place])
+        deformation, narrowed[place] = _deformation(old_cells[place], cells[place], now[place].pbc)
+        old_positions[atoms] = old_positions[atoms] @ deformation
+    moved = ((np.concatenate([system.positions for system in now]) - old_positions) ** 2).sum(axis=1)
+    astray = np.sqrt(np.maximum.reduceat(moved, starts))
+    cutoff, skin = kept[0].cutoff, kept[0].skin
+    # What is not finite compares as False.
+    serves[places] = narrowed * (cutoff + skin) - 2.0 * astray > cutoff
+    return serves
+
+
+def _deformation(
+    old: NDArray[np.float64], new: NDArray[np.float64], pbc: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], float]:
+    """What turns one cell into the other, and by how much it draws things together at most.
+
+    A cell that has no images in some direction says nothing there: its lists serve no other cell.
+    """
+    if not (pbc.all() and np.isfinite(new).all()):
+        return np.eye(3), -np.inf
+    deformation: NDArray[np.float64] = np.linalg.solve(old, new).astype(np.float64, copy=False)
+    return deformation, float(np.linalg.svd(deformation, compute_uv=False)[-1])
 
 
 def _ordered(edges: NeighborList) -> NeighborList:
@@ -88,8 +182,40 @@ def _ordered(edges: NeighborList) -> NeighborList:
     return NeighborList(edges.senders[order], edges.receivers[order], edges.cell_shifts[order])
 
 
-def _within(wide: Graph, system: System, cutoff: float) -> Graph:
-    now = Graph(system, wide.senders, wide.receivers, wide.cell_shifts)
-    vectors = now.vectors()
-    near: NDArray[np.bool_] = np.einsum("ek,ek->e", vectors, vectors) < cutoff * cutoff
-    return Graph(system, wide.senders[near], wide.receivers[near], wide.cell_shifts[near])
+def _within(systems: Sequence[System], kept: Sequence[SkinnedNeighbors]) -> list[Followed]:
+    """Each system with those edges of its list that are shorter than the cutoff, in one go."""
+    if not systems:
+        return []
+    lists = [one.reference.wide for one in kept]
+    senders, receivers, cell_shifts = (
+        np.concatenate([edges[field] for edges in lists]) for field in range(3)
+    )
+    n_edges = np.array([len(edges.senders) for edges in lists])
+    n_atoms = np.array([system.n_atoms for system in systems])
+    ends = np.cumsum(n_edges)
+    first_atom = np.repeat(np.cumsum(n_atoms) - n_atoms, n_edges)
+    positions = np.concatenate([system.positions for system in systems])
+    shifts = np.concatenate(
+        [
+            one.reference.shifts
+            if np.array_equal(system.cell, one.reference.given.cell)
+            else one.reference.wide.cell_shifts @ system.cell
+            for system, one in zip(systems, kept, strict=True)
+        ]
+    )
+    vectors = positions[senders + first_atom] + shifts - positions[receivers + first_atom]
+    squared: NDArray[np.float64] = np.einsum("ek,ek->e", vectors, vectors)
+    near = squared < kept[0].cutoff ** 2
+    senders, receivers, cell_shifts = senders[near], receivers[near], cell_shifts[near]
+    # One more than the last, so that a list without edges at the end has something to point to.
+    shortest: NDArray[np.float64] = np.minimum.reduceat(np.append(squared, np.inf), ends - n_edges)
+    shortest[n_edges == 0] = np.inf
+    bounds = np.concatenate([[0], np.cumsum(near)])[np.concatenate([[0], ends])].tolist()
+    return [
+        Followed(
+            Graph(system, senders[start:stop], receivers[start:stop], cell_shifts[start:stop]), squared_length
+        )
+        for system, start, stop, squared_length in zip(
+            systems, bounds[:-1], bounds[1:], shortest.tolist(), strict=True
+        )
+    ]

@@ -92,14 +92,14 @@ class Engine(Protocol):
         """Atoms and edges of the smallest batch that ran out of memory, if one of several structures did."""
 
     def prepare(
-        self, systems: Sequence[System], *, neighbors: SkinnedNeighbors | None = None
+        self, systems: Sequence[System], *, neighbors: Sequence[SkinnedNeighbors] | None = None
     ) -> list[Graph | Fault]:
         """Checks structures and finds their edges in one call.
 
         Args:
             systems: the structures.
-            neighbors: lists that the caller keeps between calls, for the same structures in the same order as
-                they move: a trajectory's, and this caller's alone.
+            neighbors: the list of each, which the caller keeps between calls as it moves. What was checked
+                once is not checked again before its list must be built anew.
         """
 
     def compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
@@ -277,7 +277,7 @@ class LocalEngine:
         self.compute(build_graphs([pair], config.cutoff), forces=True, stress=False)
 
     def prepare(
-        self, systems: Sequence[System], *, neighbors: SkinnedNeighbors | None = None
+        self, systems: Sequence[System], *, neighbors: Sequence[SkinnedNeighbors] | None = None
     ) -> list[Graph | Fault]:
         """Checks structures, refuses those that are too large, and finds the edges of the others at once."""
         return self._prepare(systems, neighbors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -33,21 +33,6 @@ class Key:
     stress: bool
 
 
-class KeptNeighbors:
-    """Neighbour lists of structures that come again as their atoms move, by where their range begins."""
-
-    def __init__(self, cutoff: float, skin: float) -> None:
-        """Lists for a cutoff and a skin around it, in Å."""
-        self._cutoff, self._skin = cutoff, skin
-        self._by_start: dict[int, SkinnedNeighbors] = {}
-
-    def of(self, start: int) -> SkinnedNeighbors:
-        """Those of the range of structures that begins there; ranges are the same at every request."""
-        if start not in self._by_start:
-            self._by_start[start] = SkinnedNeighbors(self._cutoff, skin=self._skin)
-        return self._by_start[start]
-
-
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Work:
     """One request, understood.
@@ -57,7 +42,7 @@ class Work:
         structures: to be answered, S of them.
         level: index of the level of theory.
         deadline: by `time.monotonic`; None if the caller waits for ever.
-        neighbors: lists kept between requests with the same structures; None if there are no others.
+        neighbors: of each structure, kept between requests as it moves; None if there are no others.
         call: that it came with: who asks, and what it may ask for.
         priority: as asked for; the batcher lowers it to what the identity may have.
         certainty: what the caller wants to know of how sure the answer is; None: nothing.
@@ -68,7 +53,7 @@ class Work:
     structures: StructureArrays
     level: int
     deadline: float | None
-    neighbors: KeptNeighbors | None = None
+    neighbors: Sequence[SkinnedNeighbors] | None = None
     call: Call = field(default_factory=Call)
     priority: Priority = Priority.NORMAL
     certainty: Wish | None = None
@@ -100,7 +85,7 @@ class Work:
 
     def prepare(self, start: int, stop: int) -> list[Graph | Fault]:
         """Checks these structures and finds their edges; safe in any thread."""
-        neighbors = None if self.neighbors is None else self.neighbors.of(start)
+        neighbors = None if self.neighbors is None else self.neighbors[start:stop]
         engine = self.key.model.engine
         prepared = engine.prepare(list(self._systems(start, stop)), neighbors=neighbors)
         domain = engine.uncertainty.domain

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from equipot.model.batch import Graph, System, build_graphs
 from equipot.model.errors import StructureError
 from equipot.model.neighbors import check_searchable
-from equipot.model.skin import SkinnedNeighbors
-from equipot.model.validate import check_graph, check_system
+from equipot.model.skin import SkinnedNeighbors, follow
+from equipot.model.validate import MIN_DISTANCE, check_graph, check_system
 from equipot.serve.config import RequestLimits
 from equipot.serve.errors import Fault
 from equipot.serve.footprint import footprint
@@ -36,12 +36,15 @@ class Preparation:
     supported: Callable[[System], System]
 
     def __call__(
-        self, systems: Sequence[System], neighbors: SkinnedNeighbors | None = None
+        self, systems: Sequence[System], neighbors: Sequence[SkinnedNeighbors] | None = None
     ) -> list[Graph | Fault]:
         """Checks structures, refuses those that are too large, and finds the edges of the others at once."""
+        if neighbors is not None:
+            followed = follow(systems, neighbors, self._check)
+            return [one if isinstance(one, Fault) else self._check_edges(*one) for one in followed]
         checked = [self._check(system) for system in systems]
         good = [system for system in checked if isinstance(system, System)]
-        graphs = iter(build_graphs(good, self.cutoff) if neighbors is None else neighbors.graphs(good))
+        graphs = iter(build_graphs(good, self.cutoff))
         return [self._check_edges(next(graphs)) if isinstance(one, System) else one for one in checked]
 
     def _check(self, system: System) -> System | Fault:
@@ -56,9 +59,11 @@ class Preparation:
             return _fault(error)
         return self._too_dense(system) or supported
 
-    def _check_edges(self, graph: Graph) -> Graph | Fault:
+    def _check_edges(self, graph: Graph, shortest_squared: float = 0.0) -> Graph | Fault:
         if graph.n_edges > self.limits.structure_edges:
             return self._too_many_edges(graph.n_edges, "")
+        if shortest_squared >= MIN_DISTANCE**2:
+            return graph
         try:
             check_graph(graph)
         except StructureError as error:

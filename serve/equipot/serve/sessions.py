@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 import grpc
 import numpy as np
 
+from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.call import current_call
 from equipot.serve.certainty import understood
 from equipot.serve.config import SessionLimits
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit, SessionIdle
-from equipot.serve.job import KeptNeighbors, Work
+from equipot.serve.job import Work
 from equipot.serve.metrics import OK, Metrics
 from equipot.serve.models import ServedModel
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, PotentialServicer, respond
@@ -40,7 +41,7 @@ class _Open:
     """What one session keeps between steps."""
 
     work: Work
-    neighbors: KeptNeighbors | None
+    neighbors: list[SkinnedNeighbors] | None
     asked: pb.PredictRequest
     by_properties: dict[frozenset[pb.Property.ValueType], Work]
 
@@ -159,7 +160,10 @@ class SessionServicer:
         )
         work = self._potential.understand(asked, model, None, now=False)
         cutoff = model.card.cutoff
-        neighbors = KeptNeighbors(cutoff, request.skin or SKIN) if cutoff else None
+        neighbors = None
+        if cutoff:
+            skin = request.skin or SKIN
+            neighbors = [SkinnedNeighbors(cutoff, skin=skin) for _ in range(len(work.structures))]
         return _Open(work, neighbors, asked, {frozenset(request.properties): work})
 
     async def _step(self, opened: _Open, step: pb.SessionStep, context: Context) -> pb.SessionReply:

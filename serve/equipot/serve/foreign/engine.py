@@ -69,7 +69,7 @@ class ForeignEngine:
         )
 
     def prepare(
-        self, systems: Sequence[System], *, neighbors: SkinnedNeighbors | None = None
+        self, systems: Sequence[System], *, neighbors: Sequence[SkinnedNeighbors] | None = None
     ) -> list[Graph | Fault]:
         """Checks structures and counts their pairs, by which the queue goes; the calculator finds its own."""
         return self._prepare(systems, neighbors)

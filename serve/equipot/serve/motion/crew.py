@@ -16,10 +16,11 @@ from functools import partial
 
 import numpy as np
 
+from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.call import Call, current_call
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import Fault, OverQuota, QueueFull
-from equipot.serve.job import KeptNeighbors, Work
+from equipot.serve.job import Work
 from equipot.serve.motion.mover import Mover
 from equipot.serve.motion.state import BadState
 from equipot.serve.motion.walker import Given, Halt, Walker
@@ -44,6 +45,7 @@ class Member:
         fault: why it goes no further.
         goes_on: whether it waits for what it asked for.
         certainty: how sure its last answer is; None if nobody asked.
+        neighbors: its list; None if the potential does not say how far it looks, and finds its own.
     """
 
     index: int
@@ -52,6 +54,7 @@ class Member:
     fault: Fault | Failure | None = None
     goes_on: bool = True
     certainty: UncertaintyArrays | None = None
+    neighbors: SkinnedNeighbors | None = None
 
 
 class Party:
@@ -101,12 +104,8 @@ class Party:
 
     async def _crew(self) -> None:
         crew: list[Member] = []
-        kept: KeptNeighbors | None = None
         while True:
             joining = self._joining(crew)
-            # A potential that does not say how far it looks finds its neighbours itself.
-            if joining and (cutoff := self._work.key.model.card.cutoff):
-                kept = KeptNeighbors(cutoff, SKIN)
             if not crew and not joining:
                 return
             await self._mover.move(
@@ -121,13 +120,16 @@ class Party:
                     self._members.discard(member)
             crew = [member for member in crew if member.goes_on]
             if crew:
-                await self._ask(crew, kept)
+                await self._ask(crew)
 
     def _move(self, crew: list[Member], joining: list[int], old: int, number: int) -> None:
         """In the thread that moves: a member of the crew, or one that joins it, goes to its next question."""
         if number >= old:
-            crew.append(self._begin(joining[number - old]))
-            self._members.add(crew[number])
+            member = self._begin(joining[number - old])
+            if cutoff := self._work.key.model.card.cutoff:
+                member.neighbors = SkinnedNeighbors(cutoff, skin=SKIN)
+            crew.append(member)
+            self._members.add(member)
         member = crew[number]
         if member.fault is None:
             _advance(member)
@@ -151,9 +153,11 @@ class Party:
             joining.append(self._waiting.popleft())
         return joining
 
-    async def _ask(self, crew: list[Member], kept: KeptNeighbors | None) -> None:
+    async def _ask(self, crew: list[Member]) -> None:
         """Has the members' present positions computed."""
         structures = _pack(self._work.structures, crew)
+        kept = [member.neighbors for member in crew if member.neighbors is not None]
+        neighbors = kept if len(kept) == len(crew) else None
         call: Call | None = None
         while True:
             try:
@@ -161,7 +165,7 @@ class Party:
                     # Once a step, however often the queue has no room for it.
                     call = current_call().next_request()
                     call.asked(len(structures), len(structures.positions))
-                work = replace(self._work, structures=structures, call=call, neighbors=kept)
+                work = replace(self._work, structures=structures, call=call, neighbors=neighbors)
                 work.key.model.engine.check_ready()
                 answer = await self._dispatcher.predict(work)
                 break
