@@ -24,6 +24,8 @@ import grpc
 
 from equipot.serve.door import Door
 from equipot.serve.logs import JsonFormatter
+from equipot.serve.metrics import Metrics
+from equipot.serve.patience import Patience
 from equipot.serve.quotas import Allowance, Allowances, Quotas
 from equipot.serve.reread import Reread
 from equipot.serve.tokens import Tokens
@@ -74,6 +76,8 @@ def door(*, tokens: Path | None = None, limits: bool = False, traced: bool = Fal
         certificates_name=False,
         on_refusal=lambda outcome: None,
         on_done=(lambda call: None) if traced else None,
+        under_way=Metrics().calls,
+        patience=Patience(1_200.0),
     )
 
 

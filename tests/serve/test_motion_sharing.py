@@ -124,7 +124,7 @@ class TestIdleReaders:
         async def test() -> None:
             config = ServeConfig(
                 bundles=(bundles.tiny,), port=0, metrics_port=None, threads=1,
-                limits=RequestLimits(request_atoms=1_200), sessions=SessionLimits(idle_seconds=2.0),
+                limits=RequestLimits(request_atoms=1_200), sessions=SessionLimits(idle_seconds=4.0),
             )  # fmt: skip
             async with inside(config) as at:
                 many = [molecule(seed, 100) for seed in range(11)]
@@ -148,11 +148,11 @@ class TestIdleReaders:
                 # Then it is let go, and its place is free.
                 await at.until(lambda: at.value("moving_structures") == 0)
                 courses(await read_to_end(at.stub.Simulate(asked(many, steps=2, timestep=0.01))), 11)
-                # Whoever reads on has all that came, and is told to ask again.
+                # Whoever reads on is told to ask again.
                 with pytest.raises(grpc.RpcError) as caught:
                     await read_to_end(replies)
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-                assert "nothing was read for 2 s" in (caught.value.details() or "")
+                assert "nothing was read for" in (caught.value.details() or "")
 
         run(test())
 

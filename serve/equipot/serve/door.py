@@ -15,10 +15,12 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
+from prometheus_client import Gauge
 
 from equipot.serve.call import ANONYMOUS, Call, current_call, enter
 from equipot.serve.errors import CallError, Unauthenticated
 from equipot.serve.logs import write
+from equipot.serve.patience import Patience
 from equipot.serve.quotas import Account, Quotas
 from equipot.serve.reread import Reread
 from equipot.serve.status import REQUEST_ID, Context, refuse
@@ -43,6 +45,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         certificates_name: whether callers show certificates, which then tell who they are if tokens do not.
         on_refusal: told the outcome of each call that is turned away here.
         on_done: told each call when its answer has left, with its phases; None if nobody wants to know.
+        under_way: counts the calls that were let in and have not ended.
+        patience: with callers who do not read their replies.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         certificates_name: bool,
         on_refusal: Callable[[str], None],
         on_done: Callable[[Call], None] | None,
+        under_way: Gauge,
+        patience: Patience,
     ) -> None:
         self._tokens = tokens
         self._quotas = quotas
@@ -61,6 +67,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         self._certificates_name = certificates_name
         self._on_refusal = on_refusal
         self._on_done = on_done
+        self._under_way = under_way
+        self._patience = patience
         self._guarded: dict[str, Handler] = {}
 
     async def intercept_service(  # type: ignore[override]  # there may be no handler, too
@@ -166,8 +174,9 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
             try:
                 async with aclosing(inner(request, context)) as responses:
                     async for response in responses:
-                        yield response
-            except asyncio.CancelledError:
+                        with self._patience.waits(context):
+                            yield response
+            except (asyncio.CancelledError, GeneratorExit):
                 if call.outcome == "ok":
                     call.outcome = "cancelled"
                 raise
@@ -193,10 +202,12 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         account = self._quotas.account(call.identity, now=call.started)
         account.begin(now=call.started, of_many=of_many)
         call.account = account
+        self._under_way.inc()
         return account
 
     def _end(self, call: Call, account: Account, *, of_many: bool = False) -> None:
         account.end(of_many=of_many)
+        self._under_way.dec()
         call.seconds = time.monotonic() - call.started
         # Once the answer has left: noting it is not what the caller waits for.
         asyncio.get_running_loop().call_soon(self._note, call)

@@ -41,6 +41,7 @@ class Metrics:
         self.in_flight = self._gauge("in_flight_requests", "Calls of Predict not answered yet")
         self.moving = self._gauge("moving_structures", "Structures that are being relaxed or simulated")
         self.sessions = self._gauge("sessions", "Sessions that are open")
+        self.calls = self._gauge("calls", "Calls of all methods that were let in and have not ended")
         self.families = Families(self.registry)
         self._of_model: dict[tuple[str, str], ModelCounts] = {}
 
@@ -77,6 +78,10 @@ class Metrics:
         atoms.set_function(lambda: depth().atoms)
         edges.set_function(lambda: depth().edges)
         seconds.set_function(lambda: depth().seconds)
+
+    def watch_intake(self, held_bytes: Callable[[], int]) -> None:
+        """Reports the room that requests take; called whenever somebody asks."""
+        self._gauge("request_bytes", "Of requests that are read or not yet answered").set_function(held_bytes)
 
     def watch_gpu(self, held_bytes: Callable[[], int]) -> None:
         """Reports the GPU's memory; called whenever somebody asks."""

@@ -12,11 +12,16 @@ from equipot.serve.config import ServeConfig
 from equipot.serve.door import Door
 from equipot.serve.intake import Intake
 from equipot.serve.metrics import NO_MODEL, Metrics
+from equipot.serve.patience import Patience
 from equipot.serve.quota_file import read_allowances
 from equipot.serve.quotas import Allowances, Quotas
 from equipot.serve.reread import Refreshable, Reread
 from equipot.serve.tls import Certificates, TlsFiles
 from equipot.serve.tokens import Tokens
+
+READ_AGAIN = 2.0
+"""Times that after which a session is idle, for which replies wait for a caller who reads nothing: what moves
+stops after one of them, and what it has found may be read as long again."""
 
 AGE_GRACE = 300.0
 """Seconds that calls on a connection of full age still have."""
@@ -73,6 +78,7 @@ class Trust:
             metrics.of(NO_MODEL).request_ended(outcome)
 
         self.intake = Intake(config.limits.message_bytes, on_refusal=refused)
+        metrics.watch_intake(lambda: self.intake.held)
         self.door = Door(
             tokens=tokens,
             quotas=self.quotas,
@@ -80,6 +86,8 @@ class Trust:
             certificates_name=config.tls_client_ca is not None,
             on_refusal=refused,
             on_done=on_done,
+            under_way=metrics.calls,
+            patience=Patience(READ_AGAIN * config.sessions.idle_seconds),
         )
 
     @property
