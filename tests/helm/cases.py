@@ -117,6 +117,8 @@ EVERYTHING: Values = merged(
     },
 )
 
+JOBS: Values = {"replicaCount": 1, "recreate": True, "jobs": {"enabled": True}}
+
 GOOD: dict[str, Values] = {
     "baked": BAKED,
     "fetched": FETCHED,
@@ -178,6 +180,25 @@ GOOD: dict[str, Values] = {
         FETCHED, TLS, GROUPS, {"replicaCount": 2, "server": {"device": "cuda"}, "tls": {"mutual": True}}
     ),
     "groups by keda": merged(BAKED, GROUPS, {"autoscaling": {"kind": "keda"}}),
+    "jobs": merged(
+        BAKED,
+        JOBS,
+        {
+            "jobs": {"accessModes": ["ReadWriteOncePod"], "storageClass": "fast", "keepDays": 2.5},
+            "podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
+        },
+    ),
+    "jobs in the pod": merged(BAKED, JOBS, {"jobs": {"kind": "emptyDir", "sizeGi": 5}}),
+    "jobs of a group": merged(
+        BAKED,
+        GROUPS,
+        {
+            "replicaCount": 1,
+            "maxSurge": 0,
+            "maxUnavailable": 1,
+            "jobs": {"enabled": True, "kind": "existingClaim", "existingClaim": "runs"},
+        },
+    ),
     "ray": merged(FETCHED, RAY, {"monitoring": {"kind": "podMonitor"}}),
     "ray fixed": merged(
         BAKED,
@@ -224,6 +245,7 @@ FAST = (
     "keda",
     "cert-manager",
     "groups of gpus",
+    "jobs",
     "ray",
     "ray fixed",
 )
@@ -295,6 +317,26 @@ BAD: dict[str, tuple[Values, str]] = {
         "spreads one model",
     ),
     "tls of ray": (merged(BAKED, RAY, TLS), "without TLS"),
+    "jobs of ray": (merged(BAKED, RAY, JOBS), "mode rayService does not have"),
+    "jobs that scale": (
+        merged(BAKED, JOBS, {"autoscaling": {"kind": "keda"}}),
+        "a release for jobs beside the one that scales",
+    ),
+    "jobs of several": (merged(BAKED, JOBS, {"replicaCount": 2}), "jobs.enabled needs replicaCount 1"),
+    "jobs of who knows how many": (
+        merged(BAKED, JOBS, {"replicaCount": None}),
+        "jobs.enabled needs replicaCount 1",
+    ),
+    "jobs handed over too early": (merged(BAKED, JOBS, {"recreate": False}), "jobs.enabled needs recreate"),
+    "jobs of two groups": (
+        merged(BAKED, GROUPS, JOBS, {"recreate": False}),
+        "jobs.enabled needs maxSurge 0",
+    ),
+    "jobs nowhere": (merged(BAKED, JOBS, {"jobs": {"kind": "existingClaim"}}), "jobs.existingClaim"),
+    "jobs twice": (
+        merged(BAKED, JOBS, {"server": {"extraArgs": ["--jobs=/x"]}}),
+        "which jobs.enabled gives itself",
+    ),
     "a typo": (merged(BAKED, {"replicas": 3}), "replicas"),
     "a typo below": (merged(BAKED, {"server": {"tensor_parallel": 3}}), "tensor_parallel"),
     "a wrong mode": (merged(BAKED, {"mode": "statefulset"}), "mode"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from equipot.serve.cli import configuration
 from equipot.serve.config import ServeConfig
 from equipot.serve.ray_app.settings import split
 
@@ -276,6 +277,44 @@ class TestModels:
                 port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0].get("ports", [])
             }
             assert not ports or ports["serve-grpc"] == 9000
+
+
+class TestJobs:
+    def test_one_server_keeps_them_on_a_claim_as_it_reads_its_settings(
+        self, render: Render, tmp_path: Path
+    ) -> None:
+        objects = render("helm3", "jobs")
+        deployment = one(objects, "Deployment")["spec"]
+        assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
+        claim = one(objects, "PersistentVolumeClaim", f"{NAME}-jobs")
+        assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+        assert claim["spec"]["accessModes"] == ["ReadWriteOncePod"]
+        server = server_of(objects)
+        mounts = {mount["mountPath"]: mount for mount in server["volumeMounts"]}
+        assert not mounts["/jobs"].get("readOnly")
+        volumes = {volume["name"]: volume for volume in pods(objects)["server"]["spec"]["volumes"]}
+        assert volumes["jobs"]["persistentVolumeClaim"]["claimName"] == f"{NAME}-jobs"
+        (file,) = [word.removeprefix("--config=") for word in server["args"] if word.startswith("--config=")]
+        settings = one(objects, "ConfigMap", volumes["jobs-settings"]["configMap"]["name"])["data"]
+        (tmp_path / "jobs.toml").write_text(settings[Path(file).name])
+        mapping, base = configuration(tmp_path / "jobs.toml", {"bundles": [Path("x")]})
+        jobs = ServeConfig.from_mapping(mapping, base=base).jobs
+        assert jobs is not None
+        # A folder below the mount, as the mount's own root may belong to another user.
+        assert (jobs.folder, jobs.keep_days, jobs.most_bytes) == (Path("/jobs/store"), 2.5, 16 * 2**30)
+
+    @pytest.mark.slow
+    def test_workers_of_a_group_do_not_touch_them(self, render: Render) -> None:
+        found = pods(render("helm3", "jobs of a group"))
+        claims = {
+            name: [
+                volume["persistentVolumeClaim"]["claimName"]
+                for volume in pod["spec"]["volumes"]
+                if "persistentVolumeClaim" in volume
+            ]
+            for name, pod in found.items()
+        }
+        assert claims == {"server": ["runs"], "worker": [], "test": []}
 
 
 def words_of(objects: list[Object]) -> list[list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from .api_server import ApiServer, serving
-from .cases import BAKED, GROUPS, Values, merged
+from .cases import BAKED, GROUPS, JOBS, Values, merged
 from .conftest import CHART, HELMS, Helm, Object, load
 
 NAMESPACE = "science"
@@ -87,6 +87,8 @@ FIVE: Values = {"replicaCount": 5}
         pytest.param(FIVE, (7, "3"), 5, "5", id="another count"),
         pytest.param(FIVE, (7, LEFT), 5, "5", id="a count for the first time"),
         pytest.param({"replicaCount": 0}, (7, "5"), 0, "0", id="a count of zero"),
+        # Whoever keeps jobs is alone.
+        pytest.param(JOBS, (3, "1"), 1, "1", id="scaled by hand where jobs are kept"),
     ],
 )
 def test_replicas_are_kept_with_a_stand_in_for_the_api_server(
@@ -124,3 +126,13 @@ def test_the_notes_say_how_long_to_wait_and_how_to_scale(
     grace = workload(out)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert int(minutes) * 60 >= 3 * (600 + grace)
     assert "kubectl scale deployment/lab-equipot -n science --replicas=N" in out
+
+
+@pytest.mark.parametrize("kind", ["newClaim", "emptyDir"])
+def test_the_notes_say_whose_jobs_are_and_when_they_are_lost(
+    kind: str, helm: Helm, cluster: ApiServer, tmp_path: Path
+) -> None:
+    out = dry_run("helm4", helm, cluster, tmp_path, merged(BAKED, JOBS, {"jobs": {"kind": kind}}))
+    assert "A second pod (kubectl scale) does not get ready" in out
+    assert "for 7 days after" in out
+    assert ("WARNING: jobs.kind is emptyDir" in out) == (kind == "emptyDir")

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from importlib import resources
 
 import pytest
+from prometheus_client import CollectorRegistry
 from tests.serve.conftest import Process, ask, molecule
 
+from equipot.serve.jobs.metrics import JobMetrics
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 MONITORING = resources.files("equipot.serve") / "monitoring"
@@ -69,7 +71,10 @@ def test_every_metric_and_label_that_is_asked_for_is_there(
     server: Process, stub: PotentialServiceStub
 ) -> None:
     stub.Predict(ask([molecule(1)]))
-    there, asked = exported(server), wanted()
+    registry = CollectorRegistry()
+    JobMetrics(registry)
+    of_jobs = {sample.name: set(sample.labels) for family in registry.collect() for sample in family.samples}
+    there, asked = exported(server) | of_jobs, wanted()
     assert len(asked) > 20
     for name, labels in asked.items():
         if name not in NEEDS_TLS:

@@ -71,6 +71,7 @@
 {{- fail "leaderWorkerSet.keySecret is empty: name a secret whose key `key` is any long random text; pods of a group know each other by it" }}
 {{- end }}
 {{- end }}
+{{- include "equipot.jobsChecks" . }}
 {{- if and $v.server.ui $v.tls.enabled }}
 {{- fail "server.ui is on, but the page speaks plain HTTP and tls.enabled asks callers for TLS: turn one of them off" }}
 {{- end }}

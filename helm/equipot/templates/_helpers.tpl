@@ -101,6 +101,7 @@ out. A count that never was is left to the cluster, which no upgrade, rollback o
   replicaCount null (or an autoscaler), in the manifest before:    the live count
   replicaCount N, as in the last release:                          the live count
   replicaCount N, fresh or changed:                                N
+Where jobs are kept, the live count is no more than 1: a second server could not have their folder.
 */}}
 {{- define "equipot.replicas" -}}
 {{- $wanted := "" -}}
@@ -112,6 +113,7 @@ out. A count that never was is left to the cluster, which no upgrade, rollback o
 {{- if $live -}}
 {{- $mark := dig "metadata" "annotations" "equipot/replica-count" "" $live -}}
 {{- $count := int (dig "spec" "replicas" 1 $live) -}}
+{{- if .Values.jobs.enabled }}{{ $count = min 1 $count | int }}{{ end -}}
 {{- if $wanted -}}
 {{- dict "count" (ternary $count (int $wanted) (eq $mark $wanted)) "mark" $wanted | toJson -}}
 {{- else if eq $mark "left to the cluster" -}}
@@ -219,6 +221,9 @@ out. A count that never was is left to the cluster, which no upgrade, rollback o
 - --no-reflection
 {{- end }}
 - --{{ ternary "ui" "no-ui" $server.ui }}
+{{- if .Values.jobs.enabled }}
+- --config=/etc/equipot/jobs/jobs.toml
+{{- end }}
 - --linger-seconds={{ .Values.termination.lingerSeconds }}
 - --drain-seconds={{ .Values.termination.drainSeconds }}
 {{- if .Values.tls.enabled }}
@@ -514,6 +519,9 @@ labels:
 {{- if $context.Values.auth.identityLimits -}}
 {{- $annotations = set $annotations "equipot/limits" ($context.Values.auth.identityLimits | sha256sum | trunc 16) -}}
 {{- end -}}
+{{- if and $context.Values.jobs.enabled (eq (index . 1) "server") -}}
+{{- $annotations = set $annotations "equipot/jobs" (include "equipot.jobsSettings" $context | sha256sum | trunc 16) -}}
+{{- end -}}
 {{- with $annotations }}
 annotations:
   {{- toYaml . | nindent 2 }}
@@ -557,11 +565,26 @@ containers:
       {{- toYaml .Values.containerSecurityContext | nindent 6 }}
     volumeMounts:
       {{- include "equipot.mounts" . | nindent 6 }}
+      {{- if .Values.jobs.enabled }}
+      - {name: jobs, mountPath: /jobs}
+      - {name: jobs-settings, mountPath: /etc/equipot/jobs, readOnly: true}
+      {{- end }}
   {{- with .Values.extraContainers }}
   {{- tpl (toYaml .) $ | nindent 2 }}
   {{- end }}
 volumes:
   {{- include "equipot.volumes" . | nindent 2 }}
+  {{- if .Values.jobs.enabled }}
+  - name: jobs-settings
+    configMap: {name: {{ include "equipot.fullname" . }}-jobs}
+  - name: jobs
+    {{- if eq .Values.jobs.kind "emptyDir" }}
+    emptyDir: {sizeLimit: {{ .Values.jobs.sizeGi }}Gi}
+    {{- else }}
+    persistentVolumeClaim:
+      claimName: {{ include "equipot.jobsClaim" . }}
+    {{- end }}
+  {{- end }}
 {{- end -}}
 
 {{/* What Ray Serve runs: our application's builder with the server's configuration as its arguments. */}}
