@@ -29,6 +29,7 @@ from equipot.serve.errors import ServeError
 from equipot.serve.http_side import HttpSide
 from equipot.serve.metrics import Metrics
 from equipot.serve.recent import Recent
+from equipot.serve.ui import motion
 from equipot.serve.ui.page import STATIC
 
 MARK = {"X-Equipot-Page": "1"}
@@ -240,15 +241,27 @@ class TestRelaxing:
         np.testing.assert_allclose(middle["forces"], alone["forces"], atol=1e-9)
         assert middle["energy"] == pytest.approx(alone["energy"], abs=1e-9)
 
+    def test_a_run_has_as_many_frames_as_can_be_shown(self, frame: dict[str, Any]) -> None:
+        asked = motion.simulate_request({"structures": [frame], "steps": 20_000})
+        assert asked.frame_every == 20
+        assert motion.simulate_request({"structures": [frame], "steps": 1_000}).frame_every == 1
+        large = {**frame, "atomic_numbers": [1] * 20_000, "positions": np.zeros((20_000, 3)).tolist()}
+        assert motion.simulate_request({"structures": [large], "steps": 1_000}).frame_every == 20
+
     def test_bad_settings(self, server: Process, frame: dict[str, Any]) -> None:
         for words, told in (
             ({"optimizer": "magic"}, "optimizer is 'magic'"),
             ({"cell": "full"}, "periodic"),
             ({"fmax": -1}, "fmax"),
             ({"max_steps": 10**9}, "max_steps"),
+            ({"integrator": "magic"}, "integrator is 'magic'"),
+            ({"timestep": "long"}, "timestep is no time above 0 in fs"),
+            ({"temperature": 0}, "temperature is no temperature above 0 in K"),
+            ({"steps": 10**6}, "the page runs at most 20000"),
         ):
             body = {"model": "tiny", "structures": [frame], **words}
-            reply = ask(f"{server.page}api/relax", body)
+            moves = words.keys() & {"integrator", "timestep", "temperature", "steps"}
+            reply = ask(f"{server.page}api/{'simulate' if moves else 'relax'}", body)
             assert reply.status == 400
             assert told in reply.error
 

@@ -75,13 +75,13 @@ def test_a_relaxation_plays_to_its_end(tab: Tab, server: Process) -> None:
     atoms = some_atoms(3)
     tab.drop("mine.xyz", xyz(atoms))
     begun = float(tab.until("document.getElementById('energy')?.dataset.value"))
-    tab.run("fmax.value = 0.002; steps.value = 1000; go.click()")
-    tab.until("document.getElementById('relax-status').dataset.state === 'converged'")
+    tab.run("fmax.value = 0.002; document.getElementById('max-steps').value = 1000; go.click()")
+    tab.until("document.getElementById('move-status').dataset.state === 'converged'")
     ended = float(tab.run("energy.dataset.value"))
     steps = int(tab.run("document.getElementById('frame').max"))
     assert ended < begun
-    assert f"relaxed in {steps} steps" in tab.text("#relax-status")
-    assert tab.run("document.querySelectorAll('#relax-plot svg').length") == 2
+    assert f"relaxed in {steps} steps" in tab.text("#move-status")
+    assert tab.run("document.querySelectorAll('#move-plot svg').length") == 2
     # What can be downloaded is what was shown.
     tab.run(
         "URL.createObjectURL = (blob) => (window.saved = blob, 'blob:x'); HTMLAnchorElement.prototype.click ="
@@ -96,14 +96,43 @@ def test_a_relaxation_plays_to_its_end(tab: Tab, server: Process) -> None:
     assert not tab.troubles
 
 
-def test_a_relaxation_stops(tab: Tab, server: Process) -> None:
-    tab.drop("mine.xyz", xyz(some_atoms(3)))
+def test_dynamics_play_and_stop(tab: Tab, server: Process) -> None:
+    atoms = some_atoms(3)
+    tab.drop("mine.xyz", xyz(atoms))
     tab.until("document.getElementById('energy')?.dataset.value")
-    tab.run("fmax.value = 1e-9; steps.value = 100000; go.click()")
-    tab.until("relax.querySelectorAll('svg').length === 2")
+    tab.run("document.querySelector('[value=dynamics]').click()")
+    assert tab.text("#go") == "Run"
+    tab.run("document.getElementById('md-steps').value = 60; go.click()")
+    tab.until("document.getElementById('move-status').dataset.state === 'converged'")
+    told = tab.text("#move-status")
+    assert "60 steps, 30.0 fs; total energy kept within ± " in told
+    # What is seen is the run that every client would get.
+    with Client(server.address) as client:
+        (run,) = client.simulate(
+            [atoms],
+            model="tiny",
+            steps=60,
+            timestep=0.5,
+            temperature=300,
+            integrator="velocity_verlet",
+            seed=0,
+        )
+    totals = [frame.energy + frame.kinetic_energy for frame in run.frames]
+    assert float(tab.run("energy.dataset.value")) == pytest.approx(run.frames[-1].energy, abs=1e-6)
+    assert float(told.split("± ")[1].split(" meV")[0]) >= 1000 * abs(totals[-1] - totals[0]) / 2 - 0.01
+    assert tab.run("document.querySelectorAll('#move-plot svg').length") == 2
+    assert "30.0 / 30.0 fs" in tab.text("#frame-now")
+    assert "Temperature" in tab.text("#facts")
+    # Another run, from there, ends when its button is pressed.
+    tab.run("integrator.value = 'langevin'; document.getElementById('md-steps').value = 20000; go.click()")
+    tab.until("document.getElementById('move-status').innerText.startsWith('step ')")
     tab.click("#go")
-    tab.until("document.getElementById('relax-status').dataset.state === 'stopped'")
-    assert tab.text("#go") == "Relax"
+    tab.until("document.getElementById('move-status').dataset.state === 'stopped'")
+    assert tab.text("#go") == "Run"
+    # What the server refuses is told where it is seen.
+    tab.run("document.getElementById('timestep').value = -1; go.click()")
+    tab.until("!document.getElementById('alert').hidden")
+    assert "timestep is no time above 0 in fs" in tab.text("#alert")
     assert server.sample("equipot_requests_total", outcome="internal") == 0
 
 

@@ -1,24 +1,16 @@
-// The page: a structure, what a model says of it, and where it relaxes to.
+// The page: a structure, what a model says of it, and how it moves.
 
-import { Refused, call, lines, onTokenWanted } from "./api.js";
-import { byId, fixed, h } from "./dom.js";
+import { call, onTokenWanted } from "./api.js";
+import { evaluate } from "./asking.js";
+import { byId, h } from "./dom.js";
 import { EXAMPLES } from "./examples.js";
 import { showModels } from "./models.js";
-import { plot } from "./plot.js";
+import { stopMoving, wireMoving } from "./moving.js";
+import { complain, quiet } from "./notice.js";
 import { keepPulse } from "./pulse.js";
+import { arrowScale, hover, play, select, showFrame, stopPlaying } from "./shown.js";
+import { chosen, state } from "./state.js";
 import { Viewer } from "./viewer.js";
-import { extxyz } from "./xyz.js";
-
-const GPA = 160.21766208; // of 1 eV/Å³
-const MOST_ROWS = 500; // of the table of atoms
-const MOST_ATOMS_AT_ONCE = 5000; // asked for in one go
-const ARROW = 2.2; // Å of the longest arrow, with the slider in the middle
-const PLAY = 60; // ms a frame
-
-const state = {
-  elements: null, models: [], limits: null, viewer: null,
-  track: null, frame: 0, selected: null, model: null, asking: null, relaxing: null, playing: null,
-};
 
 start().catch(complain);
 
@@ -34,6 +26,7 @@ async function start() {
   }
   await loadModels();
   wireStructure();
+  wireMoving();
   document.documentElement.dataset.ready = "yes";
   keepPulse();
 }
@@ -62,21 +55,17 @@ async function loadModels() {
   chooseLevels();
 }
 
-function chosen() {
-  return state.models.find((model) => (model.version ? `${model.name}@${model.version}` : model.name) === byId("model").value);
-}
-
 function chooseLevels() {
   const levels = chosen()?.levels_of_theory ?? [];
   byId("level").replaceChildren(...levels.map((level) => h("option", { value: level }, level)));
-  for (const option of byId("motion").options) option.disabled = option.value !== "fixed" && !chosen()?.has_stress;
-  if (byId("motion").selectedOptions[0]?.disabled) byId("motion").value = "fixed";
+  for (const option of byId("cell-motion").options) option.disabled = option.value !== "fixed" && !chosen()?.has_stress;
+  if (byId("cell-motion").selectedOptions[0]?.disabled) byId("cell-motion").value = "fixed";
 }
 
 // Files
 
 async function open(name, body) {
-  stopRelaxing();
+  stopMoving({ forget: true });
   stopPlaying();
   quiet();
   document.body.classList.add("busy");
@@ -100,285 +89,13 @@ function take(track, look) {
   state.track = track;
   state.selected = null;
   byId("empty").hidden = true;
-  for (const id of ["tools", "result", "relax", "atoms-card"]) byId(id).hidden = false;
-  byId("relax-plot").hidden = true;
-  byId("relax-status").textContent = "";
-  byId("relax-status").dataset.state = "";
+  for (const id of ["tools", "result", "move", "atoms-card", "legend"]) byId(id).hidden = false;
+  byId("move-plot").hidden = true;
+  byId("move-status").textContent = "";
+  byId("move-status").dataset.state = "";
   byId("download").disabled = true;
   state.viewer?.select(null);
   showFrame(0, look);
-}
-
-/** What the atoms are at a frame: those of a track that moves are always the same. */
-const part = (index = state.frame) => state.track.parts?.[index] ?? state.track;
-
-/** Asks for energies and forces of all frames, some at a time. */
-async function evaluate() {
-  const { track } = state;
-  if (!track || track.relaxed) return;
-  state.asking?.abort();
-  const asking = (state.asking = new AbortController());
-  for (const frame of track.frames) Object.assign(frame, { energy: undefined, forces: undefined, stress: undefined, failure: undefined });
-  state.model = null;
-  showFrame(state.frame);
-  const model = chosen();
-  let begin = 0;
-  while (begin < track.frames.length && !asking.signal.aborted) {
-    let end = begin, atoms = 0;
-    while (end < track.frames.length && (end === begin || atoms + part(end).atomic_numbers.length <= MOST_ATOMS_AT_ONCE)) {
-      atoms += part(end).atomic_numbers.length;
-      end++;
-    }
-    const structures = track.frames.slice(begin, end).map((frame, offset) => structureOf(part(begin + offset), frame));
-    // Stress of what is periodic alone, and those that are not must not be asked together with it.
-    const stress = Boolean(model?.has_stress) && structures.every((one) => one.pbc.every(Boolean));
-    try {
-      const answer = await call("predict", { signal: asking.signal, body: { ...words(), structures, stress, forces: model?.force_mode !== "none" } });
-      state.model = answer.model;
-      answer.results.forEach((result, offset) => Object.assign(track.frames[begin + offset], result));
-    } catch (error) {
-      if (error.name === "AbortError") return;
-      throw error;
-    }
-    begin = end;
-    if (state.track === track) showFrame(state.frame);
-  }
-}
-
-const words = () => ({ model: byId("model").value, level_of_theory: byId("level").value });
-
-const structureOf = (atoms, frame) => ({
-  atomic_numbers: atoms.atomic_numbers, positions: frame.positions, cell: frame.cell, pbc: atoms.pbc,
-  charge: atoms.charge, spin_multiplicity: atoms.spin_multiplicity,
-});
-
-// What is shown
-
-function showFrame(index, look = false) {
-  const { track, viewer } = state;
-  state.frame = Math.min(Math.max(0, index), track.frames.length - 1);
-  const frame = track.frames[state.frame], atoms = part();
-  const slider = byId("frame");
-  slider.max = track.frames.length - 1;
-  slider.value = state.frame;
-  slider.closest(".row").hidden = track.frames.length < 2;
-  byId("frame-now").textContent = `${(frame.step ?? state.frame) + (track.relaxed ? 0 : 1)} / ${(track.frames.at(-1).step ?? track.frames.length - 1) + (track.relaxed ? 0 : 1)}`;
-  if (viewer) {
-    viewer.options.scale = arrowScale();
-    viewer.show(atoms, frame, { look });
-  }
-  showFacts(atoms, frame);
-  showAtoms(atoms, frame);
-  showCurves();
-}
-
-/** Å of an arrow for 1 eV/Å: the largest force of all frames decides, the slider stretches. */
-function arrowScale() {
-  let most = 0;
-  for (const frame of state.track.frames) most = Math.max(most, largest(frame.forces) ?? 0);
-  return (ARROW / Math.max(most, 0.05)) * 10 ** ((byId("scale").value - 50) / 40);
-}
-
-function largest(forces) {
-  if (!forces) return undefined;
-  return forces.reduce((most, force) => Math.max(most, Math.hypot(...force)), 0);
-}
-
-function showFacts(atoms, frame) {
-  byId("title").textContent = state.track.name;
-  const n = atoms.atomic_numbers.length;
-  byId("failure").hidden = !frame.failure;
-  byId("failure").textContent = frame.failure ? `${frame.failure.message}. ${frame.failure.remedy}` : "";
-  const lengths = frame.cell.map((vector) => Math.hypot(...vector));
-  const energy = h("dd", { class: "headline" }, frame.energy === undefined ? (frame.failure ? "–" : "…") : `${fixed(frame.energy, 4)} eV`);
-  energy.id = "energy";
-  if (frame.energy != null) energy.dataset.value = frame.energy;
-  const rows = [
-    ["Energy", energy],
-    ["Per atom", frame.energy == null ? "–" : `${fixed(frame.energy / n, 4)} eV`],
-    ["Largest force", frame.forces ? `${fixed(largest(frame.forces), 4)} eV/Å` : "–"],
-    ["Formula", h("span", {}, ...formula(atoms.formula))],
-    ["Atoms", String(n)],
-  ];
-  if (lengths.some(Boolean)) {
-    rows.push(["Cell", `${lengths.map((length) => fixed(length, 3)).join(" · ")} Å`]);
-    rows.push(["Volume", `${fixed(volume(frame.cell), 2)} Å³`]);
-  }
-  if (frame.stress) rows.push(["Pressure", `${fixed((-GPA * (frame.stress[0][0] + frame.stress[1][1] + frame.stress[2][2])) / 3, 3)} GPa`]);
-  if (state.model) rows.push(["Computed by", [`${state.model.name}${state.model.version ? ` @${state.model.version}` : ""}`, state.model.level_of_theory, state.model.dtype].filter(Boolean).join(", ")]);
-  byId("facts").replaceChildren(...rows.flatMap(([name, value]) => [h("dt", {}, name), value instanceof HTMLElement && value.tagName === "DD" ? value : h("dd", {}, value)]));
-  byId("stress").hidden = !frame.stress;
-  if (frame.stress) {
-    byId("stress").querySelector("tbody").replaceChildren(...frame.stress.map((row) => h("tr", {}, ...row.map((value) => h("td", {}, fixed(GPA * value, 2))))));
-  }
-}
-
-function formula(text) {
-  return text.split(/(\d+)/).filter(Boolean).map((piece) => (/^\d/.test(piece) ? h("sub", {}, piece) : piece));
-}
-
-function volume([a, b, c]) {
-  return Math.abs(a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0]));
-}
-
-function showAtoms(atoms, frame) {
-  const body = byId("atoms").tBodies[0];
-  const shown = Math.min(MOST_ROWS, atoms.atomic_numbers.length);
-  while (body.rows.length > shown) body.deleteRow(-1);
-  for (let index = body.rows.length; index < shown; index++) {
-    const row = h("tr", { tabindex: 0 }, h("td", {}, String(index)), ...Array.from({ length: 5 }, () => h("td")));
-    row.addEventListener("click", () => select(index));
-    row.addEventListener("keydown", (event) => (event.key === "Enter" || event.key === " ") && (event.preventDefault(), select(index)));
-    body.append(row);
-  }
-  for (let index = 0; index < shown; index++) {
-    const cells = body.rows[index].cells;
-    cells[1].textContent = state.elements.symbols[atoms.atomic_numbers[index]];
-    frame.positions[index].forEach((value, axis) => (cells[2 + axis].textContent = fixed(value, 3)));
-    cells[5].textContent = frame.forces ? fixed(Math.hypot(...frame.forces[index]), 3) : "–";
-    body.rows[index].classList.toggle("selected", index === state.selected);
-  }
-  byId("atoms-more").hidden = shown === atoms.atomic_numbers.length;
-  byId("atoms-more").textContent = `the first ${shown} of ${atoms.atomic_numbers.length}`;
-}
-
-function showCurves() {
-  const { track, frame } = state;
-  const place = byId(track.relaxed ? "relax-plot" : "frames-plot");
-  byId("frames-plot").hidden = track.relaxed || track.frames.length < 2;
-  byId("relax-plot").hidden = !track.relaxed;
-  if (place.hidden) return;
-  const energies = track.frames.map((one) => one.energy ?? null);
-  const make = (index, what) => {
-    while (place.children.length <= index) place.append(h("div"));
-    const box = place.children[index];
-    const { xOf } = plot(box, { mark: frame, from: track.relaxed ? "step 0" : "1", to: String(track.relaxed ? track.frames.at(-1).step : track.frames.length), ...what });
-    box.onpointerdown = box.onpointermove = (event) => (event.type === "pointerdown" || event.buttons) && !state.relaxing && (stopPlaying(), showFrame(xOf(event.clientX)));
-  };
-  make(0, { lines: [{ name: "energy, eV", values: energies }], unit: "eV" });
-  make(1, { lines: [{ name: "fmax, eV/Å", values: track.frames.map((one) => one.fmax ?? largest(one.forces) ?? null) }], log: true, target: track.target });
-}
-
-function select(atom, scroll = false) {
-  state.selected = atom === state.selected ? null : atom;
-  state.viewer?.select(state.selected);
-  const rows = byId("atoms").tBodies[0].rows;
-  for (const row of rows) row.classList.remove("selected");
-  const row = state.selected != null && rows[state.selected];
-  if (row) {
-    row.classList.add("selected");
-    const box = row.closest(".scroll");
-    if (scroll) box.scrollTop = row.offsetTop - box.clientHeight / 2;
-  }
-}
-
-function hover(atom, event) {
-  const tip = byId("tip");
-  tip.hidden = atom == null;
-  if (atom == null) return;
-  const frame = state.track.frames[state.frame], atoms = part();
-  const force = frame.forces?.[atom];
-  tip.replaceChildren(
-    h("b", {}, `${state.elements.symbols[atoms.atomic_numbers[atom]]} ${atom}`),
-    h("div", {}, `r ${frame.positions[atom].map((value) => fixed(value, 3)).join("  ")} Å`),
-    force ? h("div", {}, `F ${force.map((value) => fixed(value, 3)).join("  ")} eV/Å`) : null);
-  const box = byId("viewer").getBoundingClientRect();
-  tip.style.left = `${Math.min(event.clientX - box.left + 14, box.width - 210)}px`;
-  tip.style.top = `${Math.min(event.clientY - box.top + 14, box.height - 70)}px`;
-}
-
-// Relaxing
-
-async function relax() {
-  const frame = state.track.frames[state.frame], atoms = part();
-  const body = {
-    ...words(), structures: [structureOf(atoms, frame)], optimizer: byId("optimizer").value, cell: byId("motion").value,
-    fmax: Number(byId("fmax").value), max_steps: Math.round(Number(byId("steps").value)),
-  };
-  quiet();
-  stopPlaying();
-  state.asking?.abort();
-  const mine = (state.relaxing = new AbortController());
-  const status = byId("relax-status");
-  const tell = (text, kind) => ((status.textContent = text), (status.dataset.state = kind));
-  const { parts, ...rest } = { ...state.track, ...atoms };
-  const track = { ...rest, relaxed: true, target: body.fmax, frames: [{ ...frame, step: 0, fmax: largest(frame.forces) }] };
-  let drawn = 0;
-  const follow = () => ((drawn = performance.now()), showFrame(track.frames.length - 1));
-  try {
-    busyRelaxing(true);
-    tell("waiting for its turn…", "running");
-    for await (const line of lines("relax", { body, signal: mine.signal })) {
-      if (state.relaxing !== mine) return;
-      if (state.track !== track) {
-        state.track = track;
-        state.frame = 0;
-      }
-      if (line.kind === "begun") state.model = line.model;
-      if (line.kind === "step") {
-        track.frames.push(line);
-        tell(`step ${line.step}: fmax ${fixed(line.fmax, 4)} eV/Å`, "running");
-        // Steps may come faster than they can be drawn.
-        if (performance.now() - drawn > 50) follow();
-      }
-      if (line.kind === "error") throw new Refused(line.error, 0);
-      if (line.kind === "result") {
-        const last = track.frames.at(-1);
-        if (line.forces) Object.assign(last, { positions: line.positions, cell: line.cell, forces: line.forces, energy: line.energy, stress: line.stress ?? undefined });
-        if (line.failure) tell(`${line.failure.message}. ${line.failure.remedy}`, "failed");
-        else if (line.converged) tell(`relaxed in ${line.steps} steps`, "converged");
-        else tell(`not relaxed after ${line.steps} steps: go on with Relax`, "unfinished");
-      }
-    }
-    follow();
-  } catch (error) {
-    if (error.name === "AbortError") tell(`stopped after ${track.frames.at(-1).step} steps`, "stopped");
-    else {
-      tell("", "failed");
-      complain(error);
-    }
-    if (state.track === track) follow();
-  } finally {
-    if (state.relaxing === mine) state.relaxing = null;
-    busyRelaxing(false);
-    byId("download").disabled = !state.track.relaxed;
-  }
-}
-
-function stopRelaxing() {
-  state.relaxing?.abort();
-}
-
-function busyRelaxing(busy) {
-  byId("go").textContent = busy ? "Stop" : "Relax";
-  byId("go").classList.toggle("primary", !busy);
-  for (const id of ["model", "level", "optimizer", "motion", "fmax", "steps"]) byId(id).disabled = busy;
-}
-
-function download() {
-  const text = extxyz(state.track, state.elements.symbols, state.model);
-  const url = URL.createObjectURL(new Blob([text], { type: "chemical/x-xyz" }));
-  const stem = state.track.name.replace(/\.[^.]*$/, "").replace(/[^\w.-]+/g, "_") || "structure";
-  h("a", { href: url, download: `${stem}-relaxed.extxyz` }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10_000);
-}
-
-// Playing
-
-function play() {
-  if (state.playing) return stopPlaying();
-  if (state.frame === state.track.frames.length - 1) showFrame(0);
-  byId("play").textContent = "⏸";
-  state.playing = setInterval(() => {
-    if (state.frame >= state.track.frames.length - 1) return stopPlaying();
-    showFrame(state.frame + 1);
-  }, PLAY);
-}
-
-function stopPlaying() {
-  clearInterval(state.playing);
-  state.playing = null;
-  byId("play").textContent = "▶";
 }
 
 // Wires
@@ -423,15 +140,13 @@ function wireStructure() {
   for (const id of ["bonds", "cell"]) byId(id).addEventListener("change", (event) => state.viewer?.set({ [id]: event.target.checked }));
   byId("repeat").addEventListener("change", (event) => (state.viewer?.set({ repeat: Number(event.target.value) }), state.viewer?.look()));
   byId("centre").addEventListener("click", () => state.viewer?.look());
-  byId("go").addEventListener("click", () => (state.relaxing ? stopRelaxing() : relax()));
-  byId("download").addEventListener("click", download);
 }
 
-/** With another model: what was relaxed with the last one is shown as it is now. */
+/** With another model: where the last one led is shown as it is now. */
 function again() {
   if (!state.track) return;
-  if (state.track.relaxed) {
-    const { relaxed, target, ...track } = state.track;
+  if (state.track.moved) {
+    const { moved, target, timestep, ...track } = state.track;
     const { positions, cell } = track.frames[state.frame];
     take({ ...track, frames: [{ positions, cell }] }, false);
   }
@@ -500,11 +215,3 @@ function wireDialogs() {
   byId("alert").querySelector("button").addEventListener("click", quiet);
 }
 
-function complain(error) {
-  byId("alert").querySelector("span").textContent = error.message;
-  byId("alert").hidden = false;
-}
-
-function quiet() {
-  byId("alert").hidden = true;
-}

@@ -9,6 +9,7 @@ import {
 import { OrbitControls } from "three/examples/jsm/controls/OrbitControls.js";
 
 import { bonds } from "./bonds.js";
+import { showElements, showScales } from "./legend.js";
 
 const BALL = 0.42; // of the covalent radius
 const STICK = 0.1, SHAFT = 0.055, HEAD = 0.14; // Å
@@ -20,7 +21,7 @@ export class Viewer {
   constructor(place, elements, { onHover, onPick }) {
     this.place = place;
     this.elements = elements;
-    this.options = { bonds: true, cell: true, repeat: 1, scale: 1 };
+    this.options = { bonds: true, cell: true, repeat: 1, scale: 1, suspect: null };
     this.selected = null;
     this.scene = new Scene();
     this.camera = new PerspectiveCamera(28, 1, 0.1, 5000);
@@ -44,8 +45,10 @@ export class Viewer {
     this.lines = new LineSegments(new BufferGeometry(), new LineBasicMaterial());
     this.halo = new Mesh(this.kinds.atoms.geometry, new MeshBasicMaterial({ transparent: true, opacity: 0.3, depthWrite: false }));
     this.halo.visible = false;
+    this.alarm = new Mesh(this.kinds.atoms.geometry, this.halo.material.clone());
+    this.alarm.visible = false;
     this.group = new Group();
-    this.group.add(this.lines, this.halo);
+    this.group.add(this.lines, this.halo, this.alarm);
     this.scene.add(this.group);
     this.recolor();
     new ResizeObserver(() => this.resize()).observe(place);
@@ -66,12 +69,14 @@ export class Viewer {
     const color = (name) => new Color(style.getPropertyValue(name).trim());
     this.lines.material.color = color("--cell");
     this.halo.material.color = color("--accent");
+    this.alarm.material.color = color("--busy");
     this.arrowColor = color("--force");
     if (this.frame) this.draw();
   }
 
   /** Shows a frame of a track; looks at it anew if `look`. */
   show(track, frame, { look = false } = {}) {
+    if (track !== this.track) showElements(track.atomic_numbers, this.elements);
     this.track = track;
     this.frame = frame;
     this.draw();
@@ -123,11 +128,11 @@ export class Viewer {
     this.fill("shafts", shafts);
     this.fill("heads", heads);
     this.drawCell(shifts);
-    const chosen = this.selected != null && positions[this.selected];
-    this.halo.visible = Boolean(chosen);
-    if (chosen) {
-      this.halo.position.set(...chosen);
-      this.halo.scale.setScalar(1.45 * radius(numbers[this.selected]));
+    for (const [ball, atom, size] of [[this.halo, this.selected, 1.45], [this.alarm, options.suspect, 1.7]]) {
+      ball.visible = atom != null && atom < n;
+      if (!ball.visible) continue;
+      ball.position.set(...positions[atom]);
+      ball.scale.setScalar(size * radius(numbers[atom]));
     }
     Object.assign(this.place.dataset, { atoms: positions.length, bonds: halves.length / 2, arrows: heads.length });
     this.paint();
@@ -231,6 +236,11 @@ export class Viewer {
   paint() {
     this.wanted ??= requestAnimationFrame(() => {
       this.wanted = undefined;
+      if (this.frame) {
+        const far = this.camera.position.distanceTo(this.controls.target);
+        const high = 2 * far * Math.tan((this.camera.fov * Math.PI) / 360);
+        showScales(this.place.clientHeight / high, this.meshes.heads?.count ? this.options.scale : 0);
+      }
       this.renderer.render(this.scene, this.camera);
     });
   }

@@ -12,6 +12,7 @@ export function extxyz(track, symbols, model) {
     if (track.charge) words.push(`charge=${track.charge}`);
     if (track.spin_multiplicity) words.push(`spin_multiplicity=${track.spin_multiplicity}`);
     if (model) words.push(`model="${model.name.replace(/["\\\n]/g, "")}"`, `model_digest="${model.digest}"`);
+    if (frame.temperature != null) words.push(`time_fs=${frame.step * track.timestep}`, `kinetic_energy=${frame.kinetic}`, `temperature=${frame.temperature}`);
     words.push(`step=${frame.step ?? index}`);
     const rows = frame.positions.map((position, atom) =>
       [symbols[track.atomic_numbers[atom]], ...position, ...(frame.forces ? frame.forces[atom] : [])].join(" "));

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,18 +12,9 @@ from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
 
 from equipot.serve.errors import InvalidRequest
+from equipot.serve.ui.values import Json, finite, text_of
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import CodecError, StructureArrays, decode_predictions, encode_structures
-
-Json = dict[str, Any]
-
-OPTIMIZERS = {"fire": pb.OPTIMIZER_FIRE, "lbfgs": pb.OPTIMIZER_LBFGS}
-CELLS = {
-    "fixed": pb.CELL_MOTION_FIXED,
-    "full": pb.CELL_MOTION_FULL,
-    "isotropic": pb.CELL_MOTION_ISOTROPIC,
-    "constant_volume": pb.CELL_MOTION_CONSTANT_VOLUME,
-}
 
 _LEFT_OUT = ("shards", "references", "config", "format", "digest", "name")
 """Of a card: what no one looks at, or what is told besides."""
@@ -65,6 +55,9 @@ def model_json(model: pb.Model) -> Json:
         "has_stress": model.has_stress,
         "dtype": model.dtype,
         "n_parameters": model.n_parameters,
+        "members": model.members,
+        "is_calibrated": model.is_calibrated,
+        "has_domain": model.has_domain,
         "card": {key: value for key, value in card.items() if key not in _LEFT_OUT},
     }
 
@@ -121,39 +114,13 @@ def predict_request(body: Mapping[str, Any]) -> pb.PredictRequest:
         InvalidRequest: as `structures_of`.
     """
     stress = [pb.PROPERTY_STRESS] if body.get("stress") else []
+    sure = pb.UncertaintyOptions() if body.get("uncertainty") else None
     return pb.PredictRequest(
-        model=_text(body, "model"),
-        level_of_theory=_text(body, "level_of_theory"),
+        model=text_of(body, "model"),
+        level_of_theory=text_of(body, "level_of_theory"),
         structures=structures_of(body.get("structures")),
         properties=[pb.PROPERTY_ENERGY, *([pb.PROPERTY_FORCES] if body.get("forces", True) else []), *stress],
-    )
-
-
-def relax_request(body: Mapping[str, Any]) -> pb.RelaxRequest:
-    """What the page asks for, with every step told and where it led.
-
-    Raises:
-        InvalidRequest: as `structures_of`, or a setting that is none.
-    """
-    optimizer, cell = _text(body, "optimizer") or "fire", _text(body, "cell") or "fixed"
-    for name, word, known in (("optimizer", optimizer, OPTIMIZERS), ("cell", cell, CELLS)):
-        if word not in known:
-            raise InvalidRequest(f"{name} is {word[:100]!r}: give one of {', '.join(known)}", field=name)
-    fmax, steps = body.get("fmax", 0.05), body.get("max_steps", 500)
-    if not _is_number(fmax) or not math.isfinite(fmax) or fmax <= 0:
-        raise InvalidRequest("fmax is no force above 0 in eV/Å", field="fmax")
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps < 2**32:
-        raise InvalidRequest("max_steps is no number of steps", field="max_steps")
-    return pb.RelaxRequest(
-        model=_text(body, "model"),
-        level_of_theory=_text(body, "level_of_theory"),
-        structures=structures_of(body.get("structures")),
-        optimizer=OPTIMIZERS[optimizer],
-        cell=CELLS[cell],
-        fmax=fmax,
-        max_steps=steps,
-        progress_every=1,
-        progress_frames=True,
+        uncertainty=sure,
     )
 
 
@@ -172,42 +139,34 @@ def predictions_json(response: pb.PredictResponse, n_atoms: Sequence[int]) -> Js
                 result["forces"] = answer.forces[start : start + count].tolist()
             if answer.stress is not None:
                 result["stress"] = answer.stress[index].tolist()
+            if response.HasField("uncertainty"):
+                result["uncertainty"] = _uncertainty_json(response.uncertainty, index, start, start + count)
             results.append(result)
         start += count
     return {"model": reference_json(response.model), "results": results}
 
 
-def relax_json(reply: pb.RelaxReply) -> Json | None:
-    """A line of a relaxation; None for what the page does not need."""
-    match reply.WhichOneof("kind"):
-        case "begun":
-            return {"kind": "begun", "model": reference_json(reply.begun.model)}
-        case "progress":
-            told = reply.progress
-            return {
-                "kind": "step",
-                "step": told.step,
-                "energy": _finite(told.energy),
-                "fmax": _finite(told.largest_force),
-                "positions": _matrix(told.positions),
-                "cell": _matrix(told.cell),
-                "forces": _matrix(told.forces),
-            }
-        case "result":
-            result = reply.result
-            failed = result.HasField("failure")
-            return {
-                "kind": "result",
-                "converged": result.converged,
-                "steps": result.steps,
-                "energy": _finite(result.energy),
-                "positions": _matrix(result.positions),
-                "cell": _matrix(result.cell),
-                "forces": _matrix(result.forces),
-                "stress": _matrix(result.stress),
-                "failure": failure_json(result.failure) if failed else None,
-            }
-    return None
+def _uncertainty_json(told: pb.Uncertainty, index: int, start: int, end: int) -> Json:
+    """How sure a structure's answer is; energies in eV, forces in eV/Å. None: the model cannot tell."""
+
+    def one(raw: bytes) -> float | None:
+        return finite(float(np.frombuffer(raw, dtype="<f8")[index])) if raw else None
+
+    def each(raw: bytes) -> list[float | None] | None:
+        return (
+            [finite(value) for value in np.frombuffer(raw, dtype="<f8")[start:end].tolist()] if raw else None
+        )
+
+    outside = next((found for found in told.outside if found.index == index), None)
+    return {
+        "members": told.members,
+        "coverage": told.coverage,
+        "energy_spread": one(told.energy_spread),
+        "energy_interval": one(told.energy_interval),
+        "forces_spread": each(told.forces_spread),
+        "forces_interval": each(told.forces_interval),
+        "outside": None if outside is None else {"atom": outside.atom, "reason": outside.reason},
+    }
 
 
 def failure_json(failure: pb.Failure) -> Json:
@@ -238,33 +197,8 @@ def _array(frame: Mapping[str, Any], name: str, dtype: type[np.generic], ndim: i
     return array
 
 
-def _text(body: Mapping[str, Any], name: str) -> str:
-    value = body.get(name, "")
-    if not isinstance(value, str):
-        raise InvalidRequest(f"{name} is no text", field=name)
-    return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _whole(value: Any) -> int:  # noqa: ANN401  # whatever a file or a page has there
     try:
         return int(value)
     except (ValueError, TypeError, OverflowError):
         raise InvalidRequest(f"charge or spin is no whole number: {str(value)[:60]!r}") from None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _matrix(raw: bytes) -> list[list[float | None]] | None:
-    """(n, 3) float64; what is not finite, as after an explosion, is no JSON."""
-    if not raw:
-        return None
-    rows = np.frombuffer(raw, dtype="<f8").reshape(-1, 3)
-    if np.isfinite(rows).all():
-        return rows.tolist()
-    return [[_finite(value) for value in row] for row in rows.tolist()]

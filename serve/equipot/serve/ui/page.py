@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
@@ -38,10 +38,11 @@ from equipot.serve.metrics import Metrics
 from equipot.serve.motion.servicer import MotionServicer
 from equipot.serve.servicer import PotentialServicer
 from equipot.serve.status import Context
-from equipot.serve.ui import messages
+from equipot.serve.ui import messages, motion
 from equipot.serve.ui.caller import caller
 from equipot.serve.ui.reading import MOST_BYTES, MOST_FRAMES, read_structures
 from equipot.serve.ui.security import HEADERS, objection
+from equipot.serve.ui.values import Json
 from equipot.wire.v1 import potential_pb2 as pb
 
 STATIC = Path(__file__).with_name("static")
@@ -72,6 +73,8 @@ STATUSES: Mapping[type[CallError], int] = MappingProxyType(
 )
 
 T = TypeVar("T")
+Asked = TypeVar("Asked")
+Told = TypeVar("Told")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 logger = logging.getLogger(__name__)
@@ -121,6 +124,7 @@ class Page:
         router.add_post("/ui/api/read", self._guarded(self._read))
         router.add_post("/ui/api/predict", self._guarded(self._predict))
         router.add_post("/ui/api/relax", self._guarded(self._relax))
+        router.add_post("/ui/api/simulate", self._guarded(self._simulate))
         application.on_cleanup.append(self._close)
 
     async def _close(self, application: web.Application) -> None:
@@ -137,7 +141,12 @@ class Page:
             {
                 "server": self._version,
                 "models": [messages.model_json(model) for model in listed.models],
-                "limits": {"atoms": limits.structure_atoms, "bytes": MOST_BYTES, "frames": MOST_FRAMES},
+                "limits": {
+                    "atoms": limits.structure_atoms,
+                    "bytes": MOST_BYTES,
+                    "frames": MOST_FRAMES,
+                    "steps": motion.MOST_MOVING,
+                },
             }
         )
 
@@ -173,14 +182,32 @@ class Page:
         return await self._aside(lambda: _json(messages.predictions_json(answer, counts)))
 
     async def _relax(self, request: web.Request) -> web.StreamResponse:
+        relax = self._services.motion.relax
+        return await self._played(request, "Page/Relax", motion.relax_request, relax, motion.relax_json)
+
+    async def _simulate(self, request: web.Request) -> web.StreamResponse:
+        move = self._services.motion.simulate
+        return await self._played(
+            request, "Page/Simulate", motion.simulate_request, move, motion.simulate_json
+        )
+
+    async def _played(
+        self,
+        request: web.Request,
+        method: str,
+        understand: Callable[[Mapping[str, Any]], Asked],
+        carry_out: Callable[[Asked, Context], AsyncGenerator[Told, None]],
+        line_of: Callable[[Told], Json | None],
+    ) -> web.StreamResponse:
+        """The replies of a call as lines of JSON, as they come."""
         response = web.StreamResponse(headers={**HEADERS, "Content-Type": "application/x-ndjson"})
-        async with self._call(request, "Page/Relax", of_many=True) as context:
+        async with self._call(request, method, of_many=True) as context:
             data = await _body(request, LARGEST_QUESTION)
-            asked = await self._aside(lambda: messages.relax_request(_question(data)))
-            async with aclosing(self._services.motion.relax(asked, context)) as replies:
+            asked = await self._aside(lambda: understand(_question(data)))
+            async with aclosing(carry_out(asked, context)) as replies:
                 try:
                     async for reply in replies:
-                        line = await self._aside(functools.partial(_line, reply))
+                        line = await self._aside(functools.partial(_line, line_of, reply))
                         if not line:
                             continue
                         if not response.prepared:
@@ -312,9 +339,9 @@ def _dump(value: object) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _line(reply: pb.RelaxReply) -> bytes:
+def _line(line_of: Callable[[Told], Json | None], reply: Told) -> bytes:
     """A reply as a line of JSON; nothing for one that the page does not need."""
-    told = messages.relax_json(reply)
+    told = line_of(reply)
     return b"" if told is None else _dump(told) + b"\n"
 
 
@@ -323,7 +350,7 @@ def _json(value: object, *, status: int = 200) -> web.Response:
     return web.Response(body=_dump(value), status=status, headers=headers)
 
 
-def _error_json(error: CallError) -> messages.Json:
+def _error_json(error: CallError) -> Json:
     return {
         "reason": error.reason,
         "message": error.message,

@@ -1,0 +1,12 @@
+// What went wrong, above everything.
+
+import { byId } from "./dom.js";
+
+export function complain(error) {
+  byId("alert").querySelector("span").textContent = error.message;
+  byId("alert").hidden = false;
+}
+
+export function quiet() {
+  byId("alert").hidden = true;
+}
