@@ -44,8 +44,9 @@ from equipot.model.batch import Graph, System
 from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.config import CPU_BUDGET, DEFAULT_LIMITS
 from equipot.serve.engine import LocalEngine, Result, use_threads
+from equipot.serve.motion.progress import Given
+from equipot.serve.motion.relaxation import Telling, advance, begun
 from equipot.serve.motion.relaxing import Relaxing
-from equipot.serve.motion.walker import Given, Walker
 from equipot.serve.sessions import SKIN
 from equipot.wire.v1.codec import FloatArray
 
@@ -241,28 +242,25 @@ def step_alone(address: str, clients: int, count: int, steps: int) -> None:
 
 def by_engine(engine: LocalEngine, systems: list[System], steps: int) -> tuple[int, float]:
     """All structures in this process, in batches as large as the server's; the steps, and seconds."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     how = Relaxing(fmax=NEVER, steps=steps)
     per_structure = compute(engine, systems[:1], None)[1]
     size = max(1, CPU_BUDGET.batch_edges // per_structure)
     taken = 0
     for start in range(0, len(systems), size):
         batch = systems[start : start + size]
-        walkers = [Walker(as_atoms(system), how.algorithm()) for system in batch]
+        some = [begun(how, one.positions, one.cell, np.zeros(len(one.positions), bool)) for one in batch]
         neighbors = [SkinnedNeighbors(engine.card.cutoff or 0.0, skin=0.3) for _ in batch]
-        going = [walker.advance() for walker in walkers]
-        while all(going):
-            now = [
-                moved(system, walker.atoms.positions) for system, walker in zip(batch, walkers, strict=True)
-            ]
+        while all(one.goes_on for one in some):
+            now = [moved(system, one.positions) for system, one in zip(batch, some, strict=True)]
             results, _ = compute(engine, now, neighbors)
-            going = [
-                walker.advance(Given(result.energy, np.asarray(result.forces, dtype=np.float64), None))
-                for walker, result in zip(walkers, results, strict=True)
-            ]
-        assert not any(going)
-        taken += sum(walker.progress.steps for walker in walkers)
-    return taken, time.perf_counter() - begun
+            for one, result in zip(some, results, strict=True):
+                assert result.forces is not None
+                one.progress.last = Given(result.energy, result.forces, None)
+            advance(some, how, Telling())
+        assert not any(one.goes_on for one in some)
+        taken += sum(one.progress.steps for one in some)
+    return taken, time.perf_counter() - started
 
 
 def compute(

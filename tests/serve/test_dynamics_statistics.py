@@ -10,8 +10,9 @@ from ase import Atoms, units
 
 from equipot.serve.motion.dynamics import Dynamics, IntegratorName, Start, Watch
 from equipot.serve.motion.notes import Frame, Kept, Observation
+from equipot.serve.motion.progress import Given
 from equipot.serve.motion.state import FloatArray, State
-from equipot.serve.motion.walker import Given, Walker
+from equipot.serve.motion.walker import Walker
 
 N_ATOMS, STIFF, SOFT = 40, 5.0, 0.5
 OBSERVE = 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.serve.test_simulate import asked, courses
 
 from equipot.client import Client, MotionFrame
 from equipot.serve.config import RequestLimits, ServeConfig, SessionLimits
-from equipot.serve.motion.mover import Mover
+from equipot.serve.motion.mover import Errands, Mover
 from equipot.serve.shares import Share
 from equipot.wire.v1 import potential_pb2 as pb
 
@@ -84,15 +84,14 @@ class TestShares:
             mover = Mover(lambda identity: Share(weight=3.0 if identity == "ann" else 1.0))
             order: list[str] = []
 
-            def work(name: str) -> Callable[[int], None]:
-                def do(number: int) -> None:
+            def work(name: str) -> Iterator[None]:
+                for _ in range(400):
                     order.append(name)
                     sum(range(5_000))
-
-                return do
+                    yield
 
             async with asyncio.timeout(30):
-                moves = [mover.move(name, 400, work(name)) for name in ("bob", "ann", "bob", "ann")]
+                moves = [mover.move(Errands(name), work(name)) for name in ("bob", "ann", "bob", "ann")]
                 await asyncio.gather(*moves)
             half = order[: len(order) // 2]
             # While both wait, three of ann's go for one of bob's.
@@ -102,18 +101,52 @@ class TestShares:
 
         run(test())
 
+    def test_the_few_of_one_identity_do_not_wait_for_its_many(self) -> None:
+        async def test() -> None:
+            mover = Mover()
+            done: list[str] = []
+
+            def work(name: str, count: int) -> Iterator[None]:
+                for _ in range(count):
+                    done.append(name)
+                    sum(range(20_000))
+                    yield
+
+            async with asyncio.timeout(30):
+                crowd = [
+                    asyncio.ensure_future(mover.move(Errands("ann"), work("many", 100))) for _ in range(9)
+                ]
+                few = Errands("ann")
+                waits = []
+                for _ in range(5):
+                    before = len(done)
+                    await mover.move(few, work("few", 1))
+                    waits.append(len(done) - before)
+                in_all = len(done)
+                await asyncio.gather(*crowd)
+            assert in_all < 9 * 100
+            # The first comes in line with the others; later ones wait for a slice that is under way.
+            assert sorted(waits)[2] < 9 * 100 / 10
+            mover.close()
+
+        run(test())
+
     def test_what_the_moved_raise_ends_their_call_alone(self) -> None:
         async def test() -> None:
             mover = Mover()
 
-            def fail(number: int) -> None:
+            done: list[int] = []
+
+            def some(count: int) -> Iterator[None]:
+                for number in range(count):
+                    done.append(number)
+                    yield
                 raise ValueError("no")
 
             with pytest.raises(ValueError, match="no"):
-                await mover.move("ann", 3, fail)
-            done: list[int] = []
-            await mover.move("ann", 3, done.append)
-            assert done == [0, 1, 2]
+                await mover.move(Errands("ann"), some(2))
+            await mover.move(Errands("ann"), (None for _ in range(3)))
+            assert done == [0, 1]
             mover.close()
 
         run(test())

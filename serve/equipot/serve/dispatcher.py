@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from equipot.model.batch import Graph
 from equipot.serve.batcher import Batch, Batcher, Budget
@@ -44,6 +45,14 @@ PREPARERS = 2
 """Threads that prepare: a second one, so that one slow structure does not hold up everybody's."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """The structures of a request as `Work.prepare` makes them, and the seconds that it took."""
+
+    structures: list[Graph | Fault]
+    seconds: float
 
 
 class Dispatcher:
@@ -90,8 +99,13 @@ class Dispatcher:
         """Edges that wait or are computed, those that open requests still expect to add included."""
         return self._batcher.backlog + self._computing_edges
 
-    async def predict(self, work: Work) -> Answer:
+    async def predict(self, work: Work, ready: Ready | None = None, *, in_company: bool = False) -> Answer:
         """Answers one request; cancelling the call takes it out of the queue.
+
+        Args:
+            work: the request.
+            ready: its structures, if its caller has prepared them already.
+            in_company: whether others are known to ask soon, so that a batch is to leave the loop to them.
 
         Raises:
             QueueFull: too much waits already.
@@ -111,10 +125,12 @@ class Dispatcher:
             price=capacity.price,
             limit=capacity.limit,
         )
-        job = self._jobs[ticket] = Job(work)
+        job = self._jobs[ticket] = Job(work, in_company=in_company)
         self._quiet.clear()
         try:
-            if work.effort <= INLINE_ATOMS:
+            if ready is not None:
+                self._accept(ticket, job, 0, ready.structures, ready.seconds)
+            elif work.effort <= INLINE_ATOMS:
                 self._accept(ticket, job, 0, *_timed_prepare(work, 0, len(work.structures)))
             else:
                 await self._feed(ticket, job)
@@ -266,10 +282,11 @@ class Dispatcher:
         """Whether nobody else waits for the loop while the batch, all there is to do, takes a moment."""
         key = batch.key
         assert isinstance(key, Key)
-        only_work = len(self._jobs) == 1 and self._batcher.backlog == 0
+        if len(self._jobs) > 1 or self._batcher.backlog or self._jobs[batch.items[0].ticket].in_company:
+            return False
         seconds = key.model.capacity.seconds(_size(batch), forces=key.forces, stress=key.stress)
         quick = key.model.engine.at_once and seconds <= AT_ONCE_SECONDS
-        return only_work and quick and now - self._together >= ALONE_SECONDS
+        return quick and now - self._together >= ALONE_SECONDS
 
     def _run_elsewhere(self, batch: Batch, graphs: list[Graph], started: float) -> None:
         """In the compute thread: one batch."""

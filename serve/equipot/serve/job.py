@@ -123,13 +123,14 @@ class Job:
 
     Attributes:
         work: what is asked.
+        in_company: whether others are known to ask soon.
         done: resolved when every structure has its answer; fails with a `CallError`.
         room: set when the request may prepare more.
         graphs: the prepared structures that wait, by index.
     """
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, work: Work, *, in_company: bool = False) -> None:
+        self.work, self.in_company = work, in_company
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.room = asyncio.Event()
         self.graphs: dict[int, Graph] = {}

@@ -2,36 +2,59 @@
 
 A crew asks for the forces of all its members in one request, which the queue puts into batches with those of
 everybody else; members that are done leave, and others that wait take their places. Two crews of a request
-take turns: one is computed while the other's algorithms decide where to go.
+that is alone take turns: one is computed while the other's algorithms decide where to go.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
+from equipot.model.batch import Graph
 from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.call import Call, current_call
-from equipot.serve.dispatcher import Dispatcher
+from equipot.serve.dispatcher import CHUNK_ATOMS, Dispatcher, Ready
 from equipot.serve.errors import Fault, OverQuota, QueueFull
 from equipot.serve.job import Work
-from equipot.serve.motion.mover import Mover
-from equipot.serve.motion.state import BadState
-from equipot.serve.motion.walker import Given, Halt, Walker
+from equipot.serve.motion.mover import Errands, Mover
+from equipot.serve.motion.progress import Given, Progress
+from equipot.serve.motion.state import FloatArray
 from equipot.wire.v1.certainty import UncertaintyArrays
 from equipot.wire.v1.codec import Failure, StructureArrays
+
+LARGEST_PREPARED = 1024
+"""Atoms of a structure whose neighbours are found in the thread that moves. A larger one would hold up others
+there, and is prepared where those of single points are."""
 
 CREWS = 2
 SKIN = 0.3
 """Å around the cutoff within which neighbours are kept: relaxing atoms move little from step to step."""
 
-logger = logging.getLogger(__name__)
+
+class Course(Protocol):
+    """One structure on its way."""
+
+    @property
+    def positions(self) -> FloatArray:
+        """(n, 3) Å."""
+
+    @property
+    def cell(self) -> FloatArray:
+        """(3, 3) Å."""
+
+    @property
+    def progress(self) -> Progress:
+        """How far it has come."""
+
+    def close(self) -> None:
+        """Lets go of what it holds; in the thread that moves."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +63,7 @@ class Member:
 
     Attributes:
         index: in the request.
-        walker: moves it.
+        course: where it is and how far it has come.
         given: what its last question came to.
         fault: why it goes no further.
         goes_on: whether it waits for what it asked for.
@@ -49,7 +72,7 @@ class Member:
     """
 
     index: int
-    walker: Walker
+    course: Course
     given: Given | None = None
     fault: Fault | Failure | None = None
     goes_on: bool = True
@@ -57,34 +80,60 @@ class Member:
     neighbors: SkinnedNeighbors | None = None
 
 
+@dataclass(slots=True, eq=False)
+class _Question:
+    """What a crew asks at one step, and its structures if they are prepared already."""
+
+    work: Work
+    ready: Ready | None = None
+
+
+class Movement(Protocol):
+    """What moves the members of a party; called in the thread that moves."""
+
+    @property
+    def work(self) -> Work:
+        """The request at its start."""
+
+    @property
+    def at_once(self) -> int:
+        """How many structures `advance` takes in one go."""
+
+    def begin(self, index: int) -> Member:
+        """Makes the member of a structure."""
+
+    def advance(self, members: Sequence[Member]) -> None:
+        """Takes these to their next questions, their ends or their faults; raises nothing."""
+
+
 class Party:
     """All structures of one request that moves them.
 
     Args:
-        work: the request at its start.
-        begin: makes the member of a structure; called in the thread that moves.
-        mover: moves.
+        movement: how they move.
+        mover: has the thread in which they do.
         dispatcher: answers.
         tell: is told of each member that came a step further or is done; waits for the caller.
     """
 
     def __init__(
         self,
-        work: Work,
-        begin: Callable[[int], Member],
+        movement: Movement,
         *,
         mover: Mover,
         dispatcher: Dispatcher,
         tell: Callable[[Member], Awaitable[None]],
     ) -> None:
-        self._work = work
-        self._begin = begin
+        self._movement = movement
+        self._work = work = movement.work
         self._mover = mover
         self._dispatcher = dispatcher
         self._tell = tell
         self._waiting = deque(range(len(work.structures)))
         self._edges_of_crew = work.key.model.capacity.limit.edges
         self._members: set[Member] = set()
+        self._errands = Errands(work.call.identity)
+        self._crews = 1
 
     async def march(self) -> None:
         """Moves every structure to its end.
@@ -92,10 +141,14 @@ class Party:
         Raises:
             CallError: the request as a whole cannot go on.
         """
-        crews = [asyncio.create_task(self._crew()) for _ in range(min(CREWS, len(self._waiting)))]
+        # In the company of others the engine has enough to do.
+        self._crews = 1 if self._mover.crews else CREWS
+        crews = [asyncio.create_task(self._crew()) for _ in range(min(self._crews, len(self._waiting)))]
+        self._mover.crews += len(crews)
         try:
             await asyncio.gather(*crews)
         finally:
+            self._mover.crews -= len(crews)
             for crew in crews:
                 crew.cancel()
             await asyncio.gather(*crews, return_exceptions=True)
@@ -108,42 +161,64 @@ class Party:
             joining = self._joining(crew)
             if not crew and not joining:
                 return
-            await self._mover.move(
-                self._work.call.identity,
-                len(crew) + len(joining),
-                partial(self._move, crew, joining, len(crew)),
-            )
+            asked: list[_Question] = []
+            strides = self._strides(crew, joining, asked)
+            await self._mover.move(self._errands, strides)
             for member in crew:
-                if member.walker.progress.notes or not member.goes_on:
+                if member.course.progress.notes or not member.goes_on:
                     await self._tell(member)
                 if not member.goes_on:
                     self._members.discard(member)
             crew = [member for member in crew if member.goes_on]
-            if crew:
-                await self._ask(crew)
+            for question in asked:
+                await self._ask(crew, question)
 
-    def _move(self, crew: list[Member], joining: list[int], old: int, number: int) -> None:
-        """In the thread that moves: a member of the crew, or one that joins it, goes to its next question."""
-        if number >= old:
-            member = self._begin(joining[number - old])
+    def _strides(self, crew: list[Member], joining: list[int], asked: list[_Question]) -> Iterator[None]:
+        """In the thread that moves: takes the crew, and those that join it, to their next question."""
+        for index in joining:
+            member = self._movement.begin(index)
             if cutoff := self._work.key.model.card.cutoff:
                 member.neighbors = SkinnedNeighbors(cutoff, skin=SKIN)
             crew.append(member)
             self._members.add(member)
-        member = crew[number]
-        if member.fault is None:
-            _advance(member)
-        member.goes_on = member.goes_on and member.fault is None
-        if not member.goes_on:
-            member.walker.close()
+            yield
+        able = [member for member in crew if member.fault is None]
+        for start in range(0, len(able), self._movement.at_once):
+            self._movement.advance(able[start : start + self._movement.at_once])
+            yield
+        going: list[Member] = []
+        for member in crew:
+            member.goes_on = member.goes_on and member.fault is None
+            if member.goes_on:
+                going.append(member)
+            else:
+                member.course.close()
+        if going:
+            yield from self._prepare(going, asked)
+
+    def _prepare(self, going: list[Member], asked: list[_Question]) -> Iterator[None]:
+        """Puts together what is asked of them now, and their neighbours if that does not take long."""
+        kept = [member.neighbors for member in going if member.neighbors is not None]
+        neighbors = kept if len(kept) == len(going) else None
+        structures = _pack(self._work.structures, going)
+        question = _Question(replace(self._work, structures=structures, neighbors=neighbors))
+        asked.append(question)
+        if structures.n_atoms.max() > LARGEST_PREPARED:
+            return
+        prepared: list[Graph | Fault] = []
+        begun = time.perf_counter()
+        for start, stop in question.work.chunks(CHUNK_ATOMS):
+            prepared += question.work.prepare(start, stop)
+            yield
+        question.ready = Ready(prepared, time.perf_counter() - begun)
 
     def _joining(self, crew: list[Member]) -> list[int]:
         """Indices of structures for which there is room: as many as the queue's largest batch holds."""
         neighbors = self._work.key.model.card.mean_neighbors
         n_atoms = self._work.structures.n_atoms
-        room = self._edges_of_crew - neighbors * sum(len(member.walker.atoms) for member in crew)
+        room = self._edges_of_crew - neighbors * sum(len(member.course.positions) for member in crew)
         # The other crews are to have their share of a request that fills no batch.
-        most = max(1, -(-len(n_atoms) // CREWS)) - len(crew)
+        most = max(1, -(-len(n_atoms) // self._crews)) - len(crew)
         joining: list[int] = []
         while self._waiting and len(joining) < most:
             cost = neighbors * int(n_atoms[self._waiting[0]])
@@ -153,21 +228,20 @@ class Party:
             joining.append(self._waiting.popleft())
         return joining
 
-    async def _ask(self, crew: list[Member]) -> None:
+    async def _ask(self, crew: list[Member], question: _Question) -> None:
         """Has the members' present positions computed."""
-        structures = _pack(self._work.structures, crew)
-        kept = [member.neighbors for member in crew if member.neighbors is not None]
-        neighbors = kept if len(kept) == len(crew) else None
         call: Call | None = None
         while True:
             try:
                 if call is None:
                     # Once a step, however often the queue has no room for it.
                     call = current_call().next_request()
-                    call.asked(len(structures), len(structures.positions))
-                work = replace(self._work, structures=structures, call=call, neighbors=neighbors)
+                    call.asked(len(crew), len(question.work.structures.positions))
+                work = replace(question.work, call=call)
                 work.key.model.engine.check_ready()
-                answer = await self._dispatcher.predict(work)
+                answer = await self._dispatcher.predict(
+                    work, question.ready, in_company=self._mover.crews > 1
+                )
                 break
             except (QueueFull, OverQuota) as error:
                 # It was let in: it waits for its turn as long as it takes.
@@ -196,31 +270,20 @@ def _pack(like: StructureArrays, crew: list[Member]) -> StructureArrays:
     return StructureArrays(
         n_atoms=like.n_atoms[places],
         atomic_numbers=like.atomic_numbers[atoms],
-        positions=np.concatenate([member.walker.atoms.positions for member in crew]),
-        cell=np.stack([member.walker.atoms.cell[:] for member in crew]),
+        positions=np.concatenate([member.course.positions for member in crew]),
+        cell=np.stack([member.course.cell for member in crew]),
         pbc=like.pbc[places],
         charge=like.charge[places],
         spin_multiplicity=like.spin_multiplicity[places],
     )
 
 
-def _advance(member: Member) -> None:
-    """The member goes to its next question, its end or its fault."""
-    try:
-        member.goes_on = member.walker.advance(member.given)
-    except Halt as halt:
-        member.fault = halt.fault
-    except BadState as error:
-        member.fault = Fault("invalid_structure", "tokens", str(error), error.remedy)
-    except Exception:
-        logger.exception("the algorithm of structure %d failed", member.index)
-        step = member.walker.progress.steps
-        member.fault = Fault("internal", "", f"the algorithm failed at step {step}", "report it")
-    else:
-        if member.goes_on:
-            member.fault = member.walker.fault()
+def algorithm_failed(member: Member) -> Fault:
+    """Of a member whose algorithm raised what it should not."""
+    step = member.course.progress.steps
+    return Fault("internal", "", f"the algorithm failed at step {step}", "report it")
 
 
 def _let_go(members: set[Member]) -> None:
     for member in members:
-        member.walker.close()
+        member.course.close()

@@ -22,8 +22,9 @@ from ase.md.verlet import VelocityVerlet
 
 from equipot.serve.errors import Fault, InvalidRequest
 from equipot.serve.motion.notes import Frame, Observation
+from equipot.serve.motion.progress import Progress
 from equipot.serve.motion.state import Origin, capture, digest_of, restore
-from equipot.serve.motion.walker import Algorithm, Halt, Progress, kept
+from equipot.serve.motion.walker import Algorithm, Halt, keep
 
 IntegratorName = Literal["velocity_verlet", "langevin", "nose_hoover", "bussi", "mtk_isotropic", "mtk"]
 
@@ -222,7 +223,7 @@ class Dynamics:
                         words, arrays = capture(integrator, _STATE[self.integrator])
                         if self.integrator in _RANDOM:
                             words["rng"] = rng.bit_generator.state
-                        progress.notes.append(kept(atoms, progress, words, arrays))
+                        keep(atoms, progress, words, arrays)
                 self._warm(integrator, step)
             progress.converged = True
 

@@ -8,15 +8,13 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from ase import Atoms
 from google.protobuf.message import Message
 
 from equipot.serve.errors import Fault, InvalidRequest
 from equipot.serve.job import Work
 from equipot.serve.motion.crew import Member
 from equipot.serve.motion.notes import Kept
-from equipot.serve.motion.state import BadState, Origin, State, digest_of, seal, unseal
-from equipot.serve.motion.walker import Algorithm, Walker
+from equipot.serve.motion.state import BadState, Origin, digest_of, seal
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import CodecError, Failure, FailureReason, decode_flags, encode_failures
 
@@ -33,43 +31,23 @@ class Errand(Protocol[MessageT_co]):
     def opening(self) -> MessageT_co:
         """What is told at once."""
 
+    @property
+    def at_once(self) -> int:
+        """How many structures `advance` takes in one go."""
+
     def begin(self, index: int) -> Member:
         """One structure, at its beginning or where its token says."""
+
+    def advance(self, members: Sequence[Member]) -> None:
+        """Takes these to their next questions, their ends or their faults; raises nothing."""
 
     def told(self, member: Member) -> Iterable[MessageT_co]:
         """What is to be told of a member now: its notes, and its result if it is done."""
 
 
-def begin(
-    index: int,
-    atoms: Atoms,
-    algorithm: Algorithm,
-    token: bytes,
-    origin: Origin,
-    *,
-    most_moved: float = np.inf,
-) -> Member:
-    """A structure that is moved so, from the state in its token if it has one."""
-    if token:
-        try:
-            state: State = unseal(token, origin)
-            fresh = atoms.copy()
-            return Member(index, Walker(fresh, algorithm, resumed=state, most_moved=most_moved))
-        except BadState as error:
-            fault = Fault("invalid_structure", "tokens", f"its token {error}", error.remedy)
-            return Member(index, Walker(atoms, algorithm), fault=fault)
-    return Member(index, Walker(atoms, algorithm, most_moved=most_moved))
-
-
-def atoms_of(work: Work, index: int) -> Atoms:
-    """One structure of the request, as it was sent."""
-    arrays, atoms = work.structures, slice(work.offsets[index], work.offsets[index + 1])
-    return Atoms(
-        numbers=arrays.atomic_numbers[atoms],
-        positions=arrays.positions[atoms],
-        cell=arrays.cell[index],
-        pbc=arrays.pbc[index],
-    )
+def bad_token(error: BadState) -> Fault:
+    """Of a structure whose token does not fit."""
+    return Fault("invalid_structure", "tokens", f"its token {error}", error.remedy)
 
 
 def structure_digest(work: Work, index: int, *more: npt.NDArray[Any]) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,27 +18,53 @@ MOST_REMEMBERED = 1_000
 
 
 @dataclass(slots=True, eq=False)
-class _Turn:
-    """Some structures to move: `do` is called with each number below `count`."""
+class Errands:
+    """What one request has moved.
 
-    do: Callable[[int], None]
-    count: int
+    Attributes:
+        identity: whose it is.
+        seconds: of the thread that it had, counted from where the identity's others were when it came.
+    """
+
+    identity: str
+    seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """Something to do in strides, one each time that an iterator is asked for its next."""
+
+    errands: Errands
+    strides: Iterator[None]
     done: asyncio.Future[None]
-    next: int = 0
+    left: bool = False
+    ended: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """What one identity waits for, and the time that it had, by its weight."""
+    """What one identity waits for.
+
+    Attributes:
+        virtual: the time that it had, by its weight.
+        reached: the time that the request had that was served last.
+    """
 
     identity: str
     weight: float
     virtual: float
-    turns: deque[_Turn] = field(default_factory=deque)
+    reached: float = 0.0
+    turns: list[_Turn] = field(default_factory=list)
 
 
 class Mover:
-    """Whoever had least of the thread's time, by weight, is first: nobody waits for another's crowd."""
+    """Whoever had least of the thread's time, by weight, is first: nobody waits for another's crowd.
+
+    Of one identity's requests, too, the one that had least is first.
+
+    Attributes:
+        crews: that have structures under way; whoever sends them here counts them.
+    """
 
     def __init__(self, share_of: Callable[[str], Share] = lambda identity: EQUAL_SHARE) -> None:
         """An idle one; `share_of` says what an identity may have."""
@@ -49,32 +74,42 @@ class Mover:
         self._had: dict[str, float] = {}
         self._clock = 0.0
         self._running: asyncio.Task[None] | None = None
+        self._closed = False
+        self.crews = 0
 
-    async def move(self, identity: str, count: int, do: Callable[[int], None]) -> None:
-        """Calls `do` with 0 to count − 1, in order, in the thread; what it raises ends the call.
-
-        Cancelled, it calls no more.
-        """
-        turn = _Turn(do, count, asyncio.get_running_loop().create_future())
+    async def move(self, errands: Errands, strides: Iterator[None]) -> None:
+        """Exhausts an iterator in the thread; what it raises ends the call. Cancelled, it asks no more."""
+        turn = _Turn(errands, strides, asyncio.get_running_loop().create_future())
+        identity = errands.identity
         lane = self._lanes.get(identity)
         if lane is None:
             # Nobody saves up turns while idle.
             virtual = max(self._had.get(identity, 0.0), self._clock)
-            lane = self._lanes[identity] = _Lane(identity, self._share_of(identity).weight, virtual)
+            lane = self._lanes[identity] = _Lane(
+                identity, self._share_of(identity).weight, virtual, errands.seconds
+            )
+        errands.seconds = max(errands.seconds, lane.reached)
         lane.turns.append(turn)
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
         try:
             await turn.done
         finally:
-            turn.count = 0
+            turn.left = True
 
     def let_go(self, end: Callable[[], None]) -> None:
-        """Calls this in the thread once it is free; nobody waits for it."""
-        self._thread.submit(end)
+        """Calls this in the thread once it is free, unless that ends before; nobody waits for it."""
+        if not self._closed:
+            self._thread.submit(end)
 
     def close(self) -> None:
-        """Lets the thread go."""
+        """Lets the thread go, and cancels whatever waits for it."""
+        self._closed = True
+        if self._running is not None:
+            self._running.cancel()
+        for lane in self._lanes.values():
+            for turn in lane.turns:
+                turn.done.cancel()
         self._thread.shutdown(wait=False)
 
     async def _run(self) -> None:
@@ -82,14 +117,14 @@ class Mover:
         while self._lanes:
             lane = min(self._lanes.values(), key=lambda lane: lane.virtual)
             self._clock = lane.virtual
-            turn = lane.turns[0]
+            turn = min(lane.turns, key=lambda turn: turn.errands.seconds)
+            lane.reached = turn.errands.seconds
             problem, seconds = await loop.run_in_executor(self._thread, _work, turn)
             lane.virtual += seconds / lane.weight
-            lane.turns.popleft()
-            if turn.next < turn.count and problem is None:
-                # Of one identity's, too, the few need not wait for the many.
-                lane.turns.append(turn)
+            turn.errands.seconds += seconds
+            if not (turn.ended or turn.left):
                 continue
+            lane.turns.remove(turn)
             if not turn.done.done():
                 if problem is None:
                     turn.done.set_result(None)
@@ -106,16 +141,16 @@ class Mover:
 
 
 def _work(turn: _Turn) -> tuple[Exception | None, float]:
-    """In the thread: some of a turn's structures; what went wrong, and seconds of the processor."""
+    """In the thread: some of a turn's strides; what went wrong, and seconds of the processor."""
     begun, until = time.thread_time(), time.perf_counter() + SLICE_SECONDS
     problem = None
-    while turn.next < turn.count:
-        number, turn.next = turn.next, turn.next + 1
-        try:
-            turn.do(number)
-        except Exception as error:
-            problem = error
-            break
-        if time.perf_counter() >= until:
-            break
+    try:
+        while not turn.left:
+            next(turn.strides)
+            if time.perf_counter() >= until:
+                break
+    except StopIteration:
+        turn.ended = True
+    except Exception as error:
+        problem, turn.ended = error, True
     return problem, time.thread_time() - begun

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,11 +12,10 @@ import numpy.typing as npt
 
 from equipot.serve.job import Work
 from equipot.serve.models import ServedModel
-from equipot.serve.motion.crew import Member
+from equipot.serve.motion.crew import Member, algorithm_failed
 from equipot.serve.motion.errand import (
     as_bytes,
-    atoms_of,
-    begin,
+    bad_token,
     failure_of,
     fixed_of,
     one_each,
@@ -26,11 +26,18 @@ from equipot.serve.motion.errand import (
     word,
 )
 from equipot.serve.motion.notes import Advance, Kept
-from equipot.serve.motion.relaxing import CellMotion, OptimizerName, Relaxing, with_fixed_atoms
-from equipot.serve.motion.state import Origin
+from equipot.serve.motion.relaxation import Relaxation, Telling, advance, begun
+from equipot.serve.motion.relaxing import OptimizerName, Relaxing
+from equipot.serve.motion.state import BadState, Origin, unseal
+from equipot.serve.motion.strain import CellMotion
 from equipot.serve.servicer import PotentialServicer
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.certainty import encode_uncertainty
+
+AT_ONCE = 64
+"""Structures that are moved in one go, which takes about a millisecond."""
+
+logger = logging.getLogger(__name__)
 
 _OPTIMIZERS: dict[int, OptimizerName] = {pb.OPTIMIZER_LBFGS: "lbfgs"}
 _CELLS: dict[int, CellMotion] = {
@@ -80,20 +87,46 @@ class RelaxErrand:
         """What is told at once."""
         return pb.RelaxReply(begun=pb.MotionBegun(model=self.reference))
 
+    @property
+    def at_once(self) -> int:
+        """How many structures `advance` takes in one go."""
+        return AT_ONCE
+
     def begin(self, index: int) -> Member:
         """One structure, at its beginning or where its token says."""
-        atoms = with_fixed_atoms(atoms_of(self.work, index), self._fixed(index))
-        algorithm = self.how.algorithm(
-            tell_every=self.request.progress_every,
+        arrays, part = self.work.structures, self._part(index)
+        place = arrays.positions[part], arrays.cell[index], self.fixed[part]
+        token = self.request.tokens[index] if self.request.tokens else b""
+        try:
+            state = unseal(token, self._origin(index)) if token else None
+            return Member(index, begun(self.how, *place, state))
+        except BadState as error:
+            return Member(index, begun(self.how, *place), fault=bad_token(error))
+
+    def advance(self, members: Sequence[Member]) -> None:
+        """Takes these to their next questions, their ends or their faults."""
+        telling = Telling(
+            every=self.request.progress_every,
             frames=self.request.progress_frames,
             keep_every=self.request.token_every,
         )
-        token = self.request.tokens[index] if self.request.tokens else b""
-        return begin(index, atoms, algorithm, token, self._origin(index))
+        some = [member.course for member in members if isinstance(member.course, Relaxation)]
+        for member, one in zip(members, some, strict=True):
+            if member.given is not None:
+                one.progress.last = member.given
+        try:
+            advance(some, self.how, telling)
+        except Exception:
+            logger.exception("the optimiser of %d structures failed", len(some))
+            for member in members:
+                member.fault = algorithm_failed(member)
+        for member, one in zip(members, some, strict=True):
+            member.fault = member.fault or one.fault
+            member.goes_on = one.goes_on
 
     def told(self, member: Member) -> Iterator[pb.RelaxReply]:
         """Progress and tokens, and the result of a member that is done."""
-        progress = member.walker.progress
+        progress = member.course.progress
         notes, progress.notes = progress.notes, []
         for note in notes:
             match note:
@@ -111,21 +144,21 @@ class RelaxErrand:
         if not member.goes_on:
             yield pb.RelaxReply(result=self._result(member))
 
-    def _fixed(self, index: int) -> npt.NDArray[np.bool_]:
-        return self.fixed[self.work.offsets[index] : self.work.offsets[index + 1]]
+    def _part(self, index: int) -> slice:
+        return slice(self.work.offsets[index], self.work.offsets[index + 1])
 
     def _origin(self, index: int) -> Origin:
-        digest = structure_digest(self.work, index, self._fixed(index))
+        digest = structure_digest(self.work, index, self.fixed[self._part(index)])
         return self.how.origin(self.reference.digest, self.reference.level_of_theory, digest)
 
     def _result(self, member: Member) -> pb.RelaxResult:
-        progress, atoms = member.walker.progress, member.walker.atoms
+        progress = member.course.progress
         result = pb.RelaxResult(
             index=member.index,
             converged=progress.converged and member.fault is None,
             steps=progress.steps,
-            positions=as_bytes(atoms.positions),
-            cell=as_bytes(atoms.cell[:]),
+            positions=as_bytes(member.course.positions),
+            cell=as_bytes(member.course.cell),
             energy=np.nan,
             model=self.reference,
         )

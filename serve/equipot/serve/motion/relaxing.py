@@ -1,42 +1,20 @@
-"""How a structure is relaxed: ASE's optimisers and cell filters, chosen by words. Knows no server."""
+"""How a structure is relaxed, in words: an optimiser, and what its cell may do. Knows no server."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
-
-import numpy as np
-from ase import Atoms
-from ase.constraints import FixAtoms
-from ase.filters import FrechetCellFilter
-from ase.optimize import FIRE, LBFGS
+from typing import Literal, get_args
 
 from equipot.serve.errors import InvalidRequest
-from equipot.serve.motion.notes import Advance, Place
-from equipot.serve.motion.state import Origin, capture, digest_of, restore
-from equipot.serve.motion.walker import Given, Progress, kept
+from equipot.serve.motion.state import Origin, digest_of
+from equipot.serve.motion.strain import CellMotion
 
 OptimizerName = Literal["fire", "lbfgs"]
-CellMotion = Literal["fixed", "full", "isotropic", "constant_volume"]
 
 MOST_STEPS = 100_000
 LARGEST_STEP = 1.0
 """Å by which no optimiser should ever move an atom at once."""
-
-_OPTIMIZERS: dict[OptimizerName, Callable[..., Any]] = {"fire": FIRE, "lbfgs": LBFGS}
-_STATE: dict[OptimizerName, tuple[str, ...]] = {
-    "fire": ("vel", "dt", "a", "Nsteps"),
-    "lbfgs": ("r0", "f0", "state.iteration", "state.s", "state.y", "state.rho"),
-}
-"""What these keep from step to step."""
-
-_FILTERS: dict[CellMotion, dict[str, Any]] = {
-    "full": {},
-    "isotropic": {"hydrostatic_strain": True},
-    "constant_volume": {"constant_volume": True},
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,48 +61,6 @@ class Relaxing:
         """Whether stress is needed."""
         return self.cell != "fixed"
 
-    def algorithm(
-        self, *, tell_every: int = 0, frames: bool = False, keep_every: int = 0
-    ) -> Callable[[Atoms, Progress], None]:
-        """Relaxes atoms in place, asking their calculator once a step.
-
-        Args:
-            tell_every: how many steps apart progress is noted; 0: never.
-            frames: whether that has where the atoms are.
-            keep_every: how many steps apart the state is noted; 0: never.
-        """
-
-        def relax(atoms: Atoms, progress: Progress) -> None:
-            target: Any = atoms
-            if self.moves_cell:
-                target = FrechetCellFilter(atoms, scalar_pressure=self.pressure, **_FILTERS[self.cell])
-            optimizer = _OPTIMIZERS[self.optimizer](target, logfile=None, maxstep=self.max_step)
-            paths = _STATE[self.optimizer]
-            begun = progress.steps
-            if progress.resumed is not None:
-                restore(optimizer, paths, progress.resumed)
-                optimizer.nsteps = begun
-                if self.moves_cell:
-                    target.orig_cell = progress.resumed.arrays["orig_cell"]
-            for converged in optimizer.irun(fmax=self.fmax, steps=max(0, self.steps - begun)):
-                progress.steps = step = optimizer.nsteps
-                progress.converged = bool(converged)
-                free = atoms.get_forces()
-                progress.largest_force = float(np.sqrt((free**2).sum(axis=1).max()))
-                if step == begun:
-                    continue
-                if tell_every and step % tell_every == 0:
-                    assert progress.last is not None
-                    frame = _frame(atoms, progress.last) if frames else None
-                    progress.notes.append(Advance(step, progress.last.energy, progress.largest_force, frame))
-                if keep_every and step % keep_every == 0:
-                    words, arrays = capture(optimizer, paths)
-                    if self.moves_cell:
-                        arrays["orig_cell"] = np.array(target.orig_cell)
-                    progress.notes.append(kept(atoms, progress, words, arrays))
-
-        return relax
-
     def origin(self, model: str, level_of_theory: str, structure: str) -> Origin:
         """To what the state of a structure belongs that is relaxed so; more steps may be added to it."""
         settings = asdict(self)
@@ -136,17 +72,6 @@ class Relaxing:
             settings=digest_of(settings),
             structure=structure,
         )
-
-
-def with_fixed_atoms(atoms: Atoms, fixed: np.ndarray[Any, np.dtype[np.bool_]]) -> Atoms:
-    """The same atoms, of which these do not move."""
-    if fixed.any():
-        atoms.set_constraint(FixAtoms(mask=fixed))
-    return atoms
-
-
-def _frame(atoms: Atoms, given: Given) -> Place:
-    return Place(np.array(atoms.positions), np.array(atoms.cell[:]), given.forces)
 
 
 def _refused(name: str, value: object, allowed: str) -> InvalidRequest:

@@ -152,7 +152,7 @@ class MotionServicer:
             self._atoms -= n_atoms
             self._metrics.moving.dec(unfinished)
 
-        party = Party(work, errand.begin, mover=self._mover, dispatcher=self._dispatcher, tell=tell)
+        party = Party(errand, mover=self._mover, dispatcher=self._dispatcher, tell=tell)
         marching = asyncio.ensure_future(_march(party, outbox))
         self._parties.add(marching)
         self._atoms += n_atoms

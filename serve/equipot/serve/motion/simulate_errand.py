@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+from ase import Atoms
+from ase.constraints import FixAtoms
 from ase.data import atomic_masses
 
 from equipot.serve.errors import InvalidRequest
 from equipot.serve.job import Work
 from equipot.serve.models import ServedModel
-from equipot.serve.motion.crew import Member
+from equipot.serve.motion.crew import Member, algorithm_failed
 from equipot.serve.motion.dynamics import MOST_MOVED, Dynamics, IntegratorName, Start, Watch
 from equipot.serve.motion.errand import (
     as_bytes,
-    atoms_of,
-    begin,
+    bad_token,
     failure_of,
     fixed_of,
     one_each,
@@ -29,11 +31,13 @@ from equipot.serve.motion.errand import (
     word,
 )
 from equipot.serve.motion.notes import Frame, Kept, Observation
-from equipot.serve.motion.relaxing import with_fixed_atoms
-from equipot.serve.motion.state import FloatArray, Origin
+from equipot.serve.motion.state import BadState, FloatArray, Origin, unseal
+from equipot.serve.motion.walker import Halt, Walker
 from equipot.serve.servicer import PotentialServicer
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import CodecError, decode_flags, decode_floats
+
+logger = logging.getLogger(__name__)
 
 _INTEGRATORS: dict[int, IntegratorName] = {
     pb.INTEGRATOR_UNSPECIFIED: "velocity_verlet",
@@ -137,13 +141,16 @@ class SimulateErrand:
         """What is told at once."""
         return pb.SimulateReply(begun=pb.MotionBegun(model=self.reference, warnings=self.warnings))
 
+    @property
+    def at_once(self) -> int:
+        """ASE moves them one by one."""
+        return 1
+
     def begin(self, index: int) -> Member:
         """One structure, at its beginning or where its token says."""
-        request, part = self.request, self._part(index)
-        atoms = with_fixed_atoms(atoms_of(self.work, index), self.fixed[part])
-        atoms.set_masses(self.masses[part])
+        request = self.request
         start = Start(
-            velocities=None if self.drawn[index] else self.velocities[part],
+            velocities=None if self.drawn[index] else self.velocities[self._part(index)],
             seed=request.seeds[index] if request.seeds else index,
         )
         watch = Watch(
@@ -153,13 +160,35 @@ class SimulateErrand:
             observations=request.observe_every,
             states=request.token_every,
         )
-        token = request.tokens[index] if request.tokens else b""
         algorithm = self.how.algorithm(start, watch)
-        return begin(index, atoms, algorithm, token, self._origin(index), most_moved=MOST_MOVED)
+        token = request.tokens[index] if request.tokens else b""
+        try:
+            state = unseal(token, self._origin(index)) if token else None
+            walker = Walker(self._atoms(index), algorithm, resumed=state, most_moved=MOST_MOVED)
+            return Member(index, walker)
+        except BadState as error:
+            return Member(index, Walker(self._atoms(index), algorithm), fault=bad_token(error))
+
+    def advance(self, members: Sequence[Member]) -> None:
+        """Takes these to their next questions, their ends or their faults."""
+        for member in members:
+            walker = member.course
+            assert isinstance(walker, Walker)
+            try:
+                member.goes_on = walker.advance(member.given)
+            except Halt as halt:
+                member.fault = halt.fault
+            except BadState as error:
+                member.fault = bad_token(error)
+            except Exception:
+                logger.exception("the algorithm of structure %d failed", member.index)
+                member.fault = algorithm_failed(member)
+            else:
+                member.fault = walker.fault() if member.goes_on else None
 
     def told(self, member: Member) -> Iterator[pb.SimulateReply]:
         """Frames, observations and tokens, and the result of a member that is done."""
-        progress = member.walker.progress
+        progress = member.course.progress
         notes, progress.notes = progress.notes, []
         for note in notes:
             match note:
@@ -175,6 +204,20 @@ class SimulateErrand:
                 result.failure.CopyFrom(failure_of(member))
                 result.failure.message = f"after {progress.steps} steps: {result.failure.message}"
             yield pb.SimulateReply(result=result)
+
+    def _atoms(self, index: int) -> Atoms:
+        """As they were sent."""
+        arrays, part = self.work.structures, self._part(index)
+        atoms = Atoms(
+            numbers=arrays.atomic_numbers[part],
+            positions=arrays.positions[part],
+            cell=arrays.cell[index],
+            pbc=arrays.pbc[index],
+        )
+        if self.fixed[part].any():
+            atoms.set_constraint(FixAtoms(mask=self.fixed[part]))
+        atoms.set_masses(self.masses[part])
+        return atoms
 
     def _part(self, index: int) -> slice:
         return slice(self.work.offsets[index], self.work.offsets[index + 1])

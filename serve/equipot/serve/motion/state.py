@@ -130,6 +130,30 @@ def unseal(raw: bytes, origin: Origin) -> State:
     return state
 
 
+def array_of(state: State, name: str, shape: tuple[int, ...]) -> FloatArray:
+    """A copy of one of its arrays.
+
+    Raises:
+        BadState: it has none of this name and shape.
+    """
+    array = state.arrays.get(name)
+    if array is None or array.shape != shape:
+        raise _missing(name)
+    return array.copy()
+
+
+def number_of(state: State, name: str) -> float:
+    """One of its numbers.
+
+    Raises:
+        BadState: it has none of this name.
+    """
+    value = state.words.get(name)
+    if not isinstance(value, int | float):
+        raise _missing(name)
+    return value
+
+
 def capture(thing: object, paths: Sequence[str]) -> tuple[dict[str, Any], dict[str, FloatArray]]:
     """What an algorithm's object holds at these dotted paths: words, and arrays (lists of arrays, too).
 

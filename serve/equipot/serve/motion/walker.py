@@ -8,7 +8,6 @@ That thread must be the same one always.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from equipot.serve.errors import Fault
-from equipot.serve.motion.notes import Kept, Note
-from equipot.serve.motion.state import BadState, FloatArray, State
-
-SMALLEST_VOLUME, LARGEST_VOLUME = 0.2, 5.0
-"""Of a cell that moves, as parts of what it began with: beyond it has collapsed or blown up."""
+from equipot.serve.motion.progress import Given, Progress, not_finite, out_of_volume
+from equipot.serve.motion.state import FloatArray, State
 
 
 class Halt(Exception):
@@ -35,36 +31,6 @@ class Halt(Exception):
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.message)
         self.fault = fault
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Given:
-    """What a structure's positions came to: eV, (n_atoms, 3) eV/Å, (3, 3) eV/Å³ if it was asked for."""
-
-    energy: float
-    forces: FloatArray
-    stress: FloatArray | None
-
-
-@dataclass(slots=True, eq=False)
-class Progress:
-    """How far a structure has come.
-
-    Attributes:
-        steps: taken.
-        converged: whether the algorithm reached its aim.
-        last: what the present positions came to.
-        largest_force: of free atoms, eV/Å.
-        notes: that nobody was told yet.
-        resumed: the state that it goes on from; None if it begins.
-    """
-
-    steps: int = 0
-    converged: bool = False
-    last: Given | None = None
-    largest_force: float = float("nan")
-    notes: list[Note] = field(default_factory=list)
-    resumed: State | None = None
 
 
 Algorithm = Callable[[Atoms, Progress], None]
@@ -94,16 +60,31 @@ class Walker:
             BadState: the state is not one of such a structure.
         """
         self.atoms = atoms
-        self.progress = Progress(resumed=resumed)
+        self.progress = Progress()
         self._asking = _Asking()
         self._volume = abs(np.linalg.det(atoms.cell[:]))
         if resumed is not None:
-            self.progress.steps = resumed.step
-            self.progress.last = _put_back(atoms, resumed, self._asking)
+            self.progress.resume(resumed, len(atoms))
+            assert self.progress.last is not None
+            _put_back(atoms, resumed)
+            # What was computed there already is not asked for again.
+            self._asking.take(atoms, self.progress.last)
         atoms.calc = self._asking
         self._most_moved = most_moved
         self._before: FloatArray = atoms.positions.copy()
         self._greenlet = greenlet(lambda: algorithm(atoms, self.progress))
+
+    @property
+    def positions(self) -> FloatArray:
+        """(n_atoms, 3) Å."""
+        positions: FloatArray = self.atoms.positions
+        return positions
+
+    @property
+    def cell(self) -> FloatArray:
+        """(3, 3) Å."""
+        cell: FloatArray = self.atoms.cell.array
+        return cell
 
     def advance(self, given: Given | None = None) -> bool:
         """Goes on with what was asked for, until it asks again (True) or is done (False).
@@ -122,20 +103,9 @@ class Walker:
         """Why it is better not to go on from where it is."""
         atoms, steps = self.atoms, self.progress.steps
         if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell[:]).all()):
-            return Fault(
-                "not_finite",
-                "positions",
-                f"step {steps} led to positions or a cell that are not finite",
-                "the structure is far from what the model was trained on: check its geometry",
-            )
-        now = abs(np.linalg.det(atoms.cell[:])) if self._volume else 0.0
-        if not SMALLEST_VOLUME * self._volume <= now <= LARGEST_VOLUME * self._volume:
-            return Fault(
-                "unstable",
-                "cell",
-                f"the cell went from {self._volume:.3g} to {now:.3g} Å³ in {steps} steps",
-                "check the pressure and the structure, or keep the cell fixed",
-            )
+            return not_finite(steps)
+        if fault := out_of_volume(self._volume, abs(np.linalg.det(atoms.cell[:])), steps):
+            return fault
         if np.isfinite(self._most_moved):
             moved = np.linalg.norm(atoms.positions - self._before, axis=1)
             self._before = atoms.positions.copy()
@@ -154,41 +124,21 @@ class Walker:
             self._greenlet.throw(GreenletExit)
 
 
-def kept(
+def keep(
     atoms: Atoms, progress: Progress, words: Mapping[str, Any], arrays: Mapping[str, FloatArray]
-) -> Kept:
-    """The state of a structure whose algorithm keeps these words and arrays, between two steps."""
-    last = progress.last
-    assert last is not None
-    own: dict[str, FloatArray] = {
-        "positions": atoms.positions.copy(),
-        "cell": atoms.cell[:].copy(),
-        "forces": last.forces,
-    }
-    if last.stress is not None:
-        own["stress"] = last.stress
+) -> None:
+    """Notes the state of a structure whose algorithm keeps these words and arrays, between two steps."""
+    own: dict[str, FloatArray] = {"positions": atoms.positions.copy(), "cell": atoms.cell[:].copy()}
     if atoms.has("momenta"):
         own["momenta"] = atoms.get_momenta()
-    return Kept(State(step=progress.steps, words={**words, "energy": last.energy}, arrays={**arrays, **own}))
+    progress.keep(words, {**arrays, **own})
 
 
-def _put_back(atoms: Atoms, state: State, calculator: _Asking) -> Given:
-    per_atom = (len(atoms), 3)
-    shapes = {"positions": per_atom, "forces": per_atom, "cell": (3, 3)}
-    for name, shape in {"momenta": per_atom, "stress": (3, 3)}.items():
-        if name in state.arrays:
-            shapes[name] = shape
-    for name, shape in shapes.items():
-        if name not in state.arrays or state.arrays[name].shape != shape:
-            raise BadState(f"has no {name} of shape {shape}", "begin this structure without a token")
+def _put_back(atoms: Atoms, state: State) -> None:
     atoms.set_cell(state.arrays["cell"])
     atoms.set_positions(state.arrays["positions"], apply_constraint=False)
     if "momenta" in state.arrays:
         atoms.set_momenta(state.arrays["momenta"], apply_constraint=False)
-    given = Given(float(state.words["energy"]), state.arrays["forces"].copy(), state.arrays.get("stress"))
-    # What was computed there already is not asked for again.
-    calculator.take(atoms, given)
-    return given
 
 
 class _Asking(Calculator):  # type: ignore[misc]  # ASE has no types
