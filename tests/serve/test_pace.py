@@ -75,5 +75,21 @@ def test_a_machine_that_slows_down_is_followed_and_one_hiccup_is_not() -> None:
     assert pace.seconds(size) == pytest.approx(0.03, rel=0.05)
 
 
+def test_what_one_size_says_of_a_machine_under_load_holds_for_others() -> None:
+    pace = Pace()
+    small, large = batch(1, 20, 400), batch(8, 64, 16_000)
+    quick = batch(1, 5, 20)
+    for _ in range(20):
+        pace.learn(quick, 0.0005)
+        pace.learn(small, 0.01)
+        pace.learn(large, 0.4)
+    for _ in range(20):
+        pace.learn(large, 0.8)
+    assert 0.013 < pace.seconds(small) < 0.021
+    assert pace.seconds(large) == pytest.approx(0.8, rel=0.05)
+    # What is over before the scheduler looks round is as fast as ever.
+    assert pace.seconds(quick) == pytest.approx(0.0005, rel=0.05)
+
+
 def test_sizes_add_up() -> None:
     assert NOTHING + Size(1, 2, 3) + Size(4, 5, 6) == Size(5, 7, 9)

@@ -1,24 +1,41 @@
 """Learns how long batches take, and foretells it. Pure arithmetic: knows no engine and no clock.
 
-Seconds are a fixed part and parts per structure, atom and edge, none below zero, fitted to means over batches
-of like size. A mean's own deviation from the fit is kept, so that sizes that were seen are foretold as they
-were seen (threads and caches bend the line), and others as the line says.
+Seconds are a fixed part and parts per structure, atom and edge, none below zero, fitted to what batches of
+like size take. Their own deviation from the fit is kept, so that sizes that were seen are foretold as they
+were seen (threads and caches bend the line), and others as the line says. How fast the machine is now, beside
+what all of that says, is learnt from the last batches of any size: others compute on it, too.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MEMORY = 0.2
-"""Weight of the newest batch in the mean over batches of its size."""
+RECENT = 15
+"""Batches of like size of which the median counts: a machine has its moments, and they are long beside a
+batch of a millisecond."""
 
-OUTLIER = 3.0
-"""A batch that took so many times its like counts as this many: a machine has its moments."""
+MEMORY = 0.1
+"""Weight of the newest batch in how large those of its like are, once there were some."""
+
+MACHINE_MEMORY = 0.2
+"""Weight of the newest batch in how fast the machine is now."""
+
+QUICK = 0.005
+"""Batches that take no longer, in seconds, are done in one go of the system's scheduler: others who compute
+may put them off now and then, and slow them down no more than that."""
+
+SURPRISE = 0.3
+"""Logarithm of the factor by which the machine counts at most as faster or slower after one batch."""
+
+FEW = 4
+"""Sizes that were seen less often than this have little to say of the line."""
 
 REFIT_AFTER = 16
-"""Batches between two fits; the means move with every batch."""
+"""Batches between two fits; what is known of each size moves with every batch."""
 
 ROUNDS = 60
 """Of coordinate descent over four numbers, far more than they need."""
@@ -49,45 +66,74 @@ class Size:
 NOTHING = Size(0, 0, 0)
 
 
-class _Mean:
-    """Over batches of one cell: their terms and seconds."""
+class _Like:
+    """Batches of one cell: their terms, and the logarithm of the seconds for each edge and atom."""
 
-    __slots__ = ("ratio", "seconds", "terms")
+    __slots__ = ("_last", "count", "pace", "ratio", "terms")
 
-    def __init__(self, terms: Sequence[float], seconds: float) -> None:
+    def __init__(self, terms: Sequence[float], pace: float) -> None:
         self.terms = list(terms)
-        self.seconds = seconds
+        self._last = deque([pace], maxlen=RECENT)
+        self.pace = pace
+        self.count = 1
         self.ratio = 1.0
 
-    def add(self, terms: Sequence[float], seconds: float) -> None:
-        self.terms = [old + MEMORY * (new - old) for old, new in zip(self.terms, terms, strict=True)]
-        self.seconds += MEMORY * (min(seconds, OUTLIER * self.seconds) - self.seconds)
+    @property
+    def seconds(self) -> float:
+        """That a batch of these terms takes."""
+        return math.exp(self.pace) * (self.terms[2] + self.terms[3])
+
+    @property
+    def weight(self) -> float:
+        """In the fit."""
+        return self.count / (self.count + FEW)
+
+    def add(self, terms: Sequence[float], pace: float) -> None:
+        self.count += 1
+        weight = max(1.0 / self.count, MEMORY)
+        self.terms = [old + weight * (new - old) for old, new in zip(self.terms, terms, strict=True)]
+        self._last.append(pace)
+        self.pace = statistics.median(self._last)
+
+    def compare(self, parts: Sequence[float]) -> None:
+        """Notes how it deviates from the line."""
+        fitted = _dot(parts, self.terms)
+        self.ratio = self.seconds / fitted if fitted > 0 else 1.0
 
 
 class Pace:
     """How long batches of one kind take."""
 
     def __init__(self) -> None:
-        self._means: dict[tuple[int, int], _Mean] = {}
+        self._seen: dict[tuple[int, int], _Like] = {}
         self._parts = [0.0, 0.0, 0.0, 0.0]
-        self._since_fit = REFIT_AFTER
+        self._machine = 0.0
+        self._since_fit = 0
 
     def __bool__(self) -> bool:
         """Whether it has seen a batch."""
-        return bool(self._means)
+        return bool(self._seen)
 
     def learn(self, size: Size, seconds: float) -> None:
         """Takes a batch into account that took so long."""
-        if not seconds > 0:
+        work = size.atoms + size.edges
+        if not (seconds > 0 and work):
             return
-        mean = self._means.get(size.cell)
-        if mean is None:
-            self._means[size.cell] = _Mean(size.terms, seconds)
-            self._since_fit = REFIT_AFTER
+        like = self._seen.get(size.cell)
+        slowed = self._slowed(self._alone(size) if self._seen else seconds)
+        pace = math.log(seconds / work) - slowed
+        if like is None:
+            self._seen[size.cell] = _Like(size.terms, pace)
+            self._fit()
             return
-        mean.add(size.terms, seconds)
+        if self._alone(size) > QUICK:
+            surprise = math.log(seconds / self.seconds(size))
+            self._machine += MACHINE_MEMORY * max(-SURPRISE, min(SURPRISE, surprise))
+        like.add(size.terms, pace)
+        like.compare(self._parts)
         self._since_fit += 1
-        mean.ratio = mean.seconds / (_dot(self._parts, mean.terms) or mean.seconds)
+        if self._since_fit >= REFIT_AFTER:
+            self._fit()
 
     def seconds(self, size: Size) -> float:
         """How long a batch of this size will take.
@@ -95,32 +141,44 @@ class Pace:
         Raises:
             ValueError: nothing was learnt yet.
         """
-        if not self._means:
+        if not self._seen:
             raise ValueError("no batch was seen yet")
-        if self._since_fit >= REFIT_AFTER:
-            self._fit()
-        mean = self._means.get(size.cell)
-        return _dot(self._parts, size.terms) * (mean.ratio if mean else 1.0)
+        alone = self._alone(size)
+        return alone * math.exp(self._slowed(alone))
+
+    def _alone(self, size: Size) -> float:
+        """Seconds on the machine as it is on the whole."""
+        like = self._seen.get(size.cell)
+        return _dot(self._parts, size.terms) * (like.ratio if like else 1.0)
+
+    def _slowed(self, seconds: float) -> float:
+        """Logarithm of the factor by which the machine is slower now, for what takes so long on the whole."""
+        return self._machine if seconds > QUICK else 0.0
 
     def _fit(self) -> None:
         """Least squares of relative errors; no part may be negative, so coordinate by coordinate."""
-        rows = [[term / mean.seconds for term in mean.terms] for mean in self._means.values()]
+        seen = list(self._seen.values())
+        rows = [[term / like.seconds for term in like.terms] for like in seen]
+        weights = [like.weight for like in seen]
         scales = [max(row[k] for row in rows) or 1.0 for k in range(4)]
         rows = [[row[k] / scales[k] for k in range(4)] for row in rows]
-        products = [[sum(row[j] * row[k] for row in rows) for k in range(4)] for j in range(4)]
-        targets = [sum(row[k] for row in rows) for k in range(4)]
+        products = [[_weighted(weights, rows, j, k) for k in range(4)] for j in range(4)]
+        targets = [math.fsum(w * row[k] for w, row in zip(weights, rows, strict=True)) for k in range(4)]
         parts = [0.0] * 4
         for _ in range(ROUNDS):
-            # Edges first: most of the time goes to them, and a lone mean cannot tell the parts apart.
+            # Edges first: most of the time goes to them, and a lone size cannot tell the parts apart.
             for k in (3, 2, 1, 0):
                 if products[k][k] > 0:
                     rest = targets[k] - sum(products[k][j] * parts[j] for j in range(4) if j != k)
                     parts[k] = max(0.0, rest / products[k][k])
         self._parts = [part / scale for part, scale in zip(parts, scales, strict=True)]
         self._since_fit = 0
-        for mean in self._means.values():
-            fitted = _dot(self._parts, mean.terms)
-            mean.ratio = mean.seconds / fitted if fitted > 0 else 1.0
+        for like in seen:
+            like.compare(self._parts)
+
+
+def _weighted(weights: Sequence[float], rows: Sequence[Sequence[float]], j: int, k: int) -> float:
+    return math.fsum(weight * row[j] * row[k] for weight, row in zip(weights, rows, strict=True))
 
 
 def _dot(parts: Sequence[float], terms: Sequence[float]) -> float:
