@@ -20,13 +20,14 @@ from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 from .conftest import Bundles, Process, ask, crystal, launch, molecule, read, running
 
+ROOMY = ("--max-batch-edges", 1_000_000)
 SYSTEMS = [molecule(1), crystal(2), molecule(3, 9), crystal(4, 12)]
 
 
 @pytest.fixture(scope="module")
 def spread(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     log = tmp_path_factory.mktemp("spread") / "log"
-    words = [bundles.tiny, bundles.direct, "--dtype", "float64", "--tensor-parallel", 2]
+    words = [bundles.tiny, bundles.direct, "--dtype", "float64", "--tensor-parallel", 2, *ROOMY]
     with running(*words, stderr=log) as process:
         yield process
 
@@ -34,6 +35,13 @@ def spread(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def ranks(process: Process) -> list[psutil.Process]:
     found = psutil.Process(process.popen.pid).children(recursive=True)
     return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+
+
+def starve(starved: list[psutil.Process]) -> None:
+    """Bounds their address space to little more than they have."""
+    for rank in starved:
+        most = rank.memory_info().vms + 2**20
+        rank.rlimit(psutil.RLIMIT_AS, (most, most))
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -107,6 +115,52 @@ def test_a_killed_rank_is_answered_for_and_comes_back(spread: Process) -> None:
         np.testing.assert_array_equal(after.energy, before.energy)
         assert not {rank.pid for rank in old[:2]} & {rank.pid for rank in ranks(spread)}
     assert "signal 9" in spread.log()
+
+
+def test_the_batch_with_which_a_rank_ran_out_of_memory_is_not_tried_again(spread: Process) -> None:
+    """The shortage is simulated: the ranks' address space is bounded to little more than they have."""
+    many = [molecule(seed, 30) for seed in range(250)]
+    request = ask(many, model="direct", level_of_theory="PBE")
+    most = {"model": "direct"}
+    with grpc.insecure_channel(spread.address) as channel:
+        stub = PotentialServiceStub(channel)
+        edges = sum(stub.Explain(request).n_edges)
+        assert edges < spread.sample("equipot_batch_edges_limit", **most)
+        starve(ranks(spread))
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Predict(request, timeout=60)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "out of memory" in (caught.value.details() or "")
+        assert spread.sample("equipot_batch_edges_limit", **most) <= edges / 2
+        assert spread.sample("equipot_batches_out_of_memory_total", **most) == 1
+        eventually(lambda: spread.sample("equipot_ranks_alive", **most) == 2)
+        answer = read(stub.Predict(request, timeout=60), many)
+        assert np.isfinite(answer.energy).all()
+    assert "it ran out of memory" in spread.log()
+
+
+@pytest.mark.slow
+def test_a_structure_for_which_ranks_have_no_memory_ends_them_but_once(
+    bundles: Bundles, tmp_path: Path
+) -> None:
+    """The shortage is simulated, as above; it is made again after the ranks have come back."""
+    large, small = molecule(1, 600), molecule(2)
+    with (
+        running(bundles.tiny, "--tensor-parallel", 2, *ROOMY, stderr=tmp_path / "log") as process,
+        grpc.insecure_channel(process.address) as channel,
+    ):
+        stub = PotentialServiceStub(channel)
+        for attempt in range(2):
+            mine = ranks(process)
+            starve(mine)
+            (failure,) = stub.Predict(ask([large], level_of_theory="PBE"), timeout=60).failures
+            assert failure.reason == pb.FAILURE_REASON_TOO_LARGE
+            if attempt == 0:
+                eventually(lambda: process.sample("equipot_ranks_alive") == 2)
+                time.sleep(1.0)
+        assert [rank.pid for rank in ranks(process)] == [rank.pid for rank in mine]
+        answer = stub.Predict(ask([small, large], level_of_theory="PBE"), timeout=60)
+        assert [failure.index for failure in answer.failures] == [1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

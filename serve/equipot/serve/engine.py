@@ -25,7 +25,8 @@ from equipot.model.uncertainty import Uncertainty
 from equipot.model.validate import check_supported
 from equipot.serve.card import ModelCard
 from equipot.serve.config import RequestLimits, Workers
-from equipot.serve.errors import CallError, Fault, ServeError
+from equipot.serve.errors import CallError, Fault, RanksExhausted, ServeError
+from equipot.serve.memory import is_out_of_memory
 from equipot.serve.preparation import Preparation
 from equipot.serve.ranks import Ranks
 
@@ -89,7 +90,7 @@ class Engine(Protocol):
 
     @property
     def exhausted(self) -> tuple[int, int] | None:
-        """Atoms and edges of the smallest batch that ran out of memory, if one of several structures did."""
+        """Atoms and edges of the smallest batch that ran out of memory; of one structure only over ranks."""
 
     def prepare(
         self, systems: Sequence[System], *, neighbors: Sequence[SkinnedNeighbors] | None = None
@@ -154,6 +155,7 @@ class LocalEngine:
         self._threads = threads
         self._most_threads = threads or torch.get_num_threads()
         self.exhausted: tuple[int, int] | None = None
+        self._fatal = math.inf
 
     @classmethod
     def load(
@@ -283,9 +285,23 @@ class LocalEngine:
         return self._prepare(systems, neighbors)
 
     def compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
-        """Answers a batch. If it fails whole, halves are tried, until the structure at fault stands alone."""
+        """Answers a batch. If it fails whole, halves are tried, until the structure at fault stands alone.
+
+        Ranks that run out of memory are gone, and no half is tried: the batch's size is remembered, and one
+        structure's, so that none like it ends them again.
+        """
+        if any(_cost(graph) >= self._fatal for graph in graphs):
+            left = [graph for graph in graphs if _cost(graph) < self._fatal]
+            answers = iter(self.compute(left, forces=forces, stress=stress) if left else ())
+            return [_too_large(one) if _cost(one) >= self._fatal else next(answers) for one in graphs]
         try:
             return self._compute(graphs, forces=forces, stress=stress)
+        except RanksExhausted:
+            self._note_exhausted(graphs)
+            if len(graphs) > 1:
+                raise
+            self._fatal = min(self._fatal, _cost(graphs[0]))
+            return [_too_large(graphs[0])]
         except CallError:
             # No structure's fault, and no half of the batch would fare better.
             raise
@@ -293,15 +309,18 @@ class LocalEngine:
             logger.warning("a batch of %d structures failed: %s", len(graphs), _first_line(error))
             if len(graphs) == 1:
                 return [_internal(graphs[0], error)]
-            if _is_out_of_memory(error):
-                size = sum(graph.n_atoms for graph in graphs), sum(graph.n_edges for graph in graphs)
-                self.exhausted = min(self.exhausted or size, size, key=sum)
+            if is_out_of_memory(error):
+                self._note_exhausted(graphs)
         # Out of the except block: the traceback would keep the failed batch's memory alive.
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         middle = len(graphs) // 2
         first = self.compute(graphs[:middle], forces=forces, stress=stress)
         return first + self.compute(graphs[middle:], forces=forces, stress=stress)
+
+    def _note_exhausted(self, graphs: Sequence[Graph]) -> None:
+        size = sum(graph.n_atoms for graph in graphs), sum(graph.n_edges for graph in graphs)
+        self.exhausted = min(self.exhausted or size, size, key=sum)
 
     def _compute(self, graphs: Sequence[Graph], *, forces: bool, stress: bool) -> list[Result | Fault]:
         batch = collate(graphs, dtype=self._batch_dtype, device=self._device)
@@ -330,11 +349,6 @@ class LocalEngine:
             results.append(not_finite(result, graph) or result)
             start = stop
         return results
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU torch raises a plain RuntimeError from its allocator.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def use_threads(count: int | None) -> None:
@@ -384,6 +398,19 @@ def _internal(graph: Graph, error: Exception) -> Fault:
         f"the server failed on this structure of {graph.n_atoms} atoms and {graph.n_edges} edges:"
         f" {type(error).__name__}",
         "the server's log has the reason; if it was out of memory, send a smaller structure",
+    )
+
+
+def _cost(graph: Graph) -> int:
+    return graph.n_atoms + graph.n_edges
+
+
+def _too_large(graph: Graph) -> Fault:
+    return Fault(
+        "too_large",
+        "structures.n_atoms",
+        f"{graph.n_atoms} atoms with {graph.n_edges} edges take more memory than the model's ranks have",
+        "send a smaller structure, or ask the operator for more ranks",
     )
 
 

@@ -147,3 +147,7 @@ class NotReady(CallError):
     """The server is starting or draining; another one, or this one later, will answer."""
 
     reason = "NOT_READY"
+
+
+class RanksExhausted(NotReady):
+    """Ranks ran out of memory with a batch, and are being started again."""

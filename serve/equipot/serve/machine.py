@@ -10,6 +10,7 @@ STATUS = Path("/proc/self/status")
 RESET_PEAK = Path("/proc/self/clear_refs")
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+VMSTAT = Path("/proc/vmstat")
 
 
 class MemoryMeter:
@@ -56,6 +57,15 @@ class MemoryMeter:
 def gpu_bytes(device: str) -> int:
     """Memory of the GPU that this process holds, what is kept for later included; 0 without one."""
     return torch.cuda.memory_reserved() if device.startswith("cuda") else 0
+
+
+def memory_kills() -> int:
+    """How many processes the system has ended so far for want of memory; 0 if nobody tells."""
+    try:
+        lines = VMSTAT.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def _kib(path: Path, name: str) -> int:

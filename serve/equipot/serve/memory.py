@@ -1,10 +1,12 @@
-"""Gives memory that was freed back to the system. Knows nothing of models."""
+"""Gives memory that was freed back to the system, and knows when there was none. Knows nothing of models."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
+
+import torch
 
 
 def give_back() -> None:
@@ -20,3 +22,14 @@ def give_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is for want of memory, on a processor or a GPU."""
+    # On the CPU torch raises a plain RuntimeError from its allocator.
+    words = str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "allocate memory" in words
+        or "bad_alloc" in words
+    )

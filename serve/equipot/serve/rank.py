@@ -22,7 +22,9 @@ import torch
 from equipot.model.batch import SystemBatch
 from equipot.model.bundle import load_potential
 from equipot.model.errors import BundleError, ModelError
+from equipot.model.potential import Potential
 from equipot.model.process_group import ProcessGroup
+from equipot.serve.memory import is_out_of_memory
 
 COLLECTIVE_MINUTES = 10
 """A collective that takes longer has lost a rank without a sign of it."""
@@ -90,6 +92,11 @@ class Refused:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """The rank ran out of memory with its job. It ends: the others wait for it in the midst of a sum."""
+
+
 def main(config: RankConfig, pipe: Connection) -> None:
     """Loads, says so, and answers jobs until the pipe is closed."""
     # Ctrl-C reaches the whole group of processes; the server decides when its ranks end.
@@ -117,15 +124,22 @@ def main(config: RankConfig, pipe: Connection) -> None:
     pipe.send(Ready(sum(parameter.numel() for parameter in potential.parameters())))
     while True:
         try:
-            job = pipe.recv()
+            outcome = _outcome(potential, pipe.recv(), device)
         except EOFError:
             return
-        batch = SystemBatch(*(torch.from_numpy(job.fields[name]) for name in SystemBatch.__slots__))
-        with torch.no_grad():
-            out = potential(batch.to(device=device), forces=job.forces, stress=job.stress)
+        except Exception as error:
+            if is_out_of_memory(error):
+                pipe.send(Exhausted())
+            raise
         if config.rank == 0:
-            energy = out.energy.cpu().numpy()
-            pipe.send(Outcome(energy, _numbers(out.forces), _numbers(out.stress)))
+            pipe.send(outcome)
+
+
+def _outcome(potential: Potential, job: Job, device: torch.device) -> Outcome:
+    batch = SystemBatch(*(torch.from_numpy(job.fields[name]) for name in SystemBatch.__slots__))
+    with torch.no_grad():
+        out = potential(batch.to(device=device), forces=job.forces, stress=job.stress)
+    return Outcome(out.energy.cpu().numpy(), _numbers(out.forces), _numbers(out.stress))
 
 
 def _join(device: torch.device) -> ProcessGroup:

@@ -1,13 +1,15 @@
 """A model spread over ranks, here or on several machines: starts, feeds, and starts them again if one dies.
 
 A rank that dies takes the others with it, as they would wait for it; what they computed is lost, and callers
-are told when to come back.
+are told when to come back. Whether it died for want of memory is found out: the same is not tried again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,15 +25,19 @@ from equipot.model.batch import SystemBatch
 from equipot.model.potential import Prediction
 from equipot.serve import rank
 from equipot.serve.config import Workers
-from equipot.serve.errors import NotReady, ServeError
+from equipot.serve.errors import NotReady, RanksExhausted, ServeError
 from equipot.serve.free import free_port
 from equipot.serve.hosts import Hosts, RemoteRank
+from equipot.serve.machine import memory_kills
 
 LONGEST_PAUSE = 30.0
 """Seconds between two attempts to start ranks that keep dying."""
 
 STEADY_SECONDS = 60.0
 """Ranks that lived this long died of something new: the next attempt comes at once."""
+
+VERDICT_SECONDS = 10.0
+"""Until a loss that broke a batch is looked into."""
 
 LEAVE_SECONDS = 5.0
 """Time for a rank to end by itself once its pipe is closed."""
@@ -50,6 +56,9 @@ class _Generation:
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess | RemoteRank] = []
+        self._exhausted = False
+        self._kills_before = memory_kills()
+        self._looked_into = threading.Event()
         here = len(configs) // (1 if hosts is None else hosts.count + 1)
         if hosts is not None:
             # First, as nothing here is worth starting before all have come.
@@ -97,21 +106,42 @@ class _Generation:
 
     def compute(self, job: rank.Job) -> rank.Outcome:
         """Raises EOFError or OSError if a rank ends first."""
-        for pipe in self.pipes:
-            pipe.send(job)
+        # What the first has to say is worth hearing, even if it hears no more.
+        with contextlib.suppress(OSError):
+            for pipe in self.pipes:
+                pipe.send(job)
         answer = self.pipes[0].recv()
+        if isinstance(answer, rank.Exhausted):
+            self._exhausted = True
+            self.processes[0].kill()
+            raise EOFError
         assert isinstance(answer, rank.Outcome)
         return answer
 
+    def ran_out(self) -> bool:
+        """Whether a rank that ended did so for want of memory; waits until that is known."""
+        self._looked_into.wait(VERDICT_SECONDS)
+        return self._exhausted
+
     def wait_for_a_death(self) -> str:
-        """Returns when a rank has ended, and says how."""
-        wait([process.sentinel for process in self.processes])
+        """Returns when a rank has ended or is about to, and says how."""
+        # After its first word a rank but the first has only one more to say: that it ran out of memory.
+        others = [pipe for pipe in self.pipes[1:] if not pipe.closed]
+        wait([*(process.sentinel for process in self.processes), *others])
         time.sleep(0.05)  # the first to die is the cause; those that follow say nothing new
-        return "; ".join(
+        for pipe in others:
+            with contextlib.suppress(EOFError, OSError):
+                if pipe.poll() and isinstance(pipe.recv(), rank.Exhausted):
+                    self._exhausted = True
+        how = "; ".join(
             f"rank {place} ended ({self._how(place)})"
             for place, process in enumerate(self.processes)
             if not process.is_alive()
         )
+        if f"signal {signal.SIGKILL.value}" in how and memory_kills() > self._kills_before:
+            self._exhausted = True
+        self._looked_into.set()
+        return f"it ran out of memory: {how or 'a rank says so'}" if self._exhausted else how
 
     def end(self) -> None:
         """Ends what still runs; `compute` in another thread returns with an error."""
@@ -208,7 +238,8 @@ class Ranks:
         """As `Ensemble` of one member; `deterministic` computes each structure alone, `threads` are fixed.
 
         Raises:
-            NotReady: a rank died, and the ranks are being started again.
+            NotReady: a rank died, and the ranks are being started again; `RanksExhausted` if for want of
+                memory.
         """
         parts = batch.alone() if deterministic else [batch]
         outcomes = [self._compute(part, forces=forces, stress=stress) for part in parts]
@@ -229,7 +260,7 @@ class Ranks:
             with self._asking:
                 return generation.compute(rank.Job(fields, forces, stress))
         except (EOFError, OSError):
-            raise self._not_ready() from None
+            raise self._not_ready(exhausted=generation.ran_out()) from None
 
     def close(self) -> None:
         """Ends the ranks."""
@@ -282,9 +313,11 @@ class Ranks:
             again.end()
         return None
 
-    def _not_ready(self) -> NotReady:
-        return NotReady(
-            f"a rank of {self._name} has died, and its ranks are being started again",
+    def _not_ready(self, *, exhausted: bool = False) -> NotReady:
+        kind = RanksExhausted if exhausted else NotReady
+        what = "ran out of memory" if exhausted else "has died"
+        return kind(
+            f"a rank of {self._name} {what}, and its ranks are being started again",
             retry_after=self._load_seconds + 1.0,
         )
 

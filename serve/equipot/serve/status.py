@@ -29,6 +29,7 @@ from equipot.serve.errors import (
     OverLimit,
     OverQuota,
     QueueFull,
+    RanksExhausted,
     SessionIdle,
     Unauthenticated,
 )
@@ -53,6 +54,7 @@ CODES: Mapping[type[CallError], grpc.StatusCode] = MappingProxyType(
         DeadlineUnreachable: grpc.StatusCode.RESOURCE_EXHAUSTED,
         DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
         NotReady: grpc.StatusCode.UNAVAILABLE,
+        RanksExhausted: grpc.StatusCode.UNAVAILABLE,
         SessionIdle: grpc.StatusCode.UNAVAILABLE,
         NotPossible: grpc.StatusCode.FAILED_PRECONDITION,
         Forbidden: grpc.StatusCode.PERMISSION_DENIED,

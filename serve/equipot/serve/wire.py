@@ -157,6 +157,8 @@ def _to_wire(message: object) -> tuple[dict[str, Any], list[Any]]:
         return {"kind": "ready", "parameters": message.parameters}, []
     if isinstance(message, rank.Refused):
         return {"kind": "refused", "reason": message.reason}, []
+    if isinstance(message, rank.Exhausted):
+        return {"kind": "exhausted"}, []
     assert isinstance(message, rank.Outcome)
     parts = {"energy": message.energy, "forces": message.forces, "stress": message.stress}
     present = {name: part for name, part in parts.items() if part is not None}
@@ -173,6 +175,7 @@ def _from_wire(header: dict[str, Any], arrays: list[Any]) -> object:
         ),
         "ready": lambda: rank.Ready(int(header["parameters"])),
         "refused": lambda: rank.Refused(str(header["reason"])),
+        "exhausted": rank.Exhausted,
         "outcome": lambda: rank.Outcome(
             **{"forces": None, "stress": None, **dict(zip(header["names"], arrays, strict=True))}
         ),
