@@ -75,6 +75,7 @@ def door(*, tokens: Path | None = None, limits: bool = False, traced: bool = Fal
         open_to_all=(),
         certificates_name=False,
         on_refusal=lambda outcome: None,
+        on_stream=lambda call: None,
         on_done=(lambda call: None) if traced else None,
         under_way=Metrics().calls,
         patience=Patience(1_200.0),

@@ -270,12 +270,18 @@ class TestShadow:
         (line,) = [one.message for one in caplog.records if one.message.startswith("shadow ")]
         assert line.startswith("shadow tiny@2 against tiny@1: 1 structures, energy differs by ")
 
+    @pytest.mark.parametrize(("bound", "most"), [("MOST_WAITING", 2), ("MOST_BYTES", 1_000)])
     def test_a_shadow_that_fails_or_lags_behind_harms_nobody(
-        self, model: Path, three: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+        self,
+        model: Path,
+        three: tuple[Path, ...],
+        monkeypatch: pytest.MonkeyPatch,
+        bound: str,
+        most: int,
     ) -> None:
         put(write_tiny(model.parent.parent / "sick", "tiny", poison=8, seed=2), model / "3")
         label(model, "stable = 1\n[shadow]\nversion = 3")
-        monkeypatch.setattr(shadow, "MOST_WAITING", 2)
+        monkeypatch.setattr(shadow, bound, most)
         names = {"model": "tiny", "version": "1", "shadow": "3"}
         oxygen = molecule(1, elements=(8,))
 
@@ -292,5 +298,7 @@ class TestShadow:
                 assert (
                     there.inside.value("shadow_structures_failed_total", **names) == value(outcome="ok") > 0
                 )
+                on_trial = there.inside.server._gate.registry().find("tiny@3")
+                await there.inside.until(lambda: on_trial.users == 0)
 
         run(test())

@@ -179,6 +179,10 @@ class TestVersions:
                 assert (answer.model.version, answer.model.digest) == ("2", digest)
                 assert not answer.failures
                 await there.inside.until(lambda: engine() is None)
+                # What was counted of it goes with it: labels must not pile up over a server's months.
+                counted = there.inside.value
+                await there.inside.until(lambda: not counted("structures_total", model="tiny", version="2"))
+                assert not counted("request_seconds_count", model="tiny", version="2")
                 assert (await there.listed())["tiny@2"].state == pb.MODEL_STATE_AVAILABLE
 
         run(test())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -50,9 +51,9 @@ def stepping(systems: list[System], number: int = 1, **fields: Any) -> pb.Sessio
 class Talk:
     """One session, a message at a time."""
 
-    def __init__(self, stub: PotentialServiceStub, first: pb.SessionRequest) -> None:
+    def __init__(self, stub: PotentialServiceStub, first: pb.SessionRequest, *, metadata: Any = None) -> None:
         self._outbox: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
-        self.call: Any = stub.Session(iter(self._outbox.get, None), timeout=60)
+        self.call: Any = stub.Session(iter(self._outbox.get, None), timeout=60, metadata=metadata)
         self._outbox.put(first)
 
     def step(self, request: pb.SessionRequest) -> pb.SessionReply:
@@ -187,7 +188,14 @@ def test_what_is_open_is_counted(stub: PotentialServiceStub, server: Process) ->
     talk = Talk(stub, opening([molecule(1)]))
     talk.step(stepping([molecule(1)]))
     assert server.sample("equipot_sessions") == before + 1
-    talk.call.cancel()
+    over = {"model": "tiny", "method": "session", "outcome": "ok"}
+    ended = server.sample("equipot_streams_total", **over)
+    talk.close()
+    assert not list(talk.call)
+    deadline = time.monotonic() + 20
+    while server.sample("equipot_streams_total", **over) <= ended:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 async def replies(at: Inside, outbox: asyncio.Queue[pb.SessionRequest]) -> AsyncIterator[pb.SessionReply]:

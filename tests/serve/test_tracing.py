@@ -16,6 +16,7 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from tests.serve.conftest import Bundles, ask, molecule, running
+from tests.serve.test_sessions import opening, stepping
 
 from equipot.cli.telemetry import set_up
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -112,6 +113,23 @@ def test_the_server_goes_on_with_the_callers_trace(address: str, collector: tupl
     for before, after in itertools.pairwise(parts):
         assert before.end_time_unix_nano <= after.end_time_unix_nano
     assert attributes(spans["compute"])["equipot.batch.structures"] == 2
+
+
+def test_a_session_is_traced_from_its_opening_to_its_end(
+    address: str, collector: tuple[Collector, int]
+) -> None:
+    trace_id, parent = os.urandom(16), os.urandom(8)
+    with grpc.insecure_channel(address) as channel:
+        metadata = (("traceparent", f"00-{trace_id.hex()}-{parent.hex()}-01"),)
+        words = iter([opening([molecule(1)]), stepping([molecule(1)])])
+        assert len(list(PotentialServiceStub(channel).Session(words, timeout=20, metadata=metadata))) == 1
+    spans = collector[0].of("equipot-serve", trace_id, 4)
+    known = attributes(spans["equipot.wire.v1.PotentialService/Session"])
+    assert (known["equipot.model"], known["equipot.structures"], known["equipot.atoms"]) == ("tiny", 1, 6)
+    assert known["equipot.edges"] > 0
+    assert (known["equipot.steps"], known["equipot.outcome"]) == (1, "ok")
+    assert known["equipot.compute_seconds"] > 0
+    assert attributes(spans["compute"])["equipot.batch.structures"] == 1
 
 
 def test_a_refused_call_is_traced_too(address: str, collector: tuple[Collector, int]) -> None:

@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.serve.conftest import Bundles, Process, ask, molecule, running
+from tests.serve.test_sessions import Talk, opening, stepping
 
 from equipot.cli.main import main
 from equipot.client import (
@@ -226,6 +227,13 @@ def test_a_token_does_not_leave_the_machine_in_plaintext() -> None:
     ServeConfig(bundles=(Path("x"),), host="0.0.0.0", tokens=Path("tokens"), allow_plaintext_tokens=True)
 
 
+def opened_with(guarded: Process, stub: PotentialServiceStub, token: str) -> Talk:
+    """A session of a caller with this token, which has had one answer."""
+    talk = Talk(stub, opening([molecule(1)]), metadata=bearer(token))
+    talk.step(stepping([molecule(1)]))
+    return talk
+
+
 def test_tokens_are_read_again(
     guarded: Process, tokens_file: Path, stub: PotentialServiceStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +251,13 @@ def test_tokens_are_read_again(
 
     until(lambda: is_known(made))
     assert is_known(ROOT)
+    withdrawn, kept, moving = (opened_with(guarded, stub, token) for token in (made, ROOT, made))
+    relaxing: Any = stub.Relax(
+        pb.RelaxRequest(model="tiny", structures=ask([molecule(1)]).structures, fmax=1e-9, max_steps=10**5),
+        timeout=60,
+        metadata=bearer(made),
+    )
+    next(relaxing)
     good = tokens_file.read_text()
     # A file that cannot be used lets in and keeps out whom the last good one did, and says why in the log.
     tokens_file.write_text("root: short\n")
@@ -253,6 +268,17 @@ def test_tokens_are_read_again(
     tokens_file.write_text("\n".join(line for line in good.splitlines() if "sha256" not in line))
     until(lambda: not is_known(made))
     assert is_known(ROOT)
+    # Streams are looked at when the file is: those of the token end, and no other of its owner.
+    for stream in (withdrawn.call, moving.call, relaxing):
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert "withdrawn" in (caught.value.details() or "")
+    assert kept.step(stepping([molecule(1)], number=7)).number == 7
+    kept.close()
+    assert guarded.sample("equipot_streams_total", method="session", outcome="unauthenticated") == 2
+    assert guarded.sample("equipot_streams_total", method="relax", outcome="unauthenticated") == 1
+    assert guarded.sample("equipot_moving_structures") == 0
 
 
 @pytest.mark.parametrize(
@@ -367,7 +393,12 @@ def test_each_step_of_a_relaxation_counts(guarded: Process, stub: PotentialServi
     assert [reply.result.steps for reply in replies if reply.HasField("result")] == [5]
     # Two at once, then four by the rate.
     assert time.monotonic() - begun > 1.5
-    assert entry(guarded, "relax-1")["model"] == "tiny"
+    told = entry(guarded, "relax-1")
+    assert (told["model"], told["structures"], told["atoms"], told["steps"]) == ("tiny", 1, 6, 6)
+    moved = {"model": "tiny", "method": "relax", "outcome": "ok"}
+    assert guarded.sample("equipot_streams_total", **moved) == 1
+    assert guarded.sample("equipot_moved_structures_total", **moved) == 1
+    assert guarded.sample("equipot_stream_seconds_sum", model="tiny", method="relax") > 1.5
 
 
 def test_under_ray_the_operator_hears_that_a_server_with_tokens_answers(guarded: Process) -> None:

@@ -52,13 +52,17 @@ class Call:
         request_id: by which logs, traces and the caller's errors name it.
         identity: the caller's name, `ANONYMOUS` if none is known.
         traceparent: the caller's place in a W3C trace, as it was sent.
+        token: digest of the bearer token by which it was let in; empty if by none.
         model: that answers; empty if none was found.
-        structures: in the request.
-        atoms: in the request.
-        edges: of the structures that were prepared.
+        version: of that model.
+        structures: in the request, or that a stream was opened with.
+        atoms: in the request, or that a stream was opened with.
+        edges: of the structures that were prepared; over all steps of a stream.
+        steps: requests that a stream made of its structures; 0 of a call that is no stream.
         outcome: "ok", or why it was not answered, as in the metric of requests.
         account: of what the caller may ask for; None if nobody keeps one.
-        phases: where its time went; None if nobody wants to know.
+        phases: where its time went, the first of them; None if nobody wants to know.
+        totals: seconds in all phases, by name; None if nobody wants to know.
         started: seconds of `time.monotonic`.
         seconds: from then until its answer was ready.
         peer: the caller's address, noted if it was turned away.
@@ -69,17 +73,22 @@ class Call:
     request_id: str = ""
     identity: str = ANONYMOUS
     traceparent: str = ""
+    token: bytes = b""
     model: str = ""
+    version: str = ""
     structures: int = 0
     atoms: int = 0
     edges: int = 0
+    steps: int = 0
     outcome: str = "ok"
     account: Charged | None = None
     phases: list[Phase] | None = None
+    totals: dict[str, float] | None = None
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     peer: str = ""
     contents: object = None
+    _stream: Call | None = None
 
     def asked(self, structures: int, atoms: int) -> None:
         """Notes what the request holds.
@@ -98,6 +107,8 @@ class Call:
             CallError: together they are more than its caller may ask for in one request.
         """
         self.edges += edges
+        if self._stream is not None:
+            self._stream.edges += edges
         if self.account is not None:
             self.account.charge("edges", edges, self.edges, now=time.monotonic())
 
@@ -109,10 +120,13 @@ class Call:
         """
         if self.account is not None:
             self.account.again(now=time.monotonic())
-        return replace(self, structures=0, atoms=0, edges=0)
+        self.steps += 1
+        return replace(self, structures=0, atoms=0, edges=0, steps=0, _stream=self)
 
     def spent(self, name: str, start: float, end: float, *, edges: int = 0, structures: int = 0) -> None:
         """Notes a phase, if anybody wants to know."""
+        if self.totals is not None:
+            self.totals[name] = self.totals.get(name, 0.0) + end - start
         if self.phases is not None and len(self.phases) < MOST_PHASES:
             self.phases.append(Phase(name, start, end, edges, structures))
 

@@ -25,9 +25,6 @@ from equipot.wire.v1.codec import Failure
 INLINE_ATOMS = 128
 """A request with no more atoms is prepared in the event loop: the hop to a thread would cost as much."""
 
-CHUNK_ATOMS = 1024
-"""Atoms prepared in one go in a thread, some 10 ms; the first batch starts when they are ready."""
-
 PREFETCH = 2
 """How many batches of one request may be prepared and wait; the rest of it costs no memory yet."""
 
@@ -151,7 +148,7 @@ class Dispatcher:
             seen += look_at(0, prepared)
             spent.append(seconds)
         else:
-            for start, stop in work.chunks(CHUNK_ATOMS):
+            for start, stop in work.chunks():
                 prepared, seconds = await self._loop.run_in_executor(
                     self._prepare, _timed_prepare, work, start, stop
                 )
@@ -215,7 +212,7 @@ class Dispatcher:
 
     async def _feed(self, ticket: int, job: Job) -> None:
         limit = job.work.key.model.capacity.limit
-        for start, stop in job.work.chunks(CHUNK_ATOMS):
+        for start, stop in job.work.chunks():
             while self._batcher.waiting_edges(ticket) > PREFETCH * limit.edges and not job.done.done():
                 job.room.clear()
                 await job.room.wait()

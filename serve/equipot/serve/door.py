@@ -20,17 +20,20 @@ from prometheus_client import Gauge
 from equipot.serve.call import ANONYMOUS, Call, current_call, enter
 from equipot.serve.errors import CallError, Unauthenticated
 from equipot.serve.logs import write
+from equipot.serve.open_streams import OpenStreams
 from equipot.serve.patience import Patience
 from equipot.serve.quotas import Account, Quotas
 from equipot.serve.reread import Reread
 from equipot.serve.status import REQUEST_ID, Context, refuse
-from equipot.serve.tokens import Tokens
+from equipot.serve.tokens import Tokens, digest_of
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-")
+
+_END = object()
 
 access = logging.getLogger("equipot.access")
 
@@ -44,6 +47,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         open_to_all: how the full names of methods begin that are answered without any of this, as to probes.
         certificates_name: whether callers show certificates, which then tell who they are if tokens do not.
         on_refusal: told the outcome of each call that is turned away here.
+        on_stream: told each call that was a stream, when it has ended.
         on_done: told each call when its answer has left, with its phases; None if nobody wants to know.
         under_way: counts the calls that were let in and have not ended.
         patience: with callers who do not read their replies.
@@ -57,6 +61,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         open_to_all: Sequence[str],
         certificates_name: bool,
         on_refusal: Callable[[str], None],
+        on_stream: Callable[[Call], None],
         on_done: Callable[[Call], None] | None,
         under_way: Gauge,
         patience: Patience,
@@ -66,6 +71,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         self._open_to_all = tuple(open_to_all)
         self._certificates_name = certificates_name
         self._on_refusal = on_refusal
+        self._on_stream = on_stream
+        self._streams = OpenStreams()
         self._on_done = on_done
         self._under_way = under_way
         self._patience = patience
@@ -110,11 +117,17 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
             request_id = secrets.token_hex(8)
         call = Call(method=method, request_id=request_id, traceparent=traceparent)
         if self._on_done is not None:
-            call.phases = []
+            call.phases, call.totals = [], {}
         if self._tokens is not None:
             enter(call)
-            call.identity = _owner(authorization, self._tokens.value)
+            call.identity, call.token = _owner(authorization, self._tokens.value)
         return call
+
+    def withdraw(self) -> None:
+        """Ends streams whose tokens are known no longer; to be called when the tokens have changed."""
+        if self._tokens is not None:
+            tokens = self._tokens.value
+            self._streams.end(lambda call: tokens.owner_of(call.token) != call.identity)
 
     @asynccontextmanager
     async def passing(
@@ -135,7 +148,11 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
             self._count_refusal(turned_away, error)
             raise
         try:
-            yield call
+            if of_many:
+                with self._streams.opened(call) as stream, stream.listening():
+                    yield call
+            else:
+                yield call
         except CallError as error:
             call.outcome = error.reason.lower()
             raise
@@ -143,7 +160,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
             call.outcome = "cancelled"
             raise
         finally:
-            self._end(call, account)
+            self._end(call, account, of_many=of_many)
 
     def _guard(self, handler: Handler) -> Handler:
         """The handler, with everything that happens before and after it."""
@@ -172,16 +189,26 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         async def answer(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401  # as gRPC has it
             call, account = await self._begin(context, of_many=True)
             try:
-                async with aclosing(inner(request, context)) as responses:
-                    async for response in responses:
-                        with self._patience.waits(context):
-                            yield response
+                with self._streams.opened(call) as stream:
+                    async with aclosing(inner(request, context)) as responses:
+                        while True:
+                            with stream.listening():
+                                response = await anext(responses, _END)
+                            if response is _END:
+                                return
+                            with self._patience.waits(context):
+                                yield response
+                            stream.check()
+            except Unauthenticated as error:
+                failure = error
+                call.outcome = error.reason.lower()
             except (asyncio.CancelledError, GeneratorExit):
                 if call.outcome == "ok":
                     call.outcome = "cancelled"
                 raise
             finally:
                 self._end(call, account, of_many=True)
+            await refuse(context, failure)
 
         return answer
 
@@ -209,6 +236,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         account.end(of_many=of_many)
         self._under_way.dec()
         call.seconds = time.monotonic() - call.started
+        if of_many:
+            self._on_stream(call)
         # Once the answer has left: noting it is not what the caller waits for.
         asyncio.get_running_loop().call_soon(self._note, call)
 
@@ -245,6 +274,8 @@ def described(call: Call) -> dict[str, object]:
         "outcome": call.outcome,
         "ms": round(1000 * call.seconds, 3),
     }
+    if call.steps:
+        fields["steps"] = call.steps
     if traced := _TRACE.match(call.traceparent):
         fields["trace_id"] = traced[1]
     if call.peer:
@@ -254,7 +285,8 @@ def described(call: Call) -> dict[str, object]:
     return fields
 
 
-def _owner(authorization: str, tokens: Tokens) -> str:
+def _owner(authorization: str, tokens: Tokens) -> tuple[str, bytes]:
+    """Whose the token is, and its digest."""
     if not authorization:
         raise Unauthenticated(
             "this server answers callers with a bearer token alone, and the call has none: send the header"
@@ -263,13 +295,14 @@ def _owner(authorization: str, tokens: Tokens) -> str:
     scheme, _, token = authorization.partition(" ")
     if scheme.lower() != "bearer":
         raise Unauthenticated("the authorization header is not of the form `Bearer TOKEN`")
-    identity = tokens.identity_of(token.strip())
+    digest = digest_of(token.strip())
+    identity = tokens.owner_of(digest)
     if identity is None:
         raise Unauthenticated(
             "the bearer token is not known here: it is mistyped, withdrawn, or another server's; whoever runs"
             " the server can make a new one with `equipot token`"
         )
-    return identity
+    return identity, digest
 
 
 def _certified(context: Context) -> str:

@@ -20,6 +20,9 @@ from equipot.serve.pace import Size
 from equipot.serve.shares import Priority
 from equipot.wire.v1.codec import Failure, FailureReason, PredictionArrays, StructureArrays
 
+CHUNK_ATOMS = 1_024
+"""Atoms prepared in one go in a thread, some 10 ms."""
+
 LEAST_EFFORT = 32
 """A structure of fewer atoms takes as long to prepare as one of so many: calls cost more than atoms."""
 
@@ -72,12 +75,12 @@ class Work:
         """What it takes to prepare all structures, in atoms."""
         return sum(_effort(count) for count in self.structures.n_atoms.tolist())
 
-    def chunks(self, n_atoms: int) -> Iterator[tuple[int, int]]:
-        """Ranges of structures (start, stop), each about as much effort as this many atoms."""
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of structures (start, stop), each about as much effort as `CHUNK_ATOMS` atoms."""
         start = atoms = 0
         for stop, count in enumerate(self.structures.n_atoms.tolist(), 1):
             atoms += _effort(count)
-            if atoms >= n_atoms:
+            if atoms >= CHUNK_ATOMS:
                 yield start, stop
                 start, atoms = stop, 0
         if start < len(self.structures):

@@ -21,6 +21,10 @@ OK = "ok"
 NO_MODEL = ""
 """The model label of requests that name none we serve: what callers invent must not become labels."""
 
+STREAM_SECONDS = (0.1, 1.0, 10.0, 60.0, 600.0, 3_600.0, 21_600.0, 86_400.0)
+STREAMS = ("session", "relax", "simulate")
+"""Methods that answer by streams, in lower case."""
+
 MISSES = {"deadline_unreachable": "door", "deadline_passed": "inside"}
 """Where requests are too late, by their outcome."""
 
@@ -44,6 +48,7 @@ class Metrics:
         self.calls = self._gauge("calls", "Calls of all methods that were let in and have not ended")
         self.families = Families(self.registry)
         self._of_model: dict[tuple[str, str], ModelCounts] = {}
+        self._told_forgotten: list[Callable[[str, str], None]] = []
 
     def of(self, model: str, version: str = "") -> ModelCounts:
         """What is counted of one version of a model; both empty for calls that reached none."""
@@ -51,6 +56,17 @@ class Metrics:
         if counts is None:
             counts = self._of_model[model, version] = ModelCounts(self.families, self.recent, model, version)
         return counts
+
+    def when_forgotten(self, told: Callable[[str, str], None]) -> None:
+        """Has somebody told of models and versions that are forgotten."""
+        self._told_forgotten.append(told)
+
+    def forget(self, model: str, version: str) -> None:
+        """Drops what was counted of a version that is served no longer; should it come again, from 0 on."""
+        if (counts := self._of_model.pop((model, version), None)) is not None:
+            counts.forget()
+        for told in self._told_forgotten:
+            told(model, version)
 
     def now(self) -> dict[str, float]:
         """What is under way, by name."""
@@ -96,6 +112,7 @@ class Families:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
+        self._all: list[Counter | Histogram] = []
         self.requests = self._counter(
             "requests", "Calls of Predict, and others refused at the door, by outcome", "outcome"
         )
@@ -105,6 +122,15 @@ class Families:
         self.structures = self._counter("structures", "Structures, by how they ended", "outcome")
         self.outside_domain = self._counter(
             "structures_outside_domain", "Structures beyond the training domain, of callers who ask"
+        )
+        self.streams = self._counter(
+            "streams", "Sessions, relaxations and simulations that ended, by outcome", "method", "outcome"
+        )
+        self.moved = self._counter(
+            "moved_structures", "Structures that came to the end of their motion", "method", "outcome"
+        )
+        self.stream_seconds = self._histogram(
+            "stream_seconds", "From a stream's opening to its end", STREAM_SECONDS, "method"
         )
         self.atoms = self._counter("atoms", "Atoms of answered structures")
         self.edges = self._counter("edges", "Edges of answered structures")
@@ -118,13 +144,22 @@ class Families:
         self.batch_edges = self._histogram("batch_edges", "Edges in a batch", EDGES)
         self.batch_fill = self._histogram("batch_fill", "Part of its budget that a batch used", FILLS)
 
-    def _counter(self, name: str, text: str, *more: str) -> Counter:
-        return Counter(f"equipot_{name}", text, ["model", "version", *more], registry=self._registry)
+    def remove(self, model: str, version: str) -> None:
+        """Removes all series of a version."""
+        for metric in self._all:
+            metric.remove_by_labels({"model": model, "version": version})
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
-            f"equipot_{name}", text, ["model", "version"], registry=self._registry, buckets=buckets
-        )
+    def _counter(self, name: str, text: str, *more: str) -> Counter:
+        labels = ["model", "version", *more]
+        counter = Counter(f"equipot_{name}", text, labels, registry=self._registry)
+        self._all.append(counter)
+        return counter
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *more: str) -> Histogram:
+        labels = ["model", "version", *more]
+        histogram = Histogram(f"equipot_{name}", text, labels, registry=self._registry, buckets=buckets)
+        self._all.append(histogram)
+        return histogram
 
 
 class ModelCounts:
@@ -143,6 +178,11 @@ class ModelCounts:
             outcome: families.deadline_misses.labels(model, version, where)
             for outcome, where in MISSES.items()
         }
+        for method in STREAMS:
+            families.streams.labels(model, version, method, OK)
+            families.stream_seconds.labels(model, version, method)
+        for method in STREAMS[1:]:
+            families.moved.labels(model, version, method, OK)
         self._outside_domain = families.outside_domain.labels(model, version)
         self._atoms = families.atoms.labels(model, version)
         self._edges = families.edges.labels(model, version)
@@ -176,6 +216,19 @@ class ModelCounts:
         if counter is None:
             counter = self._structures[outcome] = self._families.structures.labels(*self._labels, outcome)
         counter.inc(count)
+
+    def stream_ended(self, method: str, outcome: str, seconds: float) -> None:
+        """Notes a stream of a method that ended after so long: `OK`, or the reason in lower case."""
+        self._families.streams.labels(*self._labels, method, outcome).inc()
+        self._families.stream_seconds.labels(*self._labels, method).observe(seconds)
+
+    def moved(self, method: str, outcome: str) -> None:
+        """Notes a structure that came to the end of its motion: `OK`, or the reason of its fault."""
+        self._families.moved.labels(*self._labels, method, outcome).inc()
+
+    def forget(self) -> None:
+        """Removes all of it."""
+        self._families.remove(*self._labels)
 
     def outside_domain(self) -> None:
         """Notes a structure unlike any in training, answered or refused."""

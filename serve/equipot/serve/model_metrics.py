@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from equipot.serve.metrics import Metrics
 from equipot.serve.models import ServedModel
 from equipot.serve.registry import Registry
 
@@ -17,8 +18,9 @@ LOAD_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 class ModelMetrics:
     """Counters of loading; what is in memory is read from the registry when somebody asks."""
 
-    def __init__(self, counters: CollectorRegistry) -> None:
-        self._counters = counters
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._counters = counters = metrics.registry
         self._loads = Counter(
             "equipot_model_loads", "Versions loaded, by how it ended", ["model", "outcome"], registry=counters
         )
@@ -42,6 +44,10 @@ class ModelMetrics:
     def load_failed(self, name: str) -> None:
         """Notes a version that cannot be loaded."""
         self._loads.labels(name, "failed").inc()
+
+    def gone(self, model: ServedModel) -> None:
+        """Drops what was counted of a version that is in memory no longer."""
+        self._metrics.forget(model.name, model.version)
 
 
 class _Models(Collector):

@@ -47,11 +47,13 @@ async def open_models(config: ServeConfig, metrics: Metrics) -> Opened:
         ServeError: two models have the same name, the device cannot be used, or there is no such repository.
     """
     registry = await asyncio.to_thread(Registry.load, config)
-    counts = ModelMetrics(metrics.registry)
+    counts = ModelMetrics(metrics)
     counts.watch(registry)
     metrics.watch_gpu(lambda: gpu_bytes(config.device))
     if config.repository is None:
         return Opened(registry)
     keeper = Keeper(config.repository, registry, config, counts)
     await keeper.start()
-    return Opened(registry, keeper, Shadow(registry, metrics.registry))
+    shadow = Shadow(registry, metrics.registry)
+    metrics.when_forgotten(shadow.forget)
+    return Opened(registry, keeper, shadow)

@@ -11,11 +11,11 @@ import grpc
 from equipot.serve.call import current_call
 from equipot.serve.certainty import understood
 from equipot.serve.config import RequestLimits
-from equipot.serve.dispatcher import CHUNK_ATOMS, Dispatcher
+from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import RETRY_STARTING, CallError, InvalidRequest, NotReady, OverLimit
 from equipot.serve.excerpt import excerpt
 from equipot.serve.explain import Estimate
-from equipot.serve.job import Answer, Key, Work
+from equipot.serve.job import CHUNK_ATOMS, Answer, Key, Work
 from equipot.serve.metrics import NO_MODEL, OK, Metrics, ModelCounts
 from equipot.serve.models import ServedModel
 from equipot.serve.registry import Registry
@@ -164,7 +164,8 @@ class PotentialServicer:
             CallError: there is none, or it does not answer now.
         """
         model = self._gate.registry().find(request.model, session=_session(request, context))
-        current_call().model = model.name
+        call = current_call()
+        call.model, call.version = model.name, model.version
         return model
 
     def understand(
@@ -199,6 +200,8 @@ class PotentialServicer:
         call = current_call()
         if now:
             call.asked(len(structures), len(structures.positions))
+        else:
+            call.structures, call.atoms = len(structures), len(structures.positions)
         if self._log_structures:
             call.contents = excerpt(structures)
         return Work(

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from equipot.model.batch import Graph
 from equipot.serve.call import Call
 from equipot.serve.engine import Result
-from equipot.serve.errors import CallError
+from equipot.serve.errors import CallError, Fault
 from equipot.serve.job import Answer, Key, Work
 from equipot.serve.models import ServedModel
 from equipot.serve.registry import SHADOW, Registry
@@ -31,8 +32,8 @@ from equipot.serve.registry import SHADOW, Registry
 MOST_WAITING = 64
 """Requests that wait for the shadow; more would be answers of minutes ago."""
 
-CHUNK_ATOMS = 1_024
-"""Atoms computed at once: memory for them comes on top of what callers take."""
+MOST_BYTES = 64 * 2**20
+"""Of these requests and their answers together."""
 
 SUMMARY_SECONDS = 10.0
 """Between two lines of the log."""
@@ -101,7 +102,8 @@ class Shadow:
             buckets=FORCE_STEPS,
         )
         self._thread = ThreadPoolExecutor(1, "equipot-shadow", initializer=_lowest_priority)
-        self._waiting = 0
+        self._waiting: set[asyncio.Task[None]] = set()
+        self._bytes = 0
         self._due = 0.0
         self._sums: dict[tuple[str, str, str], _Sums] = {}
         self._told = -math.inf
@@ -121,11 +123,30 @@ class Shadow:
         self._due -= 1.0
         names = (model.name, model.version, label.version)
         slot = family.slots.get(label.version)
-        if slot is None or slot.model is None or self._waiting >= MOST_WAITING:
+        size = _bytes_of(work, answer)
+        too_much = len(self._waiting) >= MOST_WAITING or self._bytes + size > MOST_BYTES
+        if slot is None or slot.model is None or too_much:
             self._requests.labels(*names, "dropped").inc()
             return
-        self._waiting += 1
-        asyncio.get_running_loop().create_task(self._answer(slot.model, work, answer, names))
+        # From here on, not only when it is computed: it would be closed below the computation.
+        using = contextlib.ExitStack()
+        using.enter_context(slot.model.in_use())
+        self._bytes += size
+        task = asyncio.get_running_loop().create_task(self._answer(slot.model, work, answer, names))
+        self._waiting.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._waiting.discard(task)
+            self._bytes -= size
+            using.close()
+
+        task.add_done_callback(done)
+
+    def forget(self, model: str, version: str) -> None:
+        """Drops what was counted of a version that is served no longer, on trial or not."""
+        for metric in (self._requests, self._failures, self._energy, self._force):
+            for place in ("version", "shadow"):
+                metric.remove_by_labels({"model": model, place: version})
 
     def close(self) -> None:
         """Forgets what waits."""
@@ -136,9 +157,8 @@ class Shadow:
         self, shadow: ServedModel, work: Work, answer: Answer, names: tuple[str, str, str]
     ) -> None:
         try:
-            with shadow.in_use():
-                loop = asyncio.get_running_loop()
-                found, failed = await loop.run_in_executor(self._thread, _compare, shadow, work, answer)
+            loop = asyncio.get_running_loop()
+            found, failed = await loop.run_in_executor(self._thread, _compare, shadow, work, answer)
         except (CallError, asyncio.CancelledError, RuntimeError) as error:
             self._requests.labels(*names, "failed").inc()
             logger.info("shadow %s@%s: %s", names[0], names[2], error)
@@ -147,8 +167,6 @@ class Shadow:
             self._requests.labels(*names, "failed").inc()
             logger.exception("shadow %s@%s failed", names[0], names[2])
             return
-        finally:
-            self._waiting -= 1
         self._requests.labels(*names, "ok").inc()
         self._failures.labels(*names).inc(failed)
         sums = self._sums.setdefault(names, _Sums())
@@ -188,10 +206,9 @@ def _compare(shadow: ServedModel, work: Work, answer: Answer) -> tuple[list[_Dif
     known = {failure.index for failure in answer.predictions.failures}
     differences: list[_Difference] = []
     failed = 0
-    for start, stop in asked.chunks(CHUNK_ATOMS):
+    for start, stop in asked.chunks():
         prepared = asked.prepare(start, stop)
-        graphs = [one for one in prepared if isinstance(one, Graph)]
-        computed = iter(shadow.engine.compute(graphs, forces=forces, stress=False) if graphs else ())
+        computed = _computed(shadow, [one for one in prepared if isinstance(one, Graph)], forces=forces)
         for index, one in enumerate(prepared, start):
             result = next(computed) if isinstance(one, Graph) else one
             if index in known:
@@ -201,6 +218,30 @@ def _compare(shadow: ServedModel, work: Work, answer: Answer) -> tuple[list[_Dif
             else:
                 failed += 1
     return differences, failed
+
+
+def _computed(shadow: ServedModel, graphs: list[Graph], *, forces: bool) -> Iterator[Result | Fault]:
+    """Answers in order, in batches no larger than the shadow's own: they come on top of what callers take."""
+    limit = shadow.capacity.limit
+    batch: list[Graph] = []
+    edges = atoms = 0
+    for graph in graphs:
+        edges, atoms = edges + graph.n_edges, atoms + graph.n_atoms
+        if batch and (edges > limit.edges or atoms > limit.atoms):
+            yield from shadow.engine.compute(batch, forces=forces, stress=False)
+            batch, edges, atoms = [], graph.n_edges, graph.n_atoms
+        batch.append(graph)
+    if batch:
+        yield from shadow.engine.compute(batch, forces=forces, stress=False)
+
+
+def _bytes_of(work: Work, answer: Answer) -> int:
+    """What a request and its answer take while they wait, about."""
+    asked, told = work.structures, answer.predictions
+    forces = 0 if told.forces is None else told.forces.nbytes
+    return (
+        asked.atomic_numbers.nbytes + asked.positions.nbytes + asked.cell.nbytes + told.energy.nbytes + forces
+    )
 
 
 def _difference(work: Work, answer: Answer, index: int, result: Result) -> _Difference:

@@ -67,12 +67,17 @@ class Tokens:
             )
         return cls((identity, digest) for digest, identity in owners.items())
 
-    def identity_of(self, token: str) -> str | None:
-        """The name of the token's owner; None if it is nobody's."""
-        return self._identities.get(self._hidden(hashlib.sha256(token.encode()).digest()))
+    def owner_of(self, digest: bytes) -> str | None:
+        """The name of the owner of the token with this digest; None if it is nobody's."""
+        return self._identities.get(self._hidden(digest))
 
     def _hidden(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, key=self._key, digest_size=32).digest()
+
+
+def digest_of(token: str) -> bytes:
+    """SHA-256 of a token."""
+    return hashlib.sha256(token.encode()).digest()
 
 
 def _entry(line: str, place: str) -> tuple[str, bytes]:
@@ -98,4 +103,4 @@ def _entry(line: str, place: str) -> tuple[str, bytes]:
         raise ServeError(
             f"{place}: the token of {identity} has a space or a character that no header can carry"
         )
-    return identity, hashlib.sha256(secret.encode()).digest()
+    return identity, digest_of(secret)

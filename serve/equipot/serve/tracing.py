@@ -47,6 +47,7 @@ def call_tracer() -> Callable[[Call], None] | None:
                 "equipot.atoms": call.atoms,
                 "equipot.edges": call.edges,
                 "equipot.outcome": call.outcome,
+                **_of_stream(call),
             },
         )
         if span.is_recording():
@@ -64,6 +65,14 @@ def call_tracer() -> Callable[[Call], None] | None:
         span.end(_ns(call.started + call.seconds + shift))
 
     return done
+
+
+def _of_stream(call: Call) -> dict[str, float]:
+    """What is known of all steps of a stream, of which only the first ones have spans."""
+    if not call.steps:
+        return {}
+    seconds = {f"equipot.{name}_seconds": spent for name, spent in (call.totals or {}).items()}
+    return {"equipot.steps": call.steps, **seconds}
 
 
 def _attributes(phase: Phase) -> dict[str, int]:

@@ -77,6 +77,10 @@ class Trust:
         def refused(outcome: str) -> None:
             metrics.of(NO_MODEL).request_ended(outcome)
 
+        def stream_ended(call: Call) -> None:
+            method = call.method.rpartition("/")[2].lower()
+            metrics.of(call.model, call.version).stream_ended(method, call.outcome, call.seconds)
+
         self.intake = Intake(config.limits.message_bytes, on_refusal=refused)
         metrics.watch_intake(lambda: self.intake.held)
         self.door = Door(
@@ -85,6 +89,7 @@ class Trust:
             open_to_all=open_to_all,
             certificates_name=config.tls_client_ca is not None,
             on_refusal=refused,
+            on_stream=stream_ended,
             on_done=on_done,
             under_way=metrics.calls,
             patience=Patience(READ_AGAIN * config.sessions.idle_seconds),
@@ -93,12 +98,15 @@ class Trust:
     @property
     def changing(self) -> Sequence[Refreshable]:
         """What must be looked at now and then."""
-        return [part for part in (self._certificates, self._tokens, self) if part is not None]
+        return [part for part in (self._certificates, self) if part is not None]
 
     def refresh(self) -> bool:
-        """Reads the limits again if their file has changed."""
+        """Reads tokens and limits again if their files have changed; streams of withdrawn tokens end."""
+        new_tokens = self._tokens is not None and self._tokens.refresh()
+        if new_tokens:
+            self.door.withdraw()
         if self._limits is None or not self._limits.refresh():
-            return False
+            return new_tokens
         self.quotas.change(self._limits.value, now=time.monotonic())
         return True
 

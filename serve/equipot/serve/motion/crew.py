@@ -20,7 +20,7 @@ import numpy as np
 from equipot.model.batch import Graph
 from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.call import Call, current_call
-from equipot.serve.dispatcher import CHUNK_ATOMS, Dispatcher, Ready
+from equipot.serve.dispatcher import Dispatcher, Ready
 from equipot.serve.errors import Fault, OverQuota, QueueFull
 from equipot.serve.job import Work
 from equipot.serve.motion.mover import Errands, Mover
@@ -207,7 +207,7 @@ class Party:
             return
         prepared: list[Graph | Fault] = []
         begun = time.perf_counter()
-        for start, stop in question.work.chunks(CHUNK_ATOMS):
+        for start, stop in question.work.chunks():
             prepared += question.work.prepare(start, stop)
             yield
         question.ready = Ready(prepared, time.perf_counter() - begun)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,13 @@ MessageT_co = TypeVar("MessageT_co", bound=Message, covariant=True)
 
 
 class Errand(Protocol[MessageT_co]):
-    """One understood request."""
+    """One understood request.
+
+    Attributes:
+        method: that it came by, in lower case.
+    """
+
+    method: ClassVar[str]
 
     @property
     def work(self) -> Work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,8 @@ _CELLS: dict[int, CellMotion] = {
 @dataclass(frozen=True, slots=True, eq=False)
 class RelaxErrand:
     """One understood request."""
+
+    method: ClassVar[str] = "relax"
 
     work: Work
     request: pb.RelaxRequest

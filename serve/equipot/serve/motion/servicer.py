@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.errors import NotReady, QueueFull
-from equipot.serve.metrics import Metrics
+from equipot.serve.metrics import OK, Metrics
 from equipot.serve.models import ServedModel
 from equipot.serve.motion.crew import Member, Party
 from equipot.serve.motion.errand import Errand
@@ -130,7 +130,8 @@ class MotionServicer:
                     yield reply
 
     async def _carry_out(self, errand: Errand[MessageT]) -> AsyncGenerator[MessageT, None]:
-        work = errand.work
+        work, model = errand.work, errand.work.key.model
+        counts = self._metrics.of(model.name, model.version)
         unfinished, n_atoms = len(work.structures), work.offsets[-1]
         if self._atoms and self._atoms + n_atoms > self._most_atoms:
             raise QueueFull(
@@ -147,6 +148,7 @@ class MotionServicer:
             if not member.goes_on:
                 unfinished -= 1
                 self._metrics.moving.dec()
+                counts.moved(errand.method, OK if member.fault is None else str(member.fault.reason))
 
         def left(marched: object) -> None:
             self._atoms -= n_atoms

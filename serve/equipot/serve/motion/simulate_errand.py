@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,8 @@ class SimulateErrand:
         reference: what computes.
         warnings: what looks wrong.
     """
+
+    method: ClassVar[str] = "simulate"
 
     work: Work
     request: pb.SimulateRequest

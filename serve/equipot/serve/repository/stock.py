@@ -209,6 +209,9 @@ class Stock:
         # Ranks take a moment to leave, and memory to be given back.
         await asyncio.to_thread(model.engine.close)
         self._leaving.discard(model)
-        del model
         await asyncio.sleep(LAST_CALL_SECONDS)
+        version = (model.name, model.version)
+        if not any((one.name, one.version) == version for one in (*self._registry, *self._leaving)):
+            self._metrics.gone(model)
+        del model
         await asyncio.to_thread(give_back)
