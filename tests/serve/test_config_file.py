@@ -43,7 +43,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
         caught.append(config)
 
     monkeypatch.setattr(server, "run", keep)
-    monkeypatch.setattr(cli, "configure", lambda style: None)
+    monkeypatch.setattr(cli, "configure", lambda style, level: None)
 
     def tell(*words: object, file: str | None = FILE) -> ServeConfig:
         asked = [str(word) for word in words]
@@ -53,7 +53,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
         result = CliRunner().invoke(cli.app, asked)
         if result.exception is not None:
             raise result.exception
-        return caught[0]
+        return caught[-1]
 
     return tell
 
@@ -109,6 +109,45 @@ class TestFile:
         config = told("/bundle", file=None)
         assert config == ServeConfig(bundles=(Path("/bundle"),), calibrate=True)
 
+    def test_calculators_files_start_where_they_are_named(
+        self, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here, there = tmp_path.parent, tmp_path / "more"
+        monkeypatch.chdir(here)
+        there.mkdir()
+        (there / "one.toml").write_text('calculator = "./own.py:Own"\npython = "venv/bin/python"')
+        file = '[[calculators]]\ncalculator = "mace:a.model"\n[[calculators]]\ncalculator = "chgnet"'
+        assert [one.calculator for one in told(file=file).calculators] == [
+            f"mace:{tmp_path / 'a.model'}",
+            "chgnet",
+        ]
+        words = ("mace:b.model", "/abs/own.py:Own", there / "one.toml", "ase.calculators.emt:EMT")
+        spelled = [word for name in words for word in ("--calculator", name)]
+        found = told(*spelled, file=None).calculators
+        assert [one.calculator for one in found] == [
+            f"mace:{here / 'b.model'}",
+            "/abs/own.py:Own",
+            f"{there / 'own.py'}:Own",
+            "ase.calculators.emt:EMT",
+        ]
+        assert [one.shown_name for one in found] == ["b", "own", "own", "emt"]
+        assert found[2].python == str(there / "venv/bin/python")
+
+    @pytest.mark.parametrize("other", [("--metrics-port", 9000), ("--metrics-host", "::1")])
+    def test_no_metrics_goes_before_the_file_and_against_no_flag(
+        self, told: Told, other: tuple[object, ...]
+    ) -> None:
+        assert told("--no-metrics", file=FILE.replace("= false", "= 9000")).metrics_port is None
+        for words in (("--no-metrics", *other), (*other, "--no-metrics")):
+            with pytest.raises(ServeError, match=f"--no-metrics and {other[0]} exclude each other"):
+                told(*words)
+
+    def test_the_log_and_the_batches_have_flags(self, told: Told) -> None:
+        config = told("--log-level", "warning", "--max-batch-atoms", 99, "--ageing-seconds", 3)
+        assert config.log_level == "warning"
+        assert (config.budget.batch_atoms, config.budget.ageing_seconds) == (99, 3.0)
+        assert (config.budget.queue_edges, config.calibrate) == (1000, True)
+
     def test_a_megabyte_is_two_to_the_twenty(self, told: Told) -> None:
         assert told("--max-message-mb", 3).limits.message_bytes == 3 * 2**20
 
@@ -131,7 +170,7 @@ class TestFile:
             ({"budget": 5}, "budget is 5; it takes a table"),
             ({"device": 5}, "device is 5; it takes a string"),
             ({"port": 70_000}, "port is 70000, allowed are 0 to 65535"),
-            ({"budget": {"ageing_seconds": 0}}, "budget.ageing_seconds is 0, allowed are seconds above 0"),
+            ({"budget": {"ageing_seconds": 0}}, "ageing-seconds is 0, allowed are seconds above 0"),
             ({"limits": {"structure_atoms": 0}}, "max-atoms is 0, allowed are 1 or more"),
         ],
     )

@@ -285,6 +285,8 @@ def test_the_digest_is_of_what_decides_the_numbers() -> None:
     [
         ("emt", "write module:factory"),
         ("mace:", "needs a model file"),
+        ("mace:no/such.model", "there is no file .*/no/such.model"),
+        ("no_such.py:Factory", "there is no file .*/no_such.py"),
         ("no.such.module:Calculator", "ModuleNotFoundError"),
         ("ase.calculators.emt:NoSuch", "NoSuch"),
         (f"{ODD}:nothing", "no ASE calculator"),

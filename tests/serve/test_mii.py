@@ -15,10 +15,10 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from equipot.serve.config import ServeConfig
-from equipot.serve.errors import InvalidRequest, ServeError
+from equipot.serve.errors import InvalidRequest, OverLimit, ServeError
 from equipot.serve.free import free_port
 from equipot.serve.mii_front.server import check_plain, client
-from equipot.serve.mii_front.texts import request_of
+from equipot.serve.mii_front.texts import request_of, within
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import decode_structures
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -83,6 +83,12 @@ class TestTexts:
         with pytest.raises(InvalidRequest) as caught:
             request_of(asked, options)
         assert message in str(caught.value)
+
+
+def test_a_request_may_be_no_larger_than_a_message() -> None:
+    within("x" * 10, 10)
+    with pytest.raises(OverLimit, match="11 bytes, the limit is 10"):
+        within("x" * 11, 10)
 
 
 def test_what_mii_cannot_do_is_refused() -> None:

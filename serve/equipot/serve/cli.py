@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 
 from equipot.serve.config import (
+    BATCH_ATOMS,
+    CPU_BUDGET,
     DEFAULT_AGE,
     DEFAULT_KEEPALIVE,
     DEFAULT_LIMITS,
@@ -42,6 +44,15 @@ class LogStyle(StrEnum):
     JSON = "json"
 
 
+class LogLevel(StrEnum):
+    """From which on there are lines in the log."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 def _edges_or_auto(word: str) -> int | None:
     if word == "auto":
         return None
@@ -61,6 +72,8 @@ TABLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "max_request_structures": ("limits", "request_structures"),
         "max_request_atoms": ("limits", "request_atoms"),
         "max_queue_edges": ("budget", "queue_edges"),
+        "max_batch_atoms": ("budget", "batch_atoms"),
+        "ageing_seconds": ("budget", "ageing_seconds"),
         "max_sessions": ("sessions", "most"),
         "session_idle": ("sessions", "idle_seconds"),
         "jobs": ("jobs", "folder"),
@@ -187,6 +200,12 @@ def serve(
             help="Most edges computed together; auto measures at start what suits model, machine and memory.",
         ),
     ] = None,
+    max_batch_atoms: Annotated[
+        int, typer.Option(help="Most atoms computed together, for structures with few edges.")
+    ] = BATCH_ATOMS,
+    ageing_seconds: Annotated[
+        float, typer.Option(help="Seconds without a turn after which a request is one priority higher.")
+    ] = CPU_BUDGET.ageing_seconds,
     max_queue_edges: Annotated[
         int, typer.Option(help="Edges that may wait before requests are refused.")
     ] = DEFAULT_QUEUE_EDGES,
@@ -233,6 +252,9 @@ def serve(
         float, typer.Option(help="Seconds of silence after which a caller is asked if it is there.")
     ] = DEFAULT_KEEPALIVE,
     log_format: Annotated[LogStyle, typer.Option(help="Of the log on stderr.")] = LogStyle.TEXT,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="From which on the log has lines; calls have theirs at info.")
+    ] = LogLevel.INFO,
     log_structures: Annotated[
         bool, typer.Option("--log-structures", help="Log the structures of requests, too.")
     ] = False,
@@ -263,14 +285,14 @@ def serve(
     mapping, base = configuration(config_file, said(context))
     # Only below: torch and Ray take seconds to import, and neither help nor a wrong word should wait for it.
     if ray:
-        configure(LogStyle.TEXT.value)
+        configure(LogStyle.TEXT.value, log_level.value)
         from equipot.serve.ray_app.local import run as run_under_ray
 
         run_under_ray(mapping, base=base, announce=typer.echo)
         return
     mapping.pop(RAY, None)
     config = ServeConfig.from_mapping(mapping, base=base)
-    configure(config.log_format)
+    configure(config.log_format, config.log_level)
     if mii:
         from equipot.serve.mii_front.server import run as run_under_mii
 
@@ -300,6 +322,9 @@ def said(context: typer.Context) -> dict[str, object]:
         # By name: typer brings a click of its own, or not.
         if source is not None and source.name == "COMMANDLINE":
             given[option] = value
+    for other in ("metrics_port", "metrics_host"):
+        if "no_metrics" in given and other in given:
+            raise ServeError(f"--no-metrics and --{other.replace('_', '-')} exclude each other")
     named = given.pop("calculator", [])
     foreign = calculators(
         named,

@@ -11,8 +11,9 @@ from typing import Literal, get_args
 from equipot.serve.batcher import Budget
 from equipot.serve.errors import ServeError
 from equipot.serve.foreign.spec import CalculatorSpec
+from equipot.serve.foreign.spec import anchored as anchored_calculator
 from equipot.serve.jobs.settings import JobSettings
-from equipot.serve.logs import LogFormat
+from equipot.serve.logs import LogFormat, LogLevel
 from equipot.serve.mapping import read
 from equipot.serve.repository.settings import RepositorySettings, anchored
 
@@ -143,6 +144,7 @@ class ServeConfig:
         ui: whether the page at /ui is offered where /metrics is; None offers it to this machine alone, and
             only if it is no way round what callers must show.
         log_format: of the log on stderr.
+        log_level: from which on there are lines; each call has one of "info".
         log_structures: whether the log may hold what callers ask about.
 
     Raises:
@@ -183,6 +185,7 @@ class ServeConfig:
     keepalive: float = DEFAULT_KEEPALIVE
     ui: bool | None = None
     log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
     log_structures: bool = False
 
     def __post_init__(self) -> None:
@@ -211,8 +214,7 @@ class ServeConfig:
         _check("max-queue-edges", self.budget.queue_edges, 1, None)
         if not 0 < self.budget.ageing_seconds <= 86_400:
             raise ServeError(
-                f"budget.ageing_seconds is {self.budget.ageing_seconds:g}, allowed are seconds above 0 up to"
-                " 86400"
+                f"ageing-seconds is {self.budget.ageing_seconds:g}, allowed are seconds above 0 up to 86400"
             )
         _check("max-atoms", self.limits.structure_atoms, 1, None)
         _check("max-edges", self.limits.structure_edges, 1, None)
@@ -233,10 +235,9 @@ class ServeConfig:
             raise ServeError(
                 f"keepalive is {self.keepalive:g}, allowed are {SHORTEST_KEEPALIVE} to 86400 seconds"
             )
-        if self.log_format not in get_args(LogFormat):
-            raise ServeError(
-                f"log-format is {self.log_format!r}, allowed are {', '.join(get_args(LogFormat))}"
-            )
+        for name, allowed in (("log-format", get_args(LogFormat)), ("log-level", get_args(LogLevel))):
+            if (value := getattr(self, name.replace("-", "_"))) not in allowed:
+                raise ServeError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
         self._check_trust()
 
     @property
@@ -317,6 +318,11 @@ class ServeConfig:
             filled["budget"] = {**asdict(default_budget(device)), **budget}
             filled.setdefault("calibrate", "batch_edges" not in budget)
         filled.setdefault("bundles", [])
+        foreign = filled.get("calculators")
+        if isinstance(foreign, list | tuple):
+            filled["calculators"] = [
+                anchored_calculator(one, base) if isinstance(one, Mapping) else one for one in foreign
+            ]
         repository = filled.get("repository")
         if isinstance(repository, Mapping) and isinstance(url := repository.get("url"), str):
             filled["repository"] = {**repository, "url": anchored(url, base)}

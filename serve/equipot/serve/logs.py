@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 FIELDS = "fields"
 """Name in `extra` of a record's own names and values."""
@@ -59,13 +60,13 @@ class JsonFormatter(logging.Formatter):
         return _to_json(entry)
 
 
-def configure(style: LogFormat, level: str = "INFO") -> None:
+def configure(style: LogFormat, level: LogLevel = "info") -> None:
     """Sends the log of this process to stderr in this style, from this level on."""
     # Nothing of this is written, and each line of a busy server would pay for it.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_lost_caller)
 
 

@@ -50,6 +50,8 @@ class ForeignEngine:
         Raises:
             ServeError: it cannot be made, or its level of theory must be named.
         """
+        if spec.file is not None and not spec.file.is_file():
+            raise ServeError(f"calculator {spec.calculator}: there is no file {spec.file}")
         self._process = CalculatorProcess(spec, device=device, threads=threads)
         facts = self._process.facts
         try:

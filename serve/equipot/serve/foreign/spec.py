@@ -17,6 +17,7 @@ ChargeMode = Literal["auto", "refuse", "info", "initial", "parameter"]
 and magnetic moments; by its parameters `charge` and `multiplicity`. "auto" is the last if it has them, else
 the first."""
 
+MACE = "mace:"
 COST_CUTOFF = 5.0
 """Å within which pairs of atoms are counted where a potential does not say how far it looks."""
 
@@ -81,12 +82,17 @@ class CalculatorSpec:
         """Which package it is of."""
         if self.calculator == "chgnet":
             return "chgnet"
-        return "mace" if self.calculator.startswith("mace:") else "ase"
+        return "mace" if self.calculator.startswith(MACE) else "ase"
 
     @property
     def target(self) -> str:
         """The file of a MACE model, or module and factory of a calculator."""
-        return self.calculator.removeprefix("mace:") if self.kind == "mace" else self.calculator
+        return self.calculator.removeprefix(MACE) if self.kind == "mace" else self.calculator
+
+    @property
+    def file(self) -> Path | None:
+        """Of the model or of the factory; None where it is a module or a package's own."""
+        return _file_in(self.calculator)
 
     @property
     def shown_name(self) -> str:
@@ -98,10 +104,31 @@ class CalculatorSpec:
         return Path(self.target).stem if self.kind == "mace" else self.target.rpartition(":")[2].lower()
 
 
+def anchored(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields of a calculator with paths as they are from `folder` on: of its file, and of its Python."""
+    fields = dict(table)
+    calculator, python = fields.get("calculator"), fields.get("python")
+    if isinstance(calculator, str) and (file := _file_in(calculator)) is not None:
+        whole = folder / file.expanduser()
+        is_mace = calculator.startswith(MACE)
+        fields["calculator"] = f"{MACE}{whole}" if is_mace else f"{whole}:{calculator.rpartition(':')[2]}"
+    if isinstance(python, str) and "/" in python:
+        fields["python"] = str(folder / Path(python).expanduser())
+    return fields
+
+
+def _file_in(calculator: str) -> Path | None:
+    if calculator.startswith(MACE):
+        return Path(calculator.removeprefix(MACE)) if calculator != MACE else None
+    place = calculator.rpartition(":")[0]
+    return Path(place) if place.endswith(".py") else None
+
+
 def calculators(
     words: Sequence[str], *, arguments: str = "", level_of_theory: str = ""
 ) -> list[dict[str, Any]]:
-    """What `--calculator` says, as a configuration has it.
+    """What `--calculator` says, as a configuration has it; files are meant from this folder on, and in a
+    .toml file from its own.
 
     Args:
         words: calculators, or names of .toml files with the fields of `CalculatorSpec`.
@@ -111,7 +138,12 @@ def calculators(
     Raises:
         ServeError: a file or the arguments cannot be read, or it is not clear whose they are.
     """
-    tables = [read_toml(Path(word)) if word.endswith(".toml") else {"calculator": word} for word in words]
+    tables = [
+        anchored(read_toml(Path(word)), Path(word).absolute().parent)
+        if word.endswith(".toml")
+        else anchored({"calculator": word}, Path.cwd())
+        for word in words
+    ]
     if (arguments or level_of_theory) and len(tables) != 1:
         raise ServeError(
             "--calculator-arguments and --level-of-theory are about one --calculator: write a .toml file for"

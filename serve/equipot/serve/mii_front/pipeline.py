@@ -20,7 +20,7 @@ from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import CallError
 from equipot.serve.metrics import Metrics
-from equipot.serve.mii_front.texts import request_of, text_of, text_of_error
+from equipot.serve.mii_front.texts import request_of, text_of, text_of_error, within
 from equipot.serve.opening import Opened, open_models
 from equipot.serve.servicer import Gate, PotentialServicer
 from equipot.serve.status import Context
@@ -108,6 +108,7 @@ class Pipeline(Generic[ResponseT]):
 
     async def _answer(self, prompt: str, kwargs: Mapping[str, object]) -> str:
         try:
+            within(prompt, self._config.limits.message_bytes)
             request = request_of(prompt, kwargs)
             return text_of(request, await self._servicer.Predict(request, cast("Context", _Caller())))
         except CallError as error:

@@ -175,7 +175,7 @@ def _begin(config: ServeConfig) -> None:
     if config.device == "cpu":
         # DeepSpeed chooses its accelerator while MII imports it.
         os.environ["DS_ACCELERATOR"] = "cpu"
-    configure(config.log_format)
+    configure(config.log_format, config.log_level)
 
 
 def _answers(port: int, process: BaseProcess, stop: threading.Event) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from equipot.serve.errors import CallError, InvalidRequest
+from equipot.serve.errors import CallError, InvalidRequest, OverLimit
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import CodecError, StructureArrays, decode_predictions, encode_structures
 
@@ -20,6 +20,16 @@ PROPERTIES = {
     "forces": pb.PROPERTY_FORCES,
     "stress": pb.PROPERTY_STRESS,
 }
+
+
+def within(text: str, most_bytes: int) -> None:
+    """Raises OverLimit if a request is larger than a message may be."""
+    # Text beyond ASCII has more bytes than characters, and none of ours needs any.
+    if len(text) > most_bytes:
+        raise OverLimit(
+            f"the request has {len(text)} bytes, the limit is {most_bytes}: send fewer atoms",
+            facts={"max_message_bytes": str(most_bytes)},
+        )
 
 
 def request_of(text: str, options: Mapping[str, object]) -> pb.PredictRequest:

@@ -49,7 +49,7 @@ class Replica:
         check_ingress()
         config, _ = split(mapping, base=Path(base))
         self._config, self._workers = call_workers(config)
-        configure(self._config.log_format)
+        configure(self._config.log_format, self._config.log_level)
         use_threads(self._config.threads)
         metrics = Metrics()
         self._metrics: HttpSide | None = None
