@@ -250,7 +250,7 @@ def escaping(bundle: Path, folder: Path) -> bytes:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (damaged, "its checksum is not the card's"),
+        (damaged, "sha256 differs from the card's"),
         (escaping, "cannot be unpacked"),
         (lambda bundle, folder: b"no archive at all", "cannot be unpacked"),
         (lambda bundle, folder: packed(folder), "no bundle|should hold one bundle"),

@@ -34,6 +34,7 @@ from equipot.model.domain import DOMAIN_FILE, Domain
 from equipot.model.errors import BundleError
 from equipot.model.potential import Potential, count_parameters
 from equipot.model.references import References
+from equipot.model.shard_files import check_shard
 from equipot.model.sharding import Cut, Group, cut_of, parallel_config, spread
 from equipot.model.shards import ShardWriter, sha256_of, sync, write_text
 from equipot.model.uncertainty import Uncertainty
@@ -42,7 +43,6 @@ __all__ = [
     "BUNDLE_VERSION",
     "BundleCard",
     "Shard",
-    "check_shards",
     "load_potential",
     "load_uncertainty",
     "member_prefix",
@@ -162,7 +162,7 @@ def load_potential(
     card = read_card(path)
     rank, size = (0, 1) if group is None else (group.rank, group.size)
     for k, shard in enumerate(card.shards):
-        _check_shard(path, shard, verify=verify and k % size == rank)
+        check_shard(path, shard, verify=verify and k % size == rank)
     target = dtype or _DTYPES.get(card.dtype)
     if target is None:
         raise BundleError(f"{path}: stored as {card.dtype!r}; this equipot knows {', '.join(_DTYPES)}")
@@ -208,23 +208,13 @@ def load_uncertainty(path: str | Path, card: BundleCard) -> Uncertainty:
         known = [shard for shard in card.shards if shard.file == DOMAIN_FILE]
         if not known:
             raise BundleError(f"{path}: the card lists no {DOMAIN_FILE}; calibrate the bundle again")
-        _check_shard(Path(path), known[0], verify=True)
+        check_shard(Path(path), known[0], verify=True)
         try:
             tensors = load_file(Path(path) / DOMAIN_FILE)
             domain = Domain.from_tensors(tensors, card.config.elements, card.config.cutoff)
         except (SafetensorError, BundleError) as error:
             raise BundleError(f"{path}: {error}") from error
     return Uncertainty(card.members, card.uncertainty.calibration, domain, card.uncertainty.domain)
-
-
-def check_shards(path: str | Path, card: BundleCard) -> None:
-    """Checks every shard's size and sha256.
-
-    Raises:
-        BundleError: one is missing, truncated or altered.
-    """
-    for shard in card.shards:
-        _check_shard(Path(path), shard, verify=True)
 
 
 def tensor_reader(path: str | Path, card: BundleCard) -> Callable[[str], Tensor]:
@@ -305,26 +295,6 @@ def _check_tensor(
         raise BundleError(
             f"{where}: tensor {key!r} has shape {shape}, the config asks for {expected[key]}; "
             "export the model again"
-        )
-
-
-def _check_shard(path: Path, shard: Shard, *, verify: bool) -> None:
-    file = path / shard.file
-    if Path(shard.file).name != shard.file:
-        raise BundleError(
-            f"{path}: shard name {shard.file!r} leaves the bundle's folder; do not use this bundle"
-        )
-    if not file.is_file():
-        raise BundleError(f"{file}: shard is missing; copy or export the bundle again")
-    size = file.stat().st_size
-    if size != shard.bytes:
-        raise BundleError(
-            f"{file}: shard has {size} bytes, the card says {shard.bytes}; copy or export the bundle again"
-        )
-    if verify and sha256_of(file) != shard.sha256:
-        raise BundleError(
-            f"{file}: shard's sha256 differs from the card's, so it was altered or damaged; "
-            "copy or export the bundle again"
         )
 
 

@@ -20,13 +20,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from equipot.model import oci
+from equipot.model.card import read_card
 from equipot.model.errors import BundleError
+from equipot.model.shard_files import Readable, check_shards, chunks
 
 ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz|tar\.xz|tar\.bz2)$")
-CHUNK = 4 * 2**20
 ATTEMPTS = 5
 """Of a download, each going on where the one before it ended."""
 
@@ -37,14 +38,6 @@ _SHA256 = re.compile(r"(sha256:)?([0-9a-f]{64})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 logger = logging.getLogger(__name__)
-
-
-class Readable(Protocol):
-    """What can be read from: a reply."""
-
-    def read(self, amount: int, /) -> bytes:
-        """At most so many bytes, none at the end."""
-        ...
 
 
 def fetch(url: str, *, out: Path, name: str, sha256: str, token: str = "") -> Path:
@@ -103,23 +96,13 @@ def check(bundle: Path) -> str:
     Raises:
         BundleError: not a bundle, or a damaged one.
     """
-    from equipot.model.card import read_card
-
     card = read_card(bundle)
-    for shard in card.shards:
-        file = bundle / shard.file
-        if not file.is_file():
-            raise BundleError(f"{file} is missing: the bundle was not copied whole")
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
-                raise BundleError(f"{file} is damaged: its checksum is not the card's")
+    check_shards(bundle, card)
     return card.digest.removeprefix("sha256:")
 
 
 def _is_there(target: Path, note: Path, wanted: str) -> bool:
     """Whether an earlier fetch ended well; shards are checked again when the bundle is loaded."""
-    from equipot.model.card import read_card
-
     try:
         known = json.loads(note.read_text())
         return known["sha256"] == wanted and read_card(target).digest == f"sha256:{known['digest']}"
@@ -195,7 +178,7 @@ def _download(url: str, file: Path, token: str) -> str:
 
 def _copy(source: Readable, target: BinaryIO) -> int:
     copied = 0
-    while chunk := source.read(CHUNK):
+    for chunk in chunks(source):
         target.write(chunk)
         copied += len(chunk)
     return copied

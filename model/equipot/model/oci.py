@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from equipot.model.errors import BundleError
+from equipot.model.shard_files import chunks
 
 MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json",
@@ -31,7 +32,6 @@ TITLE = "org.opencontainers.image.title"
 UNPACK = "io.deis.oras.content.unpack"
 LARGEST_MANIFEST = 4 * 2**20
 TIMEOUT = 60.0
-CHUNK = 4 * 2**20
 
 _REFERENCE = re.compile(
     r"(?P<host>[^/]+)/(?P<name>[a-z0-9._/-]+?)(?:@(?P<digest>sha256:[0-9a-f]{64})|:(?P<tag>[\w.-]+))?"
@@ -88,7 +88,7 @@ class _Registry:
     def blob(self, digest: str, target: BinaryIO) -> None:
         checksum = hashlib.sha256()
         with self._open(f"{self._base}/blobs/{digest}") as reply:
-            while chunk := reply.read(CHUNK):
+            for chunk in chunks(reply):
                 checksum.update(chunk)
                 target.write(chunk)
         if f"sha256:{checksum.hexdigest()}" != digest:
@@ -164,5 +164,5 @@ def _write(blob: BinaryIO, folder: Path, title: str) -> None:
         raise BundleError(f"a file of the artifact is called {title!r}, which leads out of the folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as file:
-        while chunk := blob.read(CHUNK):
+        for chunk in chunks(blob):
             file.write(chunk)

@@ -6,10 +6,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from equipot.model.bundle import check_shards
 from equipot.model.card import BundleCard, read_card
 from equipot.model.elements import symbol
 from equipot.model.errors import ModelError
+from equipot.model.shard_files import check_shards
 from equipot.train.dataset import Sizes
 from equipot.train.errors import DataError
 from equipot.train.finetune import (

@@ -5,7 +5,6 @@ The only room of fsspec.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -22,11 +21,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from equipot.model.card import CARD_FILE, Shard, read_card
 from equipot.model.errors import BundleError
+from equipot.model.shard_files import AGAIN, copy_shard
 from equipot.serve.errors import ServeError
 from equipot.serve.repository import labels
 from equipot.serve.repository.versions import NAME, is_version, order
 
-CHUNK_BYTES = 4 * 2**20
 STALE_SECONDS = 86_400.0
 """A half-fetched bundle this old belongs to a process that died."""
 
@@ -230,35 +229,15 @@ class Source:
             raise self._unreadable(path, error) from error
 
     def _fetch_shard(self, folder: str, shard: Shard, into: Path) -> None:
-        if Path(shard.file).name != shard.file:
-            raise BundleError(f"shard name {shard.file!r} leaves the bundle's folder; do not use this bundle")
-        sum_, size = hashlib.sha256(), 0
         try:
-            with (
-                self._fs.open(f"{folder}/{shard.file}", "rb") as remote,
-                (into / shard.file).open("wb") as file,
-            ):
-                while chunk := remote.read(CHUNK_BYTES):
-                    size += len(chunk)
-                    if size > shard.bytes:
-                        break
-                    sum_.update(chunk)
-                    file.write(chunk)
+            with self._fs.open(f"{folder}/{shard.file}", "rb") as remote:
+                copy_shard(remote, shard, into)
+        except BundleError:
+            raise
         except FileNotFoundError as error:
-            raise BundleError(f"{shard.file}: shard is missing; copy or export the bundle again") from error
+            raise BundleError(f"{shard.file}: shard is missing; {AGAIN}") from error
         except Exception as error:
             raise self._unreadable(f"{folder}/{shard.file}", error) from error
-        if size != shard.bytes:
-            at_least = "more than " if size > shard.bytes else ""
-            raise BundleError(
-                f"{shard.file}: shard has {at_least}{min(size, shard.bytes)} bytes, the card says"
-                f" {shard.bytes}; copy or export the bundle again"
-            )
-        if sum_.hexdigest() != shard.sha256:
-            raise BundleError(
-                f"{shard.file}: shard's sha256 differs from the card's, so it was altered or damaged;"
-                " copy or export the bundle again"
-            )
 
     def _name(self, aside: Path, target: Path) -> None:
         try:

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from equipot.model.bundle import check_shards, load_potential, member_prefix, tensor_reader, write_bundle
+from equipot.model.bundle import load_potential, member_prefix, tensor_reader, write_bundle
 from equipot.model.card import BundleCard, read_card
 from equipot.model.config import ModelConfig
 from equipot.model.potential import Potential
 from equipot.model.references import References
+from equipot.model.shard_files import check_shards
 from equipot.model.uncertainty import Uncertainty
 from equipot.train.errors import TrainError
 from equipot.train.long_work import told_bar
