@@ -58,27 +58,60 @@ def test_without_noise_parameters_are_exact_in_one_and_two_variables() -> None:
     assert joint.best.exponent[0] == pytest.approx([0.5, 0.4], rel=1e-2)
 
 
-def test_bands_and_intervals_hold_about_as_often_as_they_say() -> None:
-    x = np.repeat(SIZES, 2)
-    at = np.array([[1e4], [5e5], [2e6]])  # the last is four times beyond the largest
+def held(
+    settings: NDArray[np.float64], seeds: int, misfit: float, noise: float, repeats: int, replicates: int
+) -> NDArray[np.float64]:
+    """How often 90 % bands of the law, of another run, and the exponent's interval hold, over repeats.
+
+    Settings deviate from the law by themselves, all seeds of one together, as a real study's do.
+    """
+    x = np.repeat(settings, seeds)
+    at = np.array([[settings[2] * 1.5], [settings[-1]], [settings[-1] * 4]])
     true = 0.05 + 2.0 * at[:, 0] ** -0.35
-    repeats, hits = 40, np.zeros(9)
+    hits = np.zeros(7)
     for seed in range(repeats):
-        fit = fit_law(x[:, None], noisy(x, seed), replicates=80, level=0.9, seed=seed)
-        band, run = fit.band(at), noisy(at[:, 0], 1000 + seed)
-        found = fit.intervals(["N"])
+        random = np.random.default_rng(100 + seed)
+        off = np.repeat(random.normal(scale=misfit, size=len(settings)), seeds)
+        losses = noisy(x, seed, noise=noise) * np.exp(off)
+        fit = fit_law(x[:, None], losses, replicates=replicates, level=0.9, seed=seed)
+        band = fit.band(at)
+        run = noisy(at[:, 0], 1000 + seed, noise=float(np.hypot(noise, misfit)))
+        exponent = fit.intervals(["N"])["exponent"]
         hits += [
             *((band.low < true) & (true < band.high)),
             *((band.run_low < run) & (run < band.run_high)),
-            found["exponent"].low < 0.35 < found["exponent"].high,
-            found["exponent"].low_by_pairs < 0.35 < found["exponent"].high_by_pairs,
-            found["E"].low < 0.05 < found["E"].high,
+            exponent.low < 0.35 < exponent.high,
         ]
-    rates = hits / repeats
-    # of 40 repeats at 90 %, fewer than 29 hold once in a thousand; bands of few points are a bit narrow
-    assert (rates >= 0.72).all(), rates
-    assert rates.mean() >= 0.82, rates
-    assert rates.mean() <= 0.98, rates
+    rates: NDArray[np.float64] = hits / repeats
+    return rates
+
+
+def test_bands_hold_though_the_law_is_not_exact_and_seeds_agree_on_it() -> None:
+    rates = held(SIZES, 3, misfit=0.03, noise=0.006, repeats=24, replicates=60)
+    # residuals taken for independent hold the law's band at 60 % to 70 % of these; 24 repeats at 90 % hold
+    # fewer than 17 once in a hundred
+    assert (rates >= 17 / 24).all(), rates
+    assert rates.mean() >= 0.83, rates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "seeds", "misfit", "noise"),
+    [
+        (SIZES, 2, 0.0, 0.03),
+        (SIZES, 3, 0.02, 0.02),
+        (SIZES, 3, 0.03, 0.005),
+        (np.geomspace(1e3, 5e5, 11), 3, 0.0, 0.03),
+        (SIZES, 1, 0.0, 0.03),
+    ],
+)
+def test_bands_hold_as_often_as_they_say(
+    settings: NDArray[np.float64], seeds: int, misfit: float, noise: float
+) -> None:
+    rates = held(settings, seeds, misfit, noise, repeats=150, replicates=150)
+    # of 150 at 90 %, fewer than 122 hold once in a thousand
+    assert (rates >= 122 / 150).all(), rates
+    assert 0.86 <= rates.mean() <= 0.98, rates
 
 
 def test_a_run_is_less_certain_than_the_law_and_both_less_beyond_the_points() -> None:

@@ -13,6 +13,8 @@ from equipot.train.scaling.rows import Row
 from equipot.train.scaling.slices import Family, setting_of
 
 SHARES = (0.25, 1.0)
+WANTED_SOURCES = 2
+"""On so many, at least, a better architecture has to reach the base's loss."""
 _ALLOWED = 1.06
 """A share of the compute may be exceeded by so much: steps are whole numbers."""
 
@@ -36,6 +38,16 @@ class Contest:
     def surely_reached(self) -> list[str]:
         """Those on which it is below in the eyes of the seeds."""
         return [name for name in self.reached if self.by_source[name].significant]
+
+    @property
+    def compute(self) -> float:
+        """Model FLOPs of the candidate over those of its rival, as they were; the most of any pair."""
+        return max(mine.flops / theirs.flops for theirs, mine in self.pairs)
+
+    @property
+    def clock(self) -> Effect | None:
+        """Seconds of training over the rival's: of processes that shared their machine with others."""
+        return effect([(a.seconds, b.seconds) for a, b in self.pairs if a.seconds and b.seconds])
 
 
 ALL = "all sources"

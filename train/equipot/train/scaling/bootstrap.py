@@ -1,9 +1,12 @@
 """A law fitted to losses, with what is not known of it: bands of confidence and of prediction, intervals.
 
-Bands come from a residual bootstrap: new losses are the fitted ones times resampled residuals, whose spread
-is drawn anew for each replicate from what its n − p degrees of freedom leave open, so that bands of a dozen
-points are wide enough. A pairs bootstrap (settings drawn with replacement, then the seeds of each) stands
-beside it for the parameters' intervals: it takes nothing for granted of the residuals.
+Losses differ from a law by the seed and by the setting: what the law does not describe moves all seeds of a
+setting together. Bands therefore come from a bootstrap of two levels, in which settings and seeds deviate by
+themselves; taking seeds of one setting for independent would make bands the narrower, the more seeds there
+are. Both spreads are drawn anew for each replicate from what their degrees of freedom leave open, so that
+bands of a dozen points are wide enough: to a linear law they would be those of Student's t. A pairs bootstrap
+(settings drawn with replacement, then the seeds of each) stands beside it for the parameters' intervals: it
+takes nothing for granted of the residuals.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ LEVEL = 0.95
 _AT_BOUND = 0.02  # in log α
 _RUNS = 8
 _FREE = 2  # degrees of freedom at least
+_NO_MISFIT = 0.25  # a greater probability of settings that deviate so by their seeds alone: one level
 
 
 class TooFewPointsError(Exception):
@@ -69,6 +73,60 @@ class Band:
         return {name: getattr(self, name).tolist() for name in self.__slots__}
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of the residuals about a law, in log loss, at two levels."""
+
+    seeds: float
+    """Standard deviation of a run about its setting."""
+    settings: float
+    """Of a setting about the law; 0 where its seeds alone explain how it deviates, or it has none."""
+    seeds_free: int
+    """Degrees of freedom."""
+    settings_free: int
+    """Of the settings' means about the law; 0 if one level is told."""
+    a_setting: float
+    """Seeds of a setting, as they count for the spread of its mean."""
+    mean_square: float
+    """What the law's own mean square is to be measured by, with the degrees of freedom of the level."""
+
+    @staticmethod
+    def of(left: Array, setting_of: Array, p: int) -> Spread:
+        """Of residuals (n,) about a law of p parameters."""
+        n, size = len(left), np.bincount(setting_of)
+        square, settings = float(np.square(left).sum()), len(size)
+        pooled = square / (n - p)
+        one = Spread(math.sqrt(pooled), 0.0, n - p, 0, 1.0, pooled)
+        if n == settings:
+            return one
+        means = np.bincount(setting_of, left) / size
+        between = float((size * np.square(means)).sum()) / (settings - p)
+        within = max(float(np.square(left - means[setting_of]).sum()) / (n - settings), 1e-300)
+        if stats.f.sf(between / within, settings - p, n - settings) > _NO_MISFIT:
+            return one
+        usual = (n - float(np.square(size).sum()) / n) / (settings - 1)
+        misfit = math.sqrt(max(between - within, 0.0) / usual)
+        return Spread(math.sqrt(within), misfit, n - settings, settings - p, usual, between)
+
+    @property
+    def total(self) -> float:
+        """Standard deviation of a run about the law."""
+        return math.hypot(self.seeds, self.settings)
+
+    @property
+    def free(self) -> int:
+        """Degrees of freedom of `mean_square`."""
+        return self.settings_free or self.seeds_free
+
+    def drawn(self, replicates: int, random: np.random.Generator) -> tuple[Array, Array]:
+        """(R,) spreads of seeds and of settings that these residuals leave open."""
+        seeds = np.square(self.seeds) * self.seeds_free / random.chisquare(self.seeds_free, replicates)
+        if not self.settings_free:
+            return np.sqrt(seeds), np.zeros(replicates)
+        means = self.mean_square * self.settings_free / random.chisquare(self.settings_free, replicates)
+        return np.sqrt(seeds), np.sqrt(np.maximum(means - seeds, 0.0) / self.a_setting)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LawFit:
     """A fitted law and its replicates."""
@@ -76,12 +134,12 @@ class LawFit:
     best: Parameters
     replicates: Parameters
     by_pairs: Parameters
-    spread: float
-    """Of the residuals, in log loss: seeds, and what the law does not describe."""
+    spread: Spread
+    """Of the residuals."""
     seed_spread: float | None
     """Of the seeds about the mean of their setting, in log loss."""
     noise: Array
-    """(R,) the residuals' spread in each replicate"""
+    """(R,) the spread of a run about the law in each replicate"""
     points: int
     settings: int
     trend: float
@@ -169,18 +227,16 @@ def fit_law(
     p = 1 + 2 * k
     numbers = {each: number for number, each in enumerate(dict.fromkeys(settings or map(tuple, x.tolist())))}
     setting_of = np.array([numbers[each] for each in settings or map(tuple, x.tolist())])
-    _check(len(numbers), x, p)
+    _check(len(numbers), x)
     problem, log_y = Problem.of(x), np.log(losses)
     theta, delta = fit_once(problem, log_y)
-    left, leverage = residuals(problem, theta, log_y)
-    free = n - p
-    spread = math.sqrt(float(np.square(left).sum()) / free)
+    left = residuals(problem, theta, log_y)
+    spread = Spread.of(left, setting_of, p)
     random = np.random.default_rng(seed)
-    noise = spread * np.sqrt(free / random.chisquare(free, replicates))
-    freed = left / np.sqrt(np.maximum(1 - leverage, 0.05))  # as large as if they had no part in the fit
-    drawn = random.choice(freed - freed.mean(), (replicates, n))
-    fitted = log_y - left
-    again = fitted + drawn * (noise / max(spread, 1e-300))[:, None]
+    by_seed, by_setting = spread.drawn(replicates, random)
+    drawn = by_seed[:, None] * random.standard_normal((replicates, n))
+    drawn += by_setting[:, None] * random.standard_normal((replicates, len(numbers)))[:, setting_of]
+    again = log_y - left + drawn
     begin = np.broadcast_to(theta, (replicates, p))
     found, _ = problem.solve(again, begin, delta)
     weight = _pairs(setting_of, replicates, random)
@@ -191,12 +247,17 @@ def fit_law(
         by_pairs=problem.parameters(by_pairs),
         spread=spread,
         seed_spread=pooled_spread(log_y, setting_of),
-        noise=noise,
+        noise=np.hypot(by_seed, by_setting),
         points=n,
         settings=len(numbers),
-        trend=_trend(log_y, left, p),
+        trend=_trend(log_y, left, p, spread),
         level=level,
     )
+
+
+def settings_needed(variables: int) -> int:
+    """Different settings that a law of so many variables has to be fitted to, at least."""
+    return 2 + 2 * variables
 
 
 def pooled_spread(values: Array, group: Array | Any) -> float | None:  # noqa: ANN401 - labels of any type
@@ -209,11 +270,12 @@ def pooled_spread(values: Array, group: Array | Any) -> float | None:  # noqa: A
     return math.sqrt(square / free) if free else None
 
 
-def _check(settings: int, x: Array, p: int) -> None:
+def _check(settings: int, x: Array) -> None:
     n, k = x.shape
-    if settings < p + 1:
+    p, needed = 1 + 2 * k, settings_needed(k)
+    if settings < needed:
         raise TooFewPointsError(
-            f"{settings} different setting(s), and a law of {p} parameters needs at least {p + 1}"
+            f"{settings} different setting(s), and a law of {p} parameters needs at least {needed}"
         )
     if n < p + _FREE:
         raise TooFewPointsError(
@@ -235,9 +297,7 @@ def _pairs(setting_of: Any, replicates: int, random: np.random.Generator) -> Arr
     return weight
 
 
-def _trend(log_y: Array, left: Array, p: int) -> float:
-    free = len(log_y) - p
+def _trend(log_y: Array, left: Array, p: int, spread: Spread) -> float:
     without = float(np.square(log_y - log_y.mean()).sum())
-    within = max(float(np.square(left).sum()), 1e-300)
-    ratio = max(without - within, 0.0) / (p - 1) / (within / free)
-    return float(stats.f.sf(ratio, p - 1, free))
+    gained = max(without - float(np.square(left).sum()), 0.0) / (p - 1)
+    return float(stats.f.sf(gained / max(spread.mean_square, 1e-300), p - 1, spread.free))

@@ -111,9 +111,10 @@ def memory(
 
 def _results(directory: Path) -> StudyResults:
     results = read_study(directory)
-    if results.unfinished:
+    if results.left_out:
+        ends = ", ".join(f"{count} {word}" for word, count in results.left_out.items())
         Console(stderr=True, highlight=False).print(
-            escape(f"note: {len(results.unfinished)} point(s) are not finished and left out"), soft_wrap=True
+            escape(f"note: points left out of all fits: {ends}"), soft_wrap=True
         )
     return results
 

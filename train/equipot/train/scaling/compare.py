@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,12 @@ from scipy import stats
 
 from equipot.train.scaling.fit import DATA, SIZE, Fits, Law
 from equipot.train.scaling.rows import METRICS, Row
-from equipot.train.scaling.slices import Family
+from equipot.train.scaling.slices import VARIABLES, Family
 
 SIGNIFICANT = 0.05
 """A smaller probability tells an effect from none; intervals of effects leave out so much."""
+_LEAST_PAIRS = 4
+"""Of a line through them: two degrees of freedom."""
 _CLOSE = 1.1
 """Compute whose ratio is less is equal, where widths are chosen for it."""
 
@@ -64,6 +66,28 @@ class LawShift:
         return not self.exponent[1] <= 0 <= self.exponent[2]
 
 
+@dataclass(frozen=True, slots=True)
+class Tilt:
+    """How the base's lead over a family changes along a variable, whatever form their laws have.
+
+    The difference of local exponents, d log L / d log x with its sign turned, of the family less the base, by
+    least squares of the pairs' log ratios; the interval is Student's t over the pairs.
+    """
+
+    variable: str
+    values: int
+    """Different ones."""
+    pairs: int
+    exponent: float
+    low: float
+    high: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return not self.low <= 0 <= self.high
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
     """A family against the base."""
@@ -77,6 +101,7 @@ class Comparison:
     """(base, family)"""
     effects: Mapping[str, Effect]
     shifts: tuple[LawShift, ...]
+    tilts: tuple[Tilt, ...]
 
 
 _Key = Callable[[Row], Hashable]
@@ -129,6 +154,7 @@ def compare(rows: Sequence[Row], fits: Fits, family: Family) -> Comparison:
         pairs=tuple(pairs),
         effects={metric: effect for metric in METRICS if (effect := effect_of(pairs, metric))},
         shifts=tuple(_shifts(fits, family)),
+        tilts=tuple(_tilts(pairs)) if how == _PAIRINGS[0][0] else (),
     )
 
 
@@ -169,6 +195,29 @@ def _paired(
             best = min(near, key=lambda other: abs(np.log(other.flops / row.flops)))
             pairs.append((best, row))
     return pairs
+
+
+def _tilts(pairs: Sequence[tuple[Row, Row]]) -> Iterator[Tilt]:
+    """In parameters at equal data, and in data at equal size, along the longest series of each."""
+    held: Mapping[str, _Key] = {
+        SIZE[0]: lambda row: (row.layers, row.steps, row.data_fraction),
+        DATA[0]: lambda row: (row.layers, row.steps, row.width),
+    }
+    for variable, key in held.items():
+        alike: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
+        for base, other in pairs:
+            one, two = base.value("loss"), other.value("loss")
+            if one and two:
+                alike[key(base)].append((float(np.log(VARIABLES[variable](base))), float(np.log(two / one))))
+        longest = max(alike.values(), key=lambda each: (len(set(dict(each))), len(each)), default=[])
+        values = len(set(dict(longest)))
+        if values < 2 or len(longest) < _LEAST_PAIRS:
+            continue
+        x, y = np.array(longest).T
+        found = stats.linregress(x, y)
+        half = float(stats.t.ppf(1 - SIGNIFICANT / 2, len(x) - 2)) * float(found.stderr)
+        slope = -float(found.slope)
+        yield Tilt(variable, values, len(x), slope, slope - half, slope + half)
 
 
 def _shifts(fits: Fits, family: Family) -> list[LawShift]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from equipot.train.scaling.slices import (
     frontier,
     setting_of,
     slices,
+    trend_of_frontier,
     variables_of,
 )
 
@@ -49,6 +51,11 @@ class Foretold:
     high: float
 
     @property
+    def error(self) -> float:
+        """Of the prediction, relative to what was observed."""
+        return self.fitted / self.observed - 1
+
+    @property
     def inside(self) -> bool:
         """Whether it lies within the band of another run."""
         return self.low <= self.observed <= self.high
@@ -60,7 +67,7 @@ class Foretold:
             "observed": self.observed,
             "predicted": self.fitted,
             "run_interval": [self.low, self.high],
-            "relative_error": self.fitted / self.observed - 1,
+            "relative_error": self.error,
             "inside": self.inside,
         }
 
@@ -104,7 +111,8 @@ class Law:
                 },
                 "settings": self.fit.settings,
                 "level": self.fit.level,
-                "residual_spread": self.fit.spread,
+                "residual_spread": self.fit.spread.total,
+                "setting_spread": self.fit.spread.settings,
                 "seed_spread": self.fit.seed_spread,
                 "probability_without_trend": self.fit.trend,
             }
@@ -138,6 +146,8 @@ class Fits:
     """That a point of the base family was trained for."""
     layers: int
     """Of the optima."""
+    left_out: Mapping[str, int]
+    """How many points have no part in any fit, by how they ended, or "unfinished"."""
 
     def of(self, kind: tuple[str, ...], metric: str = "loss", family: Family | None = None) -> list[Law]:
         """Laws of a kind, of a family or of the base, that with the most settings first."""
@@ -181,6 +191,7 @@ class Fits:
                 for each in self.optima
             ],
             "no_optimum": self.no_optimum or None,
+            "left_out": dict(self.left_out),
         }
 
 
@@ -212,7 +223,11 @@ def fit_study(
     laws = []
     for k, (metric, each) in enumerate(wanted):
         on_progress(f"{metric} over {each.title}", k / len(wanted))
-        laws.append(_law(metric, each, replicates, level))
+        law = _law(metric, each, replicates, level)
+        if law.fit is not None and each.variables == COMPUTE:
+            family = [row for row in rows if Family.of(row) == each.family]
+            law = replace(law, fit=replace(law.fit, trend=trend_of_frontier(family)))
+        laws.append(law)
     mine = [row for row in rows if Family.of(row) == base]
     dearest = max(row.flops for row in mine)
     optima, problem, layers = _optima(laws, base, budgets or (dearest, 10 * dearest))
@@ -226,6 +241,7 @@ def fit_study(
         epoch_structures=max(row.train_structures for row in full),
         most_epochs=max(row.epochs for row in full),
         layers=layers,
+        left_out=results.left_out,
     )
 
 
@@ -258,7 +274,9 @@ def _law(metric: str, each: Slice, replicates: int, level: float) -> Law:
     try:
         # the compute of a setting's seeds differs a little, by the structures that they met
         settings = [setting_of(row) for row in there] if each.variables == COMPUTE else None
-        fit = fit_law(x, losses, settings=settings, replicates=replicates, level=level)
+        # of each law by itself: laws are compared by their replicates, as if those were independent
+        seed = zlib.crc32(repr((metric, each.family, each.title)).encode())
+        fit = fit_law(x, losses, settings=settings, replicates=replicates, level=level, seed=seed)
     except TooFewPointsError as error:
         return Law(metric, each, None, str(error), ())
     held = [row for row in each.held_out if row.value(metric) is not None]
@@ -284,7 +302,8 @@ def _optima(laws: Sequence[Law], base: Family, budgets: Sequence[float]) -> tupl
         try:
             costs = Costs.of(law.slice.rows)
             batch = min(row.structures_per_step for row in law.slice.rows)
-            return [best_use(law.fit, costs, budget, batch) for budget in budgets], "", layers
+            seen = max(row.structures for row in law.slice.rows)
+            return [best_use(law.fit, costs, budget, batch, seen) for budget in budgets], "", layers
         except TooFewPointsError as error:
             problems.append(str(error))
     advice = "; train models of several sizes for several lengths (in steps or FLOPs) on the full data"

@@ -169,7 +169,7 @@ def fit_once(problem: Problem, log_y: Array) -> tuple[Array, float]:
     many = np.broadcast_to(log_y, (len(starts), len(log_y)))
     theta, cost = problem.solve(many, starts, LEAST_DELTA)
     best = theta[cost.argmin()]
-    left, _ = residuals(problem, best, log_y)
+    left = residuals(problem, best, log_y)
     free = max(len(log_y) - len(best), 1)
     spread = 1.4826 * float(np.median(np.abs(left))) * math.sqrt(len(log_y) / free)
     delta = max(LEAST_DELTA, _ROBUST * spread)
@@ -177,12 +177,11 @@ def fit_once(problem: Problem, log_y: Array) -> tuple[Array, float]:
     return theta[cost.argmin()], delta
 
 
-def residuals(problem: Problem, theta: Array, log_y: Array) -> tuple[Array, Array]:
-    """(n,) log of observed over fitted losses, and each point's leverage: its share in its own fit."""
-    residual, slopes = problem._residual(theta[None], log_y[None])
-    base, _ = np.linalg.qr(slopes[0])
-    leverage: Array = np.square(base).sum(axis=1)
-    return -residual[0], leverage
+def residuals(problem: Problem, theta: Array, log_y: Array) -> Array:
+    """(n,) log of observed over fitted losses."""
+    residual, _ = problem._residual(theta[None], log_y[None])
+    found: Array = -residual[0]
+    return found
 
 
 def _cost(residual: Array, weight: Array, delta: float) -> Array:

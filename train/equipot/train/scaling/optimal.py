@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,8 @@ class Optimum:
     band: Band
     at_end: bool
     """No width within reach was too small (or too large): the optimum is beyond."""
+    within: Optimum | None = None
+    """The best use that sees no more structures than a point has; None if no width trains so few."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -87,10 +89,11 @@ class Optimum:
             "law_interval": [float(self.band.low[0]), float(self.band.high[0])],
             "run_interval": [float(self.band.run_low[0]), float(self.band.run_high[0])],
             "beyond_reach": self.at_end,
+            "within_what_was_seen": None if self.within is None else self.within.to_json(),
         }
 
 
-def best_use(fit: LawFit, costs: Costs, budget: float, batch: int) -> Optimum:
+def best_use(fit: LawFit, costs: Costs, budget: float, batch: int, most_seen: float) -> Optimum:
     """Minimise the law along all models that the budget can train.
 
     Args:
@@ -98,15 +101,24 @@ def best_use(fit: LawFit, costs: Costs, budget: float, batch: int) -> Optimum:
         costs: by width.
         budget: model FLOPs.
         batch: structures per step: fewer are not seen.
+        most_seen: structures that a point has seen: the best use within it is given, too.
 
     Raises:
         TooFewPointsError: the budget does not train the narrowest model for a step.
     """
     widths = np.unique(np.geomspace(_LEAST_WIDTH, _MOST_WIDTH, _WIDTHS).round())
     structures = budget / costs.flops_at(widths)
-    widths, structures = widths[structures >= batch], structures[structures >= batch]
-    if not len(widths):
+    paid = structures >= batch
+    if not paid.any():
         raise TooFewPointsError(f"a budget of {budget:.3g} FLOPs does not pay for a single step of {batch}")
+    whole = _best(fit, costs, budget, widths[paid], structures[paid])
+    few = paid & (structures <= most_seen)
+    return replace(
+        whole, within=_best(fit, costs, budget, widths[few], structures[few]) if few.any() else None
+    )
+
+
+def _best(fit: LawFit, costs: Costs, budget: float, widths: Array, structures: Array) -> Optimum:
     x = np.stack([costs.parameters_at(widths), structures], axis=1)
     best = int(fit.best.curve(x)[0].argmin())
     tail = 100 * (1 - fit.level) / 2

@@ -16,12 +16,14 @@ from equipot.train.scaling import (
     figures_depth,
     figures_errors,
     figures_laws,
+    standings,
     tables,
     verdicts,
 )
-from equipot.train.scaling.better import contests, papers_family
+from equipot.train.scaling.answers import Answer, answers, opponents
+from equipot.train.scaling.better import Contest, contests, papers_family
 from equipot.train.scaling.bootstrap import LEVEL
-from equipot.train.scaling.compare import compare_families
+from equipot.train.scaling.compare import Comparison, compare_families
 from equipot.train.scaling.fit import COMPUTE, DATA, SIZE, Fits
 from equipot.train.scaling.folder import StudyFolder, read_json
 from equipot.train.scaling.page import Part, Picture, render
@@ -60,12 +62,15 @@ def write_report(results: StudyResults, fits: Fits, when: str) -> Written:
     folder = results.path / FIGURES
     folder.mkdir(exist_ok=True)
     album = _Album(folder)
+    said = _Findings.of(results.usable, fits)
     with style():
-        parts = list(_parts(results, fits, album))
+        parts = list(_parts(results, fits, said, album))
     page = results.path / PAGE
     declared = read_json(StudyFolder(results.path).resolved) or {}
     title = f"Scaling study {declared.get('name', results.path.name)}"
-    page.write_text(render(title, _scope(results, fits, declared), when, parts), encoding="utf-8")
+    page.write_text(
+        render(title, _scope(results, fits, declared), said.answers(fits), when, parts), encoding="utf-8"
+    )
     return Written(page, write_fits(results, fits), write_results(results), tuple(album.paths))
 
 
@@ -86,10 +91,39 @@ class _Album:
         return [Picture(save(figure, path), caption)]
 
 
-def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Findings:
+    """What several parts speak of."""
+
+    compared: Sequence[Comparison]
+    rivals: Sequence[Contest]
+    """Of the base."""
+    paper: Family | None
+    against_paper: Sequence[Contest]
+    standings: Sequence[standings.Standing]
+    series: Sequence[figures_depth.DepthSeries]
+
+    @staticmethod
+    def of(rows: Sequence[Row], fits: Fits) -> _Findings:
+        paper = papers_family(rows)
+        against = [] if paper is None else contests(rows, paper, opponents(rows, fits.base))
+        return _Findings(
+            compared=compare_families(rows, fits),
+            rivals=contests(rows, fits.base),
+            paper=paper,
+            against_paper=against,
+            standings=standings.standings(against, paper.label(fits.base), fits.base) if paper else [],
+            series=figures_depth.depth_series(rows, fits.base),
+        )
+
+    def answers(self, fits: Fits) -> list[Answer]:
+        return list(answers(fits, self.compared, self.rivals, self.standings, self.series))
+
+
+def _parts(results: StudyResults, fits: Fits, said: _Findings, album: _Album) -> Iterable[Part]:
     rows = results.usable
     level = next((law.fit.level for law in fits.laws if law.fit), LEVEL)
-    found = compare_families(rows, fits)
+    found = said.compared
     confounds = [each for each in found if figures_compare.is_confound(each)]
     architectures = [each for each in found if figures_compare.is_architecture(each)]
     bands = (
@@ -139,7 +173,7 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
         [tables.held_out(fits)],
         "",
     )
-    series = figures_depth.depth_series(rows, fits.base)
+    series = said.series
     yield Part(
         "Width against depth, and over-smoothing",
         "Does width beat depth at equal size, and can depth be rescued?",
@@ -194,11 +228,14 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
         [tables.comparisons(architectures)],
         "One rule of learning rates for all, and sizes of this study alone.",
     )
-    rivals = contests(rows, fits.base)
+    rivals = said.rivals
     yield Part(
         "A better EGNN",
         "Is the base's error reached with a quarter of its compute?",
-        list(verdicts.of_contests(rivals, "the base", fits.base)),
+        [
+            *verdicts.of_quarter(rivals, fits.base),
+            *verdicts.of_contests([each for each in rivals if each.share == 1.0], "the base", fits.base),
+        ],
         album.draw(
             "better",
             "Ratios of losses, paired by seed; 1 is the base at full compute.",
@@ -207,7 +244,7 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
         [tables.contests(rivals, fits.base)],
         "Compute is counted in model FLOPs; the clock depends on the kernels.",
     )
-    yield from _against_the_paper(rows, fits, album)
+    yield _against_the_paper(fits, said, album)
     yield from _errors(results, fits, album)
     memory, measured = read_memory(results.path)
     yield Part(
@@ -225,25 +262,26 @@ def _parts(results: StudyResults, fits: Fits, album: _Album) -> Iterable[Part]:
     )
 
 
-def _against_the_paper(rows: Sequence[Row], fits: Fits, album: _Album) -> Iterable[Part]:
-    paper = papers_family(rows)
-    ours = {fits.base} | {
-        family for family in map(Family.of, rows) if {"architecture"} == set(family.changes(fits.base))
-    }
-    found = [] if paper is None else contests(rows, paper, ours)
-    name = "the paper's network" if paper is None else paper.label(fits.base)
-    yield Part(
+def _against_the_paper(fits: Fits, said: _Findings, album: _Album) -> Part:
+    name = "the paper's network" if said.paper is None else said.paper.label(fits.base)
+    return Part(
         "Against the paper's network",
         "On the same structures and with the same compute, what is its network (raw coordinates, no "
-        "residuals, no normalisation) worth?",
-        list(verdicts.of_contests(found, name, fits.base)),
+        "residuals, no normalisation) worth, on held-out frames and on sources never trained on?",
+        [
+            *(line for each in said.standings[1:] for line in standings.verdict(each, "the paper's network")),
+            *verdicts.of_contests(said.against_paper, name, fits.base),
+        ],
         album.draw(
             "paper",
-            "Ratios of losses, paired by seed; 1 is the paper's network.",
-            lambda: figures_compare.of_contests(found, fits.base),
+            "Ratios of test losses, paired by seed; 1 is the paper's network. Intervals of 95%.",
+            lambda: figures_compare.of_contests(said.against_paper, fits.base),
         ),
-        [tables.contests(found, fits.base)],
-        "The paper's data, size and optimiser were others; what is compared here is the function.",
+        [tables.standings(said.standings)] if said.standings else [],
+        "The paper's data, size and optimiser were others; what is compared here is the function. Of each "
+        "network's widths that of least validation loss is shown; one rule of learning rates serves all. "
+        "Silicon's energies are so much larger than those of molecules that plain means of energy errors are "
+        "those of silicon: read the mean of sources.",
     )
 
 
@@ -284,10 +322,6 @@ def best_row(rows: Sequence[Row], base: Family) -> Row:
 
 def _scope(results: StudyResults, fits: Fits, declared: Mapping[str, Any]) -> Sequence[str]:
     rows = results.usable
-    ended: Mapping[str, int] = {}
-    for row in results.rows:
-        ended = {**ended, row.stopped: ended.get(row.stopped, 0) + 1}
-    left = ", ".join(f"{count} {word}" for word, count in ended.items() if word != "finished")
     base = fits.base
     switches: dict[str, Any] = {name: getattr(base, name) for name in Family.__slots__ if getattr(base, name)}
     question = declared.get("question", "")
@@ -299,9 +333,9 @@ def _scope(results: StudyResults, fits: Fits, declared: Mapping[str, Any]) -> Se
         f"{max(row.flops for row in rows):.3g} model FLOPs a point; sources: {', '.join(results.sources)}.",
         "The base, which all is compared with: " + ", ".join(f"{k} {v}" for k, v in switches.items()) + ".",
     ]
-    if left or results.unfinished:
-        waiting = f"{len(results.unfinished)} not finished" if results.unfinished else ""
-        lines.append(f"Not in the fits: {', '.join(part for part in (left, waiting) if part)}.")
+    if fits.left_out:
+        ends = ", ".join(f"{count} {word}" for word, count in fits.left_out.items())
+        lines.append(f"Points that are kept and have no part in fits and comparisons: {ends}.")
     return lines
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -107,6 +108,15 @@ class StudyResults:
     def usable(self) -> list[Row]:
         """Points that ended as declared."""
         return [row for row in self.rows if row.usable]
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many points are not usable, by how they ended, or "unfinished"."""
+        ends = ["unfinished"] * len(self.unfinished)
+        for row in self.rows:
+            if not row.usable:
+                ends.append("without a loss" if row.stopped == "finished" else row.stopped)
+        return dict(Counter(ends))
 
     @property
     def sources(self) -> list[str]:

@@ -193,6 +193,36 @@ def _held(row: Row, variables: tuple[str, ...]) -> Fixed:
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
     """Points that no other with as much or less compute beats, by the mean loss of their setting's seeds."""
+    members, losses = _by_compute(rows)
+    best, kept = np.inf, []
+    for each, loss in zip(members, losses, strict=True):
+        if loss < best:
+            best = loss
+            kept += each
+    return kept
+
+
+def trend_of_frontier(rows: Sequence[Row], shuffles: int = 999) -> float:
+    """Probability that losses which do not depend on compute have a frontier that falls so steadily.
+
+    The least losses so far always fall, whatever they depend on: a law fitted to a frontier cannot tell. The
+    test shuffles the losses of all settings among them, those off the frontier too, and asks how often the
+    log losses of the frontier stay as high for as long, on the mean over the settings: without a trend they
+    are soon as low as they will be.
+    """
+    _, losses = _by_compute(rows)
+    if len(losses) < 2:
+        return 1.0
+    random = np.random.default_rng(0)
+    logs = np.log(losses)
+    shuffled = random.permuted(np.tile(logs, (shuffles, 1)), axis=1)
+    seen = np.minimum.accumulate(logs).mean()
+    found = np.minimum.accumulate(shuffled, axis=1).mean(axis=1)
+    return float((1 + (found >= seen - 1e-12).sum()) / (1 + shuffles))
+
+
+def _by_compute(rows: Sequence[Row]) -> tuple[list[list[Row]], Array]:
+    """Settings, the cheapest first, and the mean losses of their seeds."""
     settings: dict[Hashable, list[Row]] = defaultdict(list)
     for row in rows:
         if row.usable and not row.holdout:
@@ -201,12 +231,8 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
         (float(np.mean([r.flops for r in each])), float(np.mean([r.value("loss") for r in each])), k)
         for k, each in enumerate(settings.values())
     )
-    members, best, kept = list(settings.values()), np.inf, []
-    for _, loss, k in ranked:
-        if loss < best:
-            best = loss
-            kept += members[k]
-    return kept
+    members = list(settings.values())
+    return [members[k] for *_, k in ranked], np.array([loss for _, loss, _ in ranked])
 
 
 def setting_of(row: Row) -> Hashable:

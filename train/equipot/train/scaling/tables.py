@@ -6,11 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from equipot.train.scaling.better import Contest
-from equipot.train.scaling.compare import Comparison
+from equipot.train.scaling.compare import Comparison, Effect
 from equipot.train.scaling.fit import SIZE_AND_DATA, SIZE_AND_SEEN, Fits, Law
 from equipot.train.scaling.rows import Row, StudyResults
 from equipot.train.scaling.slices import Family
+from equipot.train.scaling.standings import (
+    COSINE,
+    ENERGY,
+    FORCES,
+    LOSS,
+    TRIVIAL,
+    Place,
+    Standing,
+    balanced,
+    places,
+)
 
 _ERRORS: Sequence[tuple[str, str, float]] = (
     ("energy MAE, meV/atom", "energy_mae_per_atom", 1000),
@@ -19,6 +32,7 @@ _ERRORS: Sequence[tuple[str, str, float]] = (
     ("force RMSE", "force_rmse", 1000),
     ("force cosine", "force_cosine", 1),
 )
+_SHOWN = (ENERGY, FORCES, COSINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +67,7 @@ def brief(fits: Fits) -> Table:
         found = law.fit.intervals(law.letters)
         notes = "; ".join(f"{key}: {each.note}" for key, each in found.items() if each.note and key != "A")
         spans = [_span(each.value, each.low, each.high) for key, each in found.items() if key != "A"]
-        rows.append((name, *spans, f"{law.fit.spread:.1%}", notes))
+        rows.append((name, *spans, f"{law.fit.spread.total:.1%}", notes))
     return Table("Laws L = E + A·x^−α", ("law", "E", "α", "scatter", "note"), tuple(rows))
 
 
@@ -102,13 +116,15 @@ def held_out(fits: Fits) -> Table:
             each.row.name,
             f"{law.metric} in {' and '.join(law.slice.variables)}",
             f"{each.observed:.4g}",
-            _span(each.fitted, each.low, each.high),
-            f"{each.fitted / each.observed - 1:+.1%}",
-            "yes" if each.inside else "no",
+            f"{each.fitted:.4g}",
+            f"{each.error:+.1%}",
+            f"{each.low / each.fitted - 1:+.0%} to {each.high / each.fitted - 1:+.0%}",
+            "inside" if each.inside else "outside",
         )
         for law, each in fits.foretold
     )
-    return Table("Held out", ("point", "law", "observed", "foretold (a run's band)", "error", "inside"), rows)
+    head = ("point", "law", "observed", "predicted", "error", "a run's band", "observed is")
+    return Table("Held out (loss; energies in eV/atom, forces in eV/Å)", head, rows)
 
 
 def comparisons(found: Sequence[Comparison]) -> Table:
@@ -129,39 +145,64 @@ def comparisons(found: Sequence[Comparison]) -> Table:
                 )
             )
         for shift in each.shifts:
+            name = f"exponent in {shift.law.slice.variables[0]}, less the base's"
+            rows.append((each.label, name, _span(*shift.exponent), "–", "–", "two fitted laws"))
+        for tilt in each.tilts:
             rows.append(
                 (
                     each.label,
-                    f"exponent in {shift.law.slice.variables[0]}",
-                    _span(*shift.exponent),
+                    f"local exponent in {tilt.variable}, less the base's",
+                    _span(tilt.exponent, tilt.low, tilt.high),
+                    str(tilt.pairs),
                     "–",
-                    "–",
-                    "difference",
+                    f"{tilt.values} different {tilt.variable}",
                 )
             )
-    head = ("of", "what", "times the base's", "pairs", "p", "pairs share")
+    head = ("of", "what", "times the base's, or difference", "pairs", "p", "pairs share")
     return Table("Against the base", head, tuple(rows), folded=True)
 
 
 def contests(found: Sequence[Contest], base: Family) -> Table:
-    """Ratios by source."""
+    """Ratios of losses, a row for each candidate and share, a column for each source."""
+    names = list(dict.fromkeys(name for each in found for name in each.by_source))
     rows = tuple(
         (
             each.family.label(base),
-            f"{each.share:.0%}",
-            source,
-            _span(effect.ratio, effect.low, effect.high) if effect.pairs > 1 else f"{effect.ratio:.3g}",
-            str(effect.pairs),
+            f"{each.compute:.0%}",
+            str(len(each.pairs)),
+            *(_ratio(each.by_source.get(name)) for name in names),
+            _ratio(each.clock),
         )
         for each in found
-        for source, effect in each.by_source.items()
     )
-    return Table("Against the rival's full compute", ("of", "compute", "source", "loss ratio", "pairs"), rows)
+    head = ("of", "FLOPs", "pairs", *(f"loss: {name}" for name in names), "seconds")
+    return Table("Times the rival's (with 95% intervals over the pairs of seeds)", head, rows)
+
+
+def standings(found: Sequence[Standing]) -> Table:
+    """Errors of rivals side by side wherever they were evaluated: seeds' mean and spread, and the ratio."""
+    rows: list[tuple[str, ...]] = []
+    for place in places([row for each in found for row in each.rows]):
+        for name, key, factor in (("loss", LOSS, 1.0), *(each for each in _ERRORS if each[1] in _SHOWN)):
+            if not any(each.values(place, key) for each in found):
+                continue
+            unit = name.partition(",")[0] + " ÷ trivial" if place.balanced and key in TRIVIAL else name
+            scale = 1.0 if place.balanced else factor
+            trivial = place.trivial(found[0].rows[0], key) if key in TRIVIAL else None
+            cells = [_seeds(each, place, key, scale) for each in found]
+            rows.append((place.name, unit, *cells, _number(trivial, scale)))
+    head = ("of", "error", *(each.label for each in found), "trivial baseline")
+    title = (
+        "With the same frames and compute: mean ± spread of the seeds (× the first's, 95% interval of pairs)"
+    )
+    return Table(title, head, tuple(rows))
 
 
 def sources(row: Row) -> Table:
     """Errors on the test split by source, and the trivial baselines beside them."""
-    rows = [("all", *_errors(row.test))]
+    rows = [("all structures alike", *_errors(row.test))]
+    shares = [balanced(row, key) if key in _SHOWN else None for _, key, _ in _ERRORS]
+    rows.append(("mean of sources, each ÷ trivial (no units)", *(_number(each) for each in shares)))
     rows += [(name, *_errors(found)) for name, found in row.test.get("by_source", {}).items()]
     for name, found in row.baselines.items():
         rows.append((f"baseline: {name.replace('_', ' ')}", *_errors(found)))
@@ -209,13 +250,15 @@ def points(results: StudyResults) -> Table:
             f"{row.flops:.3g}",
             _number(row.value("loss")),
             *(_number(row.test.get(key), factor) for _, key, factor in (_ERRORS[0], _ERRORS[2], _ERRORS[4])),
+            *(_number(balanced(row, key)) for key in (ENERGY, FORCES)),
             row.stopped + (", held out" if row.holdout else ""),
         )
         for row in results.rows
     )
     head = (
         *("point", "experiments", "parameters", "structures", "steps", "epochs", "FLOPs", "test loss"),
-        *("energy MAE, meV/atom", "force MAE, meV/Å", "force cosine", "ended"),
+        *("energy MAE, meV/atom", "force MAE, meV/Å", "force cosine"),
+        *("energy ÷ trivial, mean of sources", "forces ÷ trivial, mean of sources", "ended"),
     )
     return Table("Points", head, rows, folded=True)
 
@@ -236,13 +279,31 @@ def _law(law: Law, fits: Fits) -> tuple[str, ...]:
             _span(each.value, each.low, each.high) + (f" [{each.note}]" if each.note else "")
             for each in found.values()
         ),
-        f"{law.fit.spread:.1%}",
+        f"{law.fit.spread.total:.1%}",
         seeds,
     )
 
 
 def _errors(found: Mapping[str, Any]) -> list[str]:
     return [_number(found.get(key), factor) for _, key, factor in _ERRORS]
+
+
+def _ratio(found: Effect | None) -> str:
+    if found is None:
+        return "–"
+    return _span(found.ratio, found.low, found.high) if found.pairs > 1 else f"{found.ratio:.3g}"
+
+
+def _seeds(standing: Standing, place: Place, key: str, factor: float) -> str:
+    values = np.array(standing.values(place, key)) * factor
+    if not len(values):
+        return "–"
+    spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
+    found = standing.against(place, key) if key in TRIVIAL else None
+    if found is None:
+        return f"{values.mean():.3g}{spread}"
+    span = f", {found.low:.2g} to {found.high:.2g}" if found.pairs > 1 else ""
+    return f"{values.mean():.3g}{spread} (× {found.ratio:.2g}{span})"
 
 
 def _number(value: float | None, factor: float = 1) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from equipot.train.scaling.better import ALL, Contest
-from equipot.train.scaling.compare import Comparison, LawShift, effect, shift
+from equipot.train.scaling.better import ALL, SHARES, WANTED_SOURCES, Contest
+from equipot.train.scaling.bootstrap import settings_needed
+from equipot.train.scaling.compare import Comparison, Effect, LawShift, effect, shift
 from equipot.train.scaling.figures_depth import DepthSeries
-from equipot.train.scaling.fit import COMPUTE, DATA, SIZE_AND_DATA, Fits, Law
+from equipot.train.scaling.fit import COMPUTE, DATA, SIZE_AND_DATA, Fits, Foretold, Law
 from equipot.train.scaling.rows import Row, seeds_of
 from equipot.train.scaling.slices import Family
 
@@ -178,10 +179,14 @@ def of_depth(series: Sequence[DepthSeries], fits: Fits) -> Iterator[str]:
 def of_comparisons(comparisons: Sequence[Comparison]) -> Iterator[str]:
     """What each family does to errors and laws."""
     for each in comparisons:
-        words = "; ".join(found.words(_METRICS[metric]) for metric, found in each.effects.items())
-        laws = "; ".join(_shift_words(found) for found in each.shifts)
-        law = laws or "no law to compare: it was not trained at enough sizes or amounts of data"
-        yield f"{each.label} ({each.how or 'no pairs'}): {words or 'no pair with the base'}. {law}."
+        words = [found.words(_METRICS[metric]) for metric, found in each.effects.items() if metric == "loss"]
+        words += [
+            f"{_METRICS[metric]} {found.ratio - 1:+.0%}{'' if found.significant else ' (not told apart)'}"
+            for metric, found in each.effects.items()
+            if metric != "loss"
+        ]
+        errors = "; ".join(words) or "no pair with the base"
+        yield f"{each.label} ({each.how or 'no pairs'}): {errors}. On the law: {_on_law(each)}."
     if not comparisons:
         yield "None has been trained."
 
@@ -203,6 +208,45 @@ def of_contests(found: Sequence[Contest], rival: str, base: Family) -> Iterator[
         yield f"Nothing was trained on the same data with the compute of {rival}, or a quarter of it."
 
 
+def of_quarter(found: Sequence[Contest], base: Family) -> Iterator[str]:
+    """Whether a quarter of the base's compute reaches the base's loss on two sources, in numbers and words.
+
+    A source counts where the mean over the pairs of seeds is not above the base's, and counts beyond doubt
+    where their interval leaves out the base, too.
+    """
+    quarter = [contest for contest in found if contest.share == min(SHARES)]
+    for k, each in enumerate(quarter):
+        sure, reached = each.surely_reached, each.reached
+        if k and len(reached) < WANTED_SOURCES:
+            continue  # the table has them
+        sources = {name: effect for name, effect in each.by_source.items() if name != ALL}
+        verdict = (
+            "holds beyond the seeds' doubt"
+            if len(sure) >= WANTED_SOURCES
+            else "does not hold"
+            if len(reached) < WANTED_SOURCES
+            else "holds in the one pair of seeds there is, which is no verdict yet"
+            if len(each.pairs) == 1
+            else "holds by the means of the seeds, not beyond their doubt"
+        )
+        spans = "; ".join(f"{name} {_ratio(effect)}" for name, effect in sources.items())
+        yield (
+            f"That {each.family.label(base)} reaches the loss of {base.label(base)} with a quarter of its "
+            f"compute (at most {each.compute:.1%} of the model FLOPs in these pairs) on at least "
+            f"{WANTED_SOURCES} sources {verdict}: {len(reached)} of {len(sources)}{_listed(reached)}, beyond "
+            f"doubt {len(sure)}{_listed(sure)}. Loss over the base's by source, with the interval over "
+            f"{len(each.pairs)} pair(s) of seeds: {spans}."
+        )
+        if each.clock is not None:
+            yield (
+                f"By the clock {each.family.label(base)} took {_ratio(each.clock)} times the base's seconds "
+                "for it, on machines that points share with each other and with whatever else ran: a hint, "
+                "not a measurement."
+            )
+    if not quarter:
+        yield "Nothing was trained on the same data with a quarter of the base's compute: no verdict."
+
+
 def of_held_out(fits: Fits) -> Iterator[str]:
     """Whether points left out of the fits lie where the laws said."""
     found = [(law, each) for law, each in fits.foretold if law.metric == "loss"]
@@ -213,9 +257,20 @@ def of_held_out(fits: Fits) -> Iterator[str]:
     level = next(law.fit.level for law, _ in found if law.fit)
     runs = len({each.row.name for _, each in found})
     yield (
-        f"{inside} of {len(found)} predictions of {runs} run(s) that were not fitted hold within the "
-        f"{level:.0%} band of a run."
+        f"{inside} of {len(found)} predictions of the loss of {runs} run(s) that were not fitted lie inside "
+        f"the {level:.0%} band of a run; the errors of the predictions are {_mean_size(found)} on the mean, "
+        f"{max((each.error for _, each in found), key=abs):+.1%} at worst."
     )
+    by_law: dict[str, list[tuple[Law, Foretold]]] = {}
+    for law, each in found:
+        by_law.setdefault(f"{law.slice.family.label(fits.base)}, {law.slice.title}", []).append((law, each))
+    for title, mine in by_law.items():
+        words = "; ".join(
+            f"{_briefly(each.row)}: {'inside' if each.inside else 'outside'}, error {each.error:+.1%} (band "
+            f"{each.low / each.fitted - 1:+.1%} to {each.high / each.fitted - 1:+.1%})"
+            for _, each in mine
+        )
+        yield f"{title}: {sum(each.inside for _, each in mine)} of {len(mine)} inside. {words}."
 
 
 def of_memory(memory: Mapping[str, Any]) -> Iterator[str]:
@@ -294,15 +349,48 @@ def _depth_words(series: DepthSeries, depth: int, best: int) -> str:
 
 def _description(law: Law) -> str:
     assert law.fit is not None
+    total = law.fit.spread.total
     if law.fit.seed_spread is None:
-        return (
-            f"Points scatter by {law.fit.spread:.1%} about the law; there are no seeds to tell noise from it."
-        )
-    ratio = law.fit.spread / max(law.fit.seed_spread, 1e-12)
+        return f"Points scatter by {total:.1%} about the law; there are no seeds to tell noise from it."
     words = (
-        "no more than seeds do" if ratio < 1.3 else f"{ratio:.1f} times as much as seeds do: it is not exact"
+        f"settings deviate from it by {law.fit.spread.settings:.1%} beyond their seeds: it is not exact, and "
+        "the bands count that"
+        if law.fit.spread.settings
+        else "settings no more than their seeds do"
     )
-    return f"Points scatter by {law.fit.spread:.1%} about the law, {words} ({law.fit.seed_spread:.1%})."
+    return f"Points scatter by {total:.1%} about the law, {words} (seeds: {law.fit.seed_spread:.1%})."
+
+
+def _on_law(found: Comparison) -> str:
+    """What a family does to the laws, or how far the points are from telling."""
+    words = [_shift_words(each) for each in found.shifts]
+    shifted = {each.law.slice.variables[0] for each in found.shifts}
+    for tilt in found.tilts:
+        if tilt.variable in shifted:
+            continue
+        needed = settings_needed(1)
+        few = (
+            f"{tilt.values} different {tilt.variable}, and a law needs {needed}: no exponent of its own"
+            if tilt.values < needed
+            else f"no law in {tilt.variable} with a trend to compare"
+        )
+        size = abs(tilt.exponent)
+        verdict = (
+            f"its local exponent is {'greater' if tilt.exponent > 0 else 'smaller'} by {size:.2g}"
+            if tilt.significant
+            else "its local exponent is not told apart from the base's"
+        )
+        words.append(f"{few}; {verdict} ({_span(tilt.exponent, tilt.low, tilt.high, sign=True)})")
+    return "; ".join(words) or "no law to compare: it was trained at one size and amount of data"
+
+
+def _briefly(row: Row) -> str:
+    data = "" if row.data_fraction == 1 else f", {row.data_fraction:g} of the data"
+    return f"width {row.width}{data}, {row.steps} steps, seed {row.seed}"
+
+
+def _mean_size(found: Sequence[tuple[Law, Foretold]]) -> str:
+    return f"{np.mean([abs(each.error) for _, each in found]):.1%}"
 
 
 def _shift_words(found: LawShift) -> str:
@@ -313,6 +401,10 @@ def _shift_words(found: LawShift) -> str:
         f"the floor is {found.offset_ratio[0]:.2f} times the base's ({found.offset_ratio[1]:.2f} to "
         f"{found.offset_ratio[2]:.2f})"
     )
+
+
+def _ratio(found: Effect) -> str:
+    return _span(found.ratio, found.low, found.high) if found.pairs > 1 else f"{found.ratio:.3g}"
 
 
 def _span(value: float, low: float, high: float, *, sign: bool = False) -> str:
