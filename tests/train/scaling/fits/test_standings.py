@@ -156,7 +156,7 @@ def test_no_source_weighs_more_than_another_in_the_mean_of_shares() -> None:
 
 def test_the_papers_network_stands_beside_ours_with_baselines_and_a_verdict() -> None:
     rows = []
-    paper = {"inputs": "raw", "residual": "false", "normalisation": "none"}
+    paper: dict[str, Any] = {"inputs": "raw", "residual": "false", "normalisation": "none"}
     for seed in range(3):
         rows += [row(0.4 + 0.01 * seed, seed=seed), row(0.45, width=9, seed=seed)]
         rows.append(row(0.8 + 0.01 * seed, seed=seed, **paper))
