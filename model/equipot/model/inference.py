@@ -20,7 +20,13 @@ from equipot.model.inference_torch import edge_gradients
 from equipot.model.messages import MessageSum, PairLinear
 from equipot.model.node_linear import NodeLinear
 from equipot.model.norm import LayerNorm
-from equipot.model.potential import Potential, Prediction, join_predictions, stress_from_virial
+from equipot.model.potential import (
+    Potential,
+    Prediction,
+    join_predictions,
+    no_stress,
+    stress_from_virial,
+)
 
 KEEP_BYTES = 512 * 2**20
 """Memory up to which values of edges are kept for the way back; beyond it they are computed twice."""
@@ -43,13 +49,14 @@ class FrozenPotential:
         """Chooses the way, and packs the weights if it is the compiled one.
 
         Args:
-            potential: is put in eval mode and asked for no gradients from now on.
+            potential: is put in eval mode and asked for no gradients from now on. The compiled way keeps
+                copies of its weights and lets go of it.
             way: which one to take; None is the quickest that can.
 
         Raises:
             ValueError: the way cannot be taken with this model on this machine.
         """
-        self.potential = potential.eval().requires_grad_(False)
+        potential = potential.eval().requires_grad_(False)
         self.config = potential.config
         can = _ways(potential)
         if way is not None and way not in can:
@@ -57,6 +64,8 @@ class FrozenPotential:
         self.way: Way = way or can[0]
         library = kernels.library() if self.way == "compiled" else None
         self._compiled = None if library is None else CompiledPotential(potential, str(library))
+        # Weights and their copies together are three times the model.
+        self._potential = potential if self._compiled is None else None
 
     @property
     def batch_invariant(self) -> bool:
@@ -89,13 +98,14 @@ class FrozenPotential:
             return join_predictions([self(one, forces=forces, stress=stress) for one in batch.alone()])
         by_gradient = self.config.forces == "conservative" and (forces or stress)
         if stress and not by_gradient:
-            return self.potential(batch, forces=forces, stress=stress)  # type: ignore[no-any-return]
+            raise no_stress()
         with torch.inference_mode():
             if self._compiled is not None:
                 return _compiled(self._compiled, batch, forces, stress, threads or torch.get_num_threads())
+            assert self._potential is not None
             if self.way == "analytic" and by_gradient:
-                return _analytic(self.potential, batch, forces, stress)
-            return self.potential(batch, forces=forces, stress=stress)  # type: ignore[no-any-return]
+                return _analytic(self._potential, batch, forces, stress)
+            return self._potential(batch, forces=forces, stress=stress)  # type: ignore[no-any-return]
 
 
 def _ways(potential: Potential) -> list[Way]:

@@ -135,10 +135,7 @@ class Potential(nn.Module):
         if torch.compiler.is_compiling():
             self._check_compiling(by_gradient=stress or (forces and self.force_head is None))
         if stress and self.force_head is not None:
-            raise ModelError(
-                "stress: this model has direct forces, which belong to no energy, so it has no stress; "
-                "use a model with forces = 'conservative'"
-            )
+            raise no_stress()
         if deterministic:
             return join_predictions([self(one, forces=forces, stress=stress) for one in batch.alone()])
         by_gradient = stress or (forces and self.force_head is None)
@@ -286,6 +283,14 @@ class Potential(nn.Module):
                 torch.tensor(self.references.scale, device=device),
             )
         return self._reference_tensors[device]
+
+
+def no_stress() -> ModelError:
+    """Why a model with direct forces gives none."""
+    return ModelError(
+        "stress: this model has direct forces, which belong to no energy, so it has no stress; "
+        "use a model with forces = 'conservative'"
+    )
 
 
 def _known(registry: Mapping[str, T], field: str, word: str) -> T:

@@ -16,6 +16,7 @@ from equipot.serve.engine import Engine, LocalEngine
 from equipot.serve.errors import InvalidRequest, NotReady, NotServed
 from equipot.serve.foreign.engine import ForeignEngine
 from equipot.serve.foreign.spec import CalculatorSpec
+from equipot.serve.memory import give_back
 from equipot.wire.v1 import potential_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,8 @@ def load_bundle(path: Path, config: ServeConfig, *, name: str = "", version: str
     )
     capacity = measure(engine, config.budget, calibrate=config.calibrate, device=config.device)
     model = ServedModel(engine, name or engine.card.name, capacity, version)
+    # What was only on the way: the weights as they were read, and the batches of the measurement.
+    give_back()
     tell_loaded(model, str(path), time.perf_counter() - started)
     return model
 
