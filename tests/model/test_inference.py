@@ -1,5 +1,7 @@
 """Inference without autograd: the numbers of the potential itself, by every way, for every kind of model."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,6 +98,21 @@ def test_direct_forces(variant: str, make_model: MakeModel, structures: dict[str
     assert_same(frozen(batch, forces=False), model(batch, forces=False), 1e-10)
     with pytest.raises(ModelError, match="stress"):
         frozen(batch, stress=True)
+
+
+@needs_kernels
+def test_weights_are_let_go_once_they_are_packed(
+    make_model: MakeModel, structures: dict[str, list[Graph]]
+) -> None:
+    batch = collate(structures["molecules"], dtype=torch.float64)
+    model = make_model()
+    weight = weakref.ref(model.get_parameter("backbone.layers.0.own.weight"))
+    expected = model(batch)
+    frozen = FrozenPotential(model, way="compiled")
+    del model
+    gc.collect()
+    assert weight() is None
+    assert_same(frozen(batch), expected, 1e-10)
 
 
 @pytest.mark.parametrize("way", WAYS)

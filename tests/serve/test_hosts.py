@@ -181,7 +181,14 @@ def test_every_message_comes_back_as_it_was() -> None:
         "n": np.arange(3, dtype=np.int32),
     }
     outcome = rank.Outcome(np.array([1.5]), None, np.zeros((1, 3, 3)))
-    for message in (CONFIG, rank.Ready(7), rank.Refused("too wide"), rank.Job(fields, True, False), outcome):
+    for message in (
+        CONFIG,
+        rank.Ready(7),
+        rank.Refused("too wide"),
+        rank.Exhausted(),
+        rank.Job(fields, True, False),
+        outcome,
+    ):
         one.send(message)
         back = two.receive()
         assert type(back) is type(message)
