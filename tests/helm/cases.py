@@ -173,6 +173,7 @@ GOOD: dict[str, Values] = {
         BAKED, {"podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}}
     ),
     "pod monitor": merged(BAKED, {"monitoring": {"kind": "podMonitor", "dashboard": True}}),
+    "a page by https": merged(BAKED, TLS, {"server": {"ui": True}, "monitoring": {"kind": "serviceMonitor"}}),
     "ranks": merged(BAKED, {"server": {"tensorParallel": 2}}),
     "gpus": merged(BAKED, {"server": {"tensorParallel": 4, "device": "cuda"}}),
     "groups": merged(BAKED, GROUPS),
@@ -246,6 +247,7 @@ FAST = (
     "cert-manager",
     "groups of gpus",
     "jobs",
+    "a page by https",
     "ray",
     "ray fixed",
 )
@@ -315,6 +317,10 @@ BAD: dict[str, tuple[Values, str]] = {
     "a group of many": (
         merged(BAKED, GROUPS, {"models": [{"name": "a", "path": "/a"}, {"name": "b", "path": "/b"}]}),
         "spreads one model",
+    ),
+    "a page for certificates": (
+        merged(BAKED, TLS, {"server": {"ui": True}, "tls": {"mutual": True}}),
+        "tls.mutual asks callers for certificates",
     ),
     "tls of ray": (merged(BAKED, RAY, TLS), "without TLS"),
     "jobs of ray": (merged(BAKED, RAY, JOBS), "mode rayService does not have"),

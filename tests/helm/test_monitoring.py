@@ -59,6 +59,13 @@ def test_monitors_find_the_ports_and_services(render: Render) -> None:
     (service,) = chosen
     (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    # The page makes the metrics' port HTTPS, by a certificate of the service's name.
+    (endpoint,) = one(render("helm3", "a page by https"), "ServiceMonitor")["spec"]["endpoints"]
+    assert (endpoint["scheme"], endpoint["tlsConfig"]["serverName"]) == (
+        "https",
+        "lab-equipot.science.svc",
+    )
+    assert endpoint["tlsConfig"]["ca"]["secret"] == {"name": "equipot-cert", "key": "ca.crt"}
     ray = one(render("helm3", "ray"), "PodMonitor")
     (endpoint,) = ray["spec"]["podMetricsEndpoints"]
     for name, pod in pods(render("helm3", "ray")).items():

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import urllib.request
@@ -231,8 +232,9 @@ class Process:
         return self.lines[-1].split(" on ")[1].strip()
 
     def scrape(self) -> str:
-        (url,) = [found[0] for line in self.lines if (found := re.findall(r"http://\S+/metrics", line))]
-        with urllib.request.urlopen(url, timeout=10) as reply:
+        (url,) = [found[0] for line in self.lines if (found := re.findall(r"https?://\S+/metrics", line))]
+        # Whether its certificate is the right one is for tests of certificates.
+        with urllib.request.urlopen(url, timeout=10, context=ssl._create_unverified_context()) as reply:
             text = reply.read().decode()
         assert isinstance(text, str)
         return text
@@ -240,7 +242,7 @@ class Process:
     @property
     def page(self) -> str:
         """Where its page is."""
-        (url,) = [found[0] for line in self.lines if (found := re.findall(r"http://\S+/ui/", line))]
+        (url,) = [found[0] for line in self.lines if (found := re.findall(r"https?://\S+/ui/", line))]
         return str(url)
 
     def sample(self, name: str, **labels: str) -> float:

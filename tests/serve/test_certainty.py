@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,33 @@ def frames() -> list[Atoms]:
 
 def squeezed() -> Atoms:
     return Atoms("OHH", [(0, 0, 0), (0.95, 0.1, 0), (0.1, 0.45, 0)])
+
+
+def test_the_page_is_told_the_same(served: Served, client: Client, frames: list[Atoms]) -> None:
+    pair = [frames[0], squeezed()]
+    asked = client.predict(pair, uncertainty=True)
+    told = [asked[index].uncertainty for index in range(2)]
+    structures = [
+        {
+            "atomic_numbers": atoms.numbers.tolist(),
+            "positions": atoms.positions.tolist(),
+            "cell": [[0.0] * 3] * 3,
+            "pbc": [False] * 3,
+        }
+        for atoms in pair
+    ]
+    body = json.dumps({"model": "three", "structures": structures, "uncertainty": True}).encode()
+    request = urllib.request.Request(f"{served.process.page}api/predict", body, {"X-Equipot-Page": "1"})
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        known, odd = (result["uncertainty"] for result in json.load(reply)["results"])
+    assert known["members"] == 3
+    for one, other in zip((known, odd), told, strict=True):
+        assert other is not None
+        assert other.forces_interval is not None
+        assert one["energy_spread"] == pytest.approx(other.energy_spread, rel=1e-9)
+        np.testing.assert_allclose(one["forces_interval"], other.forces_interval, rtol=1e-9)
+    assert known["outside"] is None
+    assert "apart" in odd["outside"]["reason"]
 
 
 def close(actual: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0, err_msg: str = "") -> None:

@@ -421,15 +421,6 @@ class TestWhereItIsOffered:
             ({"metrics_port": None}, "there is no HTTP port"),
             ({"metrics_host": "0.0.0.0"}, "0.0.0.0 is open to other machines, and the service at 127.0.0.1"),
             (
-                {
-                    "host": "0.0.0.0",
-                    "tls_cert": Path("c"),
-                    "tls_key": Path("k"),
-                    "tokens": Path("t"),
-                },
-                "unencrypted",
-            ),
-            (
                 {"tls_cert": Path("c"), "tls_key": Path("k"), "tls_client_ca": Path("a")},
                 "callers must show certificates",
             ),

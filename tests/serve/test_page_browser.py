@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from tests.serve.chromium import PROGRAM, Tab, browser
-from tests.serve.conftest import Bundles, Process, molecule, running
+from tests.serve.conftest import Process, molecule, running, write_tiny
 
 from equipot.client import Client
 
@@ -104,7 +104,7 @@ def test_dynamics_play_and_stop(tab: Tab, server: Process) -> None:
     assert tab.text("#go") == "Run"
     tab.run("document.getElementById('md-steps').value = 60; go.click()")
     tab.until("document.getElementById('move-status').dataset.state === 'converged'")
-    told = tab.text("#move-status")
+    told = tab.text("#move-status").replace("\xa0", " ")
     assert "60 steps, 30.0 fs; total energy kept within ± " in told
     # What is seen is the run that every client would get.
     with Client(server.address) as client:
@@ -132,7 +132,7 @@ def test_dynamics_play_and_stop(tab: Tab, server: Process) -> None:
     # What the server refuses is told where it is seen.
     tab.run("document.getElementById('timestep').value = -1; go.click()")
     tab.until("!document.getElementById('alert').hidden")
-    assert "timestep is no time above 0 in fs" in tab.text("#alert")
+    assert "Timestep is no time above 0 in fs." in tab.text("#alert")
     assert server.sample("equipot_requests_total", outcome="internal") == 0
 
 
@@ -161,7 +161,7 @@ def test_errors_are_told(tab: Tab) -> None:
     tab.drop("gold.xyz", "1\n\nAu 0 0 0\n")
     tab.until("!document.getElementById('failure').hidden")
     assert "Au" in tab.text("#failure")
-    assert tab.run("energy.dataset.value") is None
+    assert tab.run("document.getElementById('energy')") is None
     tab.drop("nan.xyz", "1\n\nH nan 0 0\n")
     tab.until("!document.getElementById('alert').hidden")
     assert "atom 0 in frame 0 of nan.xyz is not finite" in tab.text("#alert")
@@ -184,9 +184,10 @@ def test_models_and_server(tab: Tab) -> None:
 
 
 @pytest.mark.slow
-def test_a_token_is_asked_for(one: Tab, bundles: Bundles, tmp_path: Path) -> None:
+def test_a_token_is_asked_for_and_an_ensemble_says_how_sure_it_is(one: Tab, tmp_path: Path) -> None:
+    three = write_tiny(tmp_path / "three", "three", more_seeds=(8, 9), uncertain=True)
     (tmp_path / "tokens").write_text("ann: ann's-secret-token-1\n")
-    with running(bundles.tiny, "--tokens", tmp_path / "tokens", stderr=tmp_path / "log") as server:
+    with running(three, "--tokens", tmp_path / "tokens", stderr=tmp_path / "log") as server:
         one.go(server.page)
         for token in ("wrong-wrong-wrong", "ann's-secret-token-1"):
             one.until("document.getElementById('token-dialog').open")
@@ -194,6 +195,14 @@ def test_a_token_is_asked_for(one: Tab, bundles: Bundles, tmp_path: Path) -> Non
         one.until("document.documentElement.dataset.ready")
         one.drop("mine.xyz", xyz(some_atoms(1)))
         one.until("document.getElementById('energy')?.dataset.value")
+        assert "Spread of 3 members" in one.text("#facts")
+        assert one.text("#atoms tbody tr td:last-child").count("±") == 1
+        assert one.run("document.getElementById('outside').hidden")
+        one.drop("odd.xyz", "2\n\nC 0 0 0\nO 0.5 0 0\n")
+        one.until("!document.getElementById('outside').hidden")
+        assert "Outside what the model was trained on" in one.text("#outside")
+        one.click("#outside button")
+        assert one.run("document.querySelectorAll('#atoms tr.selected').length") == 1
         assert one.run("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 

@@ -58,6 +58,7 @@ class TestSettings:
             ({"ray": 3}, "ray is 3; it takes a table"),
             ({"tls_cert": "c", "tls_key": "k"}, "Ray's proxy listens without TLS"),
             ({"jobs": {"folder": "j"}}, "--jobs needs one server"),
+            ({"ui": True}, "--ui is a page of one server"),
             (
                 {"admins": ["*"], "repository": {"url": "m"}, "ray": {"replicas": 2}},
                 "--admin would reach one of several replicas",

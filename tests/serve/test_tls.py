@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import socket
 import ssl
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import numpy as np
@@ -83,7 +86,7 @@ def files(workshop: Workshop) -> Files:
 
 @pytest.fixture(scope="module")
 def tls(workshop: Workshop, bundles: Bundles, files: Files) -> Iterator[Process]:
-    with secured(workshop, bundles, files) as process:
+    with secured(workshop, bundles, files, "--ui") as process:
         yield process
 
 
@@ -246,6 +249,18 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.05)
 
 
+def test_the_page_comes_with_the_servers_certificate(tls: Process, workshop: Workshop) -> None:
+    assert tls.page.startswith("https://")
+    trusting = ssl.create_default_context(cafile=workshop.ours.file)
+    with urllib.request.urlopen(tls.page, timeout=10, context=trusting) as reply:
+        assert b"<title>equipot</title>" in reply.read()
+    request = urllib.request.Request(f"{tls.page}api/models", headers={"X-Equipot-Page": "1"})
+    with urllib.request.urlopen(request, timeout=10, context=trusting) as reply:
+        assert json.load(reply)["models"][0]["name"] == "tiny"
+    with pytest.raises(OSError):
+        urllib.request.urlopen(tls.page.replace("https", "http"), timeout=10)
+
+
 def test_rotation_while_a_client_calls(workshop: Workshop, tls: Process, files: Files) -> None:
     process = tls
     first = files.cert.read_text()
@@ -281,6 +296,7 @@ def test_rotation_while_a_client_calls(workshop: Workshop, tls: Process, files: 
             assert shown(process.address, workshop.ours.file) == second
             files.replace(workshop.ours.issue("fourth"))
             until(lambda: shown(process.address, workshop.ours.file) == files.cert.read_text() != second)
+            until(lambda: shown(urlsplit(process.page).netloc, workshop.ours.file) == files.cert.read_text())
         finally:
             stop.set()
             caller.join()

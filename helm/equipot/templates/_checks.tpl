@@ -72,8 +72,8 @@
 {{- end }}
 {{- end }}
 {{- include "equipot.jobsChecks" . }}
-{{- if and $v.server.ui $v.tls.enabled }}
-{{- fail "server.ui is on, but the page speaks plain HTTP and tls.enabled asks callers for TLS: turn one of them off" }}
+{{- if and $v.server.ui $v.tls.mutual }}
+{{- fail "server.ui is on, but tls.mutual asks callers for certificates, which the page does not: turn one of them off" }}
 {{- end }}
 {{- if and $v.server.ui (eq $v.mode "rayService") }}
 {{- fail "server.ui is on, which mode rayService does not have: choose another mode" }}

@@ -349,6 +349,17 @@ readinessProbe:
 {{- .Values.tls.existingSecret | default (printf "%s-tls" (include "equipot.fullname" .)) -}}
 {{- end -}}
 
+{{/* How metrics are read where the page makes their port HTTPS. */}}
+{{- define "equipot.scrapeTls" -}}
+{{- if and .Values.server.ui .Values.tls.enabled -}}
+scheme: https
+tlsConfig:
+  ca:
+    secret: {name: {{ include "equipot.tlsSecret" . }}, key: ca.crt}
+  serverName: {{ include "equipot.fullname" . }}.{{ .Release.Namespace }}.svc
+{{- end -}}
+{{- end -}}
+
 {{- define "equipot.volumes" -}}
 - name: tmp
   emptyDir: {sizeLimit: 1Gi}

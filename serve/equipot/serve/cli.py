@@ -242,7 +242,8 @@ def serve(
         bool | None,
         typer.Option(
             "--ui/--no-ui",
-            help="Offer a page to look at, at /ui where /metrics is; by default to this machine alone.",
+            help="Offer a page to look at, at /ui where /metrics is, by HTTPS if there is a certificate; by"
+            " default to this machine alone.",
         ),
     ] = None,
     max_connection_age: Annotated[

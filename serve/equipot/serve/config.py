@@ -261,12 +261,12 @@ class ServeConfig:
         here = is_loopback(self.http_host)
         if is_loopback(self.host) and not here:
             return f"{self.http_host} is open to other machines, and the service at {self.host} is not"
-        if (self.tokens or self.tls_cert) and not here and not self.allow_plaintext_tokens:
-            return (
-                f"tokens and structures would travel to {self.http_host} unencrypted: give --metrics-host"
-                " 127.0.0.1, or --allow-plaintext-tokens if something else encrypts (a mesh, a proxy)"
-            )
         return None
+
+    @property
+    def encrypts_http(self) -> bool:
+        """Whether /metrics and the page speak TLS, by the same certificate: where the page is asked for."""
+        return bool(self.ui) and self.tls_cert is not None
 
     @property
     def workers(self) -> Workers | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ssl
 from collections.abc import Callable
 
 from aiohttp import web
@@ -17,12 +18,18 @@ LAST_ANSWERS_SECONDS = 2.0
 class HttpSide:
     """An HTTP server.
 
+    Args:
+        metrics: what is told at `/metrics`.
+        host: where it listens.
+        port: there; 0 takes a free one.
+        tls: with which it speaks HTTPS; None speaks HTTP.
+
     Attributes:
         port: the one it listens on, once it was started.
     """
 
-    def __init__(self, metrics: Metrics, *, host: str, port: int) -> None:
-        self._host, self.port = host, port
+    def __init__(self, metrics: Metrics, *, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._host, self.port, self._tls = host, port, tls
         self._metrics = metrics
         self._runner: web.AppRunner | None = None
 
@@ -48,7 +55,7 @@ class HttpSide:
             shutdown_timeout=LAST_ANSWERS_SECONDS,
         )
         await runner.setup()
-        site = web.TCPSite(runner, self._host, self.port)
+        site = web.TCPSite(runner, self._host, self.port, ssl_context=self._tls)
         try:
             await site.start()
         except OSError as error:

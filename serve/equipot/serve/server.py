@@ -77,10 +77,11 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
         port = await server.start()
         try:
             if config.metrics_port is not None:
-                http = HttpSide(metrics, host=config.http_host, port=config.metrics_port)
+                http = server.http_side()
                 await http.start(more=server.page().add_to if config.offers_page else None)
                 stack.push_async_callback(http.stop)
-                where = f"http://{_address(config.http_host, http.port)}"
+                scheme = "https" if config.encrypts_http else "http"
+                where = f"{scheme}://{_address(config.http_host, http.port)}"
                 announce(f"metrics on {where}/metrics")
                 if config.offers_page:
                     announce(f"page on {where}/ui/")
@@ -184,6 +185,17 @@ class GrpcServer:
             names = (*ours, health.SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self._keeping: asyncio.Task[None] | None = None
+
+    def http_side(self) -> HttpSide:
+        """Where /metrics and the page are.
+
+        Raises:
+            ServeError: the certificate cannot be used.
+        """
+        config = self._config
+        assert config.metrics_port is not None
+        tls = self._trust.web_context() if config.encrypts_http else None
+        return HttpSide(self._metrics, host=config.http_host, port=config.metrics_port, tls=tls)
 
     def page(self) -> Page:
         """The page to look at this server with; its calls pass the same door into the same queue."""

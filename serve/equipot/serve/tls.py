@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,6 +68,7 @@ class Certificates:
         self._files = files
         self._material = Reread("TLS certificate", files.paths, lambda: read_material(files))
         self._fresh: grpc.ServerCertificateConfiguration | None = None
+        self._web: ssl.SSLContext | None = None
 
     @property
     def expires(self) -> float:
@@ -78,7 +80,26 @@ class Certificates:
         changed = self._material.refresh()
         if changed:
             self._fresh = _configuration(self._material.value)
+            if self._web is not None:
+                self._web = _web_context(self._files) or self._web
         return changed
+
+    def web_context(self) -> ssl.SSLContext:
+        """For an HTTPS server, which asks callers for no certificate.
+
+        Raises:
+            ServeError: the files have changed since they were read, and do not fit.
+        """
+        front = self._web = _web_context(self._files)
+        if front is None:
+            raise ServeError(f"{self._files.certificate} and {self._files.key} changed while they were read")
+
+        def latest(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+            connection.context = self._web or front
+
+        # Asked in each handshake: a context that is in use is not given another certificate.
+        front.sni_callback = latest
+        return front
 
     def credentials(self) -> grpc.ServerCredentials:
         """For a port of a server."""
@@ -114,6 +135,19 @@ def read_material(files: TlsFiles) -> Material:
         newest = max(authorities, key=lambda authority: authority.not_valid_after_utc)
         _check_dates(newest, files.client_ca, "--tls-client-ca")
     return Material(chain, key, client_ca, certificates[0].not_valid_after_utc)
+
+
+def _web_context(files: TlsFiles) -> ssl.SSLContext | None:
+    """A context of what is in the files now; None, with a line in the log, if it cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(files.certificate, files.key, password="")
+    except (OSError, ValueError) as error:
+        logger.error("the page's certificate stays as it is: %s", error)
+        return None
+    return context
 
 
 def _configuration(material: Material) -> grpc.ServerCertificateConfiguration:

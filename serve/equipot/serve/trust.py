@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable, Sequence
 
@@ -109,6 +110,10 @@ class Trust:
             return new_tokens
         self.quotas.change(self._limits.value, now=time.monotonic())
         return True
+
+    def web_context(self) -> ssl.SSLContext | None:
+        """With which HTTPS is spoken; None if there is no certificate."""
+        return None if self._certificates is None else self._certificates.web_context()
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Opens the port, with TLS if there is a certificate; returns it."""

@@ -21,7 +21,14 @@ export function s(tag, attributes = {}, ...children) {
 }
 
 export function fixed(value, digits) {
-  return value == null || !Number.isFinite(value) ? "–" : value.toFixed(digits).replace("-", "−");
+  if (value == null || !Number.isFinite(value)) return "–";
+  const text = value.toFixed(digits);
+  return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−");
+}
+
+/** What a server says in words, as sentences. */
+export function sentences(...texts) {
+  return texts.filter(Boolean).map((text) => `${text[0].toUpperCase()}${text.slice(1).replace(/[.\s]+$/, "")}.`).join(" ");
 }
 
 /** A number in three digits, with k or M. */

@@ -20,6 +20,7 @@ function card(model, symbols) {
     ["Cutoff", model.cutoff ? `${model.cutoff} Å` : "not said"],
     ["Forces", forces[model.force_mode] ?? model.force_mode],
     ["Stress", model.has_stress ? "yes" : "no"],
+    ["Uncertainty", sureness(model)],
     ["Parameters", model.n_parameters ? short(model.n_parameters) : "not said"],
     ["Computes in", model.dtype || "not said"],
     ["Digest", h("code", { title: model.digest }, model.digest.slice(0, 19) + "…")],
@@ -27,13 +28,19 @@ function card(model, symbols) {
   const licence = find(model.card, /^licen[cs]es?$/i);
   if (licence !== undefined) facts.splice(2, 0, ["Licence", text(licence)]);
   return h("article", { class: "card" },
-    h("h2", {}, model.name, model.version ? h("span", { class: "soft" }, ` @${model.version}`) : null),
-    tags.length ? h("p", { class: "tags" }, ...tags.map(([word, kind]) => h("span", { class: `tag ${kind}` }, word))) : null,
+    h("div", { class: "head" },
+      h("h2", {}, model.name, model.version ? h("span", { class: "soft" }, ` @${model.version}`) : null),
+      h("p", { class: "tags" }, ...tags.map(([word, kind]) => h("span", { class: `tag ${kind}` }, word)))),
     model.reason ? h("p", { class: "failure" }, model.reason) : null,
     h("dl", {}, ...facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
     metrics(model.card.metrics),
     h("details", {}, h("summary", {}, "Whole card"), h("pre", {}, JSON.stringify(model.card, null, 1))),
   );
+}
+
+function sureness({ members, is_calibrated, has_domain }) {
+  const known = [members > 1 && `${members} members`, is_calibrated && "calibrated", has_domain && "domain"].filter(Boolean);
+  return known.join(" · ") || "not told";
 }
 
 function metrics(all) {

@@ -1,7 +1,7 @@
 // Relaxations and dynamics: asked for, followed as they run, kept as a track of frames.
 
 import { Refused, lines } from "./api.js";
-import { byId, fixed, h } from "./dom.js";
+import { byId, fixed, h, sentences } from "./dom.js";
 import { complain, quiet } from "./notice.js";
 import { largest, showFrame, stopPlaying } from "./shown.js";
 import { part, state, structureOf, words } from "./state.js";
@@ -37,7 +37,7 @@ function outcome({ frames }, body) {
   if (body.integrator === "nve") {
     const totals = frames.map((frame) => frame.energy + frame.kinetic);
     const half = (totals.reduce((most, value) => Math.max(most, value), -Infinity) - totals.reduce((least, value) => Math.min(least, value), Infinity)) / 2;
-    return `total energy kept within ± ${fixed(1000 * half, 2)} meV`;
+    return `total energy kept within ± ${fixed(1000 * half, 2)} meV`;
   }
   const late = frames.slice(Math.floor(frames.length / 2));
   return `mean of the second half ${fixed(late.reduce((sum, frame) => sum + frame.temperature, 0) / late.length, 0)} K`;
@@ -80,7 +80,7 @@ async function move() {
       if (line.kind === "result") {
         const last = track.frames.at(-1);
         if (line.forces) Object.assign(last, { positions: line.positions, cell: line.cell, forces: line.forces, energy: line.energy, stress: line.stress ?? undefined });
-        if (line.failure) tell(`${line.failure.message}. ${line.failure.remedy}`, "failed");
+        if (line.failure) tell(sentences(line.failure.message, line.failure.remedy), "failed");
         else {
           const [text, how] = what.end(line, track, body);
           tell(text + warning, how);

@@ -1,9 +1,9 @@
 // What went wrong, above everything.
 
-import { byId } from "./dom.js";
+import { byId, sentences } from "./dom.js";
 
 export function complain(error) {
-  byId("alert").querySelector("span").textContent = error.message;
+  byId("alert").querySelector("span").textContent = sentences(error.message);
   byId("alert").hidden = false;
 }
 

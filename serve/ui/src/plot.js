@@ -51,6 +51,11 @@ export function plot(place, { lines, xs, log = false, mark, from = "", to = "", 
       svg.append(s("circle", { class: `dot line-${index}`, cx: x(at[mark]), cy: y(line.values[mark]), r: 3 }));
     }
   });
+  if (!all.length) {
+    const none = s("text", { class: "none", x: (LEFT + WIDTH - RIGHT) / 2, y: (HEIGHT - BOTTOM + TOP) / 2, "text-anchor": "middle" });
+    none.textContent = "nothing yet";
+    svg.append(none);
+  }
   for (const [text, place_x, anchor] of [[from, LEFT, "start"], [to, WIDTH - RIGHT, "end"]]) {
     const element = s("text", { x: place_x, y: HEIGHT - 4, "text-anchor": anchor });
     element.textContent = text;

@@ -5,7 +5,6 @@ import { byId, fixed, h, short } from "./dom.js";
 import { plot } from "./plot.js";
 
 const EVERY = 2000; // ms
-const WIDE = 560; // of plots, in their own units
 
 /** Asks now and then, while the page is looked at. */
 export async function keepPulse() {
@@ -31,7 +30,7 @@ function show({ queue, now, whole, spans }) {
   const rate = (name) => short(last ? last[name] / last.seconds : 0);
   const cards = [
     ["Waiting", [[short(queue.requests), "requests"], [short(queue.atoms), "atoms"], [short(queue.edges), "edges"]]],
-    ["Under way", [[short(now.in_flight), "requests"], [short(now.moving), "relaxing"], [short(now.sessions), "sessions"]]],
+    ["Under way", [[short(now.in_flight), "requests"], [short(now.moving), "moving"], [short(now.sessions), "sessions"]]],
     ["Latency", [[ms(whole.p50), "ms, median"], [ms(whole.p99), "ms, 99 %"], [short(whole.answers), "answers"]]],
     ["Throughput", [[rate("structures"), "structures/s"], [rate("atoms"), "atoms/s"], [rate("edges"), "edges/s"]]],
   ];
@@ -39,6 +38,8 @@ function show({ queue, now, whole, spans }) {
     h("div", { class: "values" }, ...values.map(([value, unit]) => h("div", {}, h("div", { class: "value" }, value), h("div", { class: "soft" }, unit)))))));
   const from = spans.length ? `−${Math.round(spans[0].ago + spans[0].seconds)} s` : "";
   const scaled = (name) => spans.map((span) => (span[name] == null ? null : 1000 * span[name]));
-  plot(byId("latency-plot"), { lines: [{ name: "p50", values: scaled("p50") }, { name: "p99", values: scaled("p99") }], from, to: "now", unit: "ms", zero: true, width: WIDE });
-  plot(byId("rate-plot"), { lines: [{ name: "structures/s", values: spans.map((span) => span.structures / span.seconds) }], from, to: "now", zero: true, width: WIDE });
+  // In pixels, so that their words are as large as all others.
+  const wide = byId("latency-plot").clientWidth || 560;
+  plot(byId("latency-plot"), { lines: [{ name: "p50", values: scaled("p50") }, { name: "p99", values: scaled("p99") }], from, to: "now", unit: "ms", zero: true, width: wide });
+  plot(byId("rate-plot"), { lines: [{ name: "structures/s", values: spans.map((span) => span.structures / span.seconds) }], from, to: "now", zero: true, width: wide });
 }

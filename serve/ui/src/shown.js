@@ -1,6 +1,6 @@
 // What is shown of the frame that is looked at.
 
-import { byId, fixed, h } from "./dom.js";
+import { byId, fixed, h, sentences } from "./dom.js";
 import { plot } from "./plot.js";
 import { part, state } from "./state.js";
 
@@ -56,17 +56,19 @@ function showFacts(atoms, frame) {
   byId("title").textContent = state.track.name;
   const n = atoms.atomic_numbers.length;
   byId("failure").hidden = !frame.failure;
-  byId("failure").textContent = frame.failure ? `${frame.failure.message}. ${frame.failure.remedy}` : "";
+  byId("failure").textContent = frame.failure ? sentences(frame.failure.message, frame.failure.remedy) : "";
   showOutside(atoms, frame.uncertainty?.outside);
   const lengths = frame.cell.map((vector) => Math.hypot(...vector));
-  const energy = h("dd", { class: "headline" }, frame.energy === undefined ? (frame.failure ? "–" : "…") : `${fixed(frame.energy, 4)} eV`);
+  const energy = h("dd", { class: "headline" }, frame.energy === undefined ? "…" : `${fixed(frame.energy, 4)} eV`);
   energy.id = "energy";
   if (frame.energy != null) energy.dataset.value = frame.energy;
   const rows = [
-    ["Energy", energy],
-    ["Per atom", frame.energy == null ? "–" : `${fixed(frame.energy / n, 4)} eV`],
-    ...sureness(frame),
-    ["Largest force", frame.forces ? `${fixed(largest(frame.forces), 4)} eV/Å` : "–"],
+    ...(frame.failure ? [] : [
+      ["Energy", energy],
+      ["Per atom", frame.energy == null ? "–" : `${fixed(frame.energy / n, 4)} eV`],
+      ...sureness(frame),
+      ["Largest force", frame.forces ? `${fixed(largest(frame.forces), 4)} eV/Å` : "–"],
+    ]),
     ["Formula", h("span", {}, ...formula(atoms.formula))],
     ["Atoms", String(n)],
   ];
@@ -78,7 +80,7 @@ function showFacts(atoms, frame) {
     rows.push(["Volume", `${fixed(volume(frame.cell), 2)} Å³`]);
   }
   if (frame.stress) rows.push(["Pressure", `${fixed((-GPA * (frame.stress[0][0] + frame.stress[1][1] + frame.stress[2][2])) / 3, 3)} GPa`]);
-  if (state.model) rows.push(["Computed by", [`${state.model.name}${state.model.version ? ` @${state.model.version}` : ""}`, state.model.level_of_theory, state.model.dtype].filter(Boolean).join(", ")]);
+  if (state.model && !frame.failure) rows.push(["Computed by", [`${state.model.name}${state.model.version ? ` @${state.model.version}` : ""}`, state.model.level_of_theory, state.model.dtype].filter(Boolean).join(", ")]);
   byId("facts").replaceChildren(...rows.flatMap(([name, value]) => [h("dt", {}, name), value instanceof HTMLElement && value.tagName === "DD" ? value : h("dd", {}, value)]));
   byId("stress").hidden = !frame.stress;
   if (frame.stress) {
@@ -91,7 +93,7 @@ function sureness({ uncertainty }) {
   if (!uncertainty) return [];
   const { members, coverage, energy_interval: interval, energy_spread: spread } = uncertainty;
   const rows = [];
-  if (interval != null) rows.push([`Within, in ${Math.round(100 * coverage)} %`, `± ${fixed(interval, 4)} eV`]);
+  if (interval != null) rows.push([`True within, ${Math.round(100 * coverage)} %`, `± ${fixed(interval, 4)} eV`]);
   if (spread != null) rows.push([`Spread of ${members} members`, `${fixed(spread, 4)} eV`]);
   return rows;
 }

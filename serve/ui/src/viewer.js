@@ -14,6 +14,7 @@ import { showElements, showScales } from "./legend.js";
 const BALL = 0.42; // of the covalent radius
 const STICK = 0.1, SHAFT = 0.055, HEAD = 0.14; // Å
 const LEAST_ARROW = 0.08; // Å; shorter ones would be dust on the atoms
+const ROOM = 1.7; // Å around what is looked at, for balls and most arrows
 const UP = new Vector3(0, 1, 0);
 const CORNERS = [[0, 1], [0, 2], [0, 4], [1, 3], [1, 5], [2, 3], [2, 6], [3, 7], [4, 5], [4, 6], [5, 7], [6, 7]];
 
@@ -201,7 +202,7 @@ export class Viewer {
     const low = [0, 1, 2].map((axis) => points.reduce((least, point) => Math.min(least, point[axis]), Infinity));
     const high = [0, 1, 2].map((axis) => points.reduce((most, point) => Math.max(most, point[axis]), -Infinity));
     const middle = new Vector3(...low.map((value, axis) => (value + high[axis]) / 2));
-    const radius = Math.max(1.5, ...points.map((point) => middle.distanceTo(new Vector3(...point)))) + 1;
+    const radius = Math.max(1.5, ...points.map((point) => middle.distanceTo(new Vector3(...point)))) + ROOM;
     const narrow = Math.min(1, this.camera.aspect);
     const far = radius / Math.sin((this.camera.fov * Math.PI) / 360) / narrow;
     this.controls.target.copy(middle);

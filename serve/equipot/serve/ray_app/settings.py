@@ -78,6 +78,11 @@ def split(mapping: Mapping[str, object], *, base: Path) -> tuple[ServeConfig, Ra
             "Ray's proxy listens without TLS: leave out --tls-cert and let what stands before it encrypt"
             " (a gateway, a mesh), or serve without --ray"
         )
+    if config.ui:
+        raise ServeError(
+            "--ui is a page of one server, and Ray's replicas have no port of their own for it: leave it out,"
+            " or serve without --ray"
+        )
     if config.jobs is not None:
         raise ServeError(
             "--jobs needs one server that has its folder for itself, and Ray starts the next replica before"
