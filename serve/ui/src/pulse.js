@@ -39,7 +39,7 @@ function show({ queue, now, whole, spans }) {
   const from = spans.length ? `−${Math.round(spans[0].ago + spans[0].seconds)} s` : "";
   const scaled = (name) => spans.map((span) => (span[name] == null ? null : 1000 * span[name]));
   // In pixels, so that their words are as large as all others.
-  const wide = byId("latency-plot").clientWidth || 560;
+  const wide = byId("latency-plot").clientWidth || Math.min(560, window.innerWidth - 60);
   plot(byId("latency-plot"), { lines: [{ name: "p50", values: scaled("p50") }, { name: "p99", values: scaled("p99") }], from, to: "now", unit: "ms", zero: true, width: wide });
   plot(byId("rate-plot"), { lines: [{ name: "structures/s", values: spans.map((span) => span.structures / span.seconds) }], from, to: "now", zero: true, width: wide });
 }
