@@ -184,22 +184,19 @@ def test_runners_that_share_a_folder_do_no_point_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_points_that_fail_or_diverge_are_recorded_and_the_others_are_run(tmp_path: Path) -> None:
+def test_points_that_fail_are_recorded_and_the_others_are_run(tmp_path: Path) -> None:
     file, out = tmp_path / "study.toml", tmp_path / "out"
     file.write_text(
         TINY
         + "[experiments.size]\naxes.width = [4]\n"
-        + "[experiments.wild]\naxes = {width = 4, learning_rate = 1.0}\nlength.steps = 400\n"
-        + 'recipe = {model.normalisation = "none", optimizer.clip = 0, optimizer.warmup_steps = 0}\n'
         + '[experiments.small]\naxes = {width = 4, "batch.max_edges" = 3}\n'
     )
     said = run(file, out, code=1)
     assert "batch.max_edges = 3" in said
-    assert {result["stopped"] for result in results(out).values()} <= {"finished", "diverged"}
+    assert [result["stopped"] for result in results(out).values()] == ["finished"]
     failed = [json.loads(path.read_text()) for path in out.glob("points/*/failure.json")]
     assert len(failed) == 1
     assert "batch.max_edges = 3" in failed[0]["reason"]
-    assert len(results(out)) == 2
 
 
 @pytest.mark.slow

@@ -80,6 +80,23 @@ def test_a_frontier_of_losses_without_a_trend_is_told_from_one_with() -> None:
     assert trend_of_frontier(falling) < 0.01
 
 
+def test_no_point_of_another_architecture_or_of_the_base_counts_as_two_seeds() -> None:
+    rows = []
+    for seed in range(2):
+        for width, loss in ((8, 1.0), (16, 0.8), (32, 1.2)):
+            rows.append(row(loss, width=width, seed=seed, flops=1e9))
+        for width, loss in ((64, 0.4), (128, 0.6)):
+            rows.append(row(loss, width=width, seed=seed, flops=1.02e9, architecture="other"))
+    base = base_family(rows)
+    family = next(Family.of(each) for each in rows if each.architecture == "other")
+    found = compare(rows, nothing_fitted(base), family)
+    assert [(one.width, one.seed, two.width, two.seed) for one, two in found.pairs] == [
+        (16, 0, 64, 0),
+        (16, 1, 64, 1),
+    ]
+    assert found.effects["loss"].ratio == pytest.approx(0.5)
+
+
 def nothing_fitted(base: Family) -> Fits:
     return Fits(base, (), (), (), "", 100, 1.0, 3, {})
 

@@ -72,8 +72,10 @@ def _next(fits: Fits, rivals: Sequence[Contest]) -> str:
 
 
 def _use(each: Optimum, fits: Fits) -> str:
+    low, high = each.width_interval
+    span = f" ({low} to {high})" if low < high else ""  # the epochs bound it
     return (
-        f"width {each.width} ({each.width_interval[0]} to {each.width_interval[1]}), {fits.layers} layers, "
+        f"width {each.width}{span}, {fits.layers} layers, "
         f"{each.structures:,.0f} structures seen ({each.structures / fits.epoch_structures:.3g} epochs), "
         f"loss {each.band.fitted[0]:.3g} (a run {each.band.run_low[0]:.3g} to {each.band.run_high[0]:.3g})"
     )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from equipot.train.scaling.compare import Effect, effect
 from equipot.train.scaling.rows import Row
-from equipot.train.scaling.slices import Family, setting_of
+from equipot.train.scaling.slices import Family, by_setting, least_validated
 
 SHARES = (0.25, 1.0)
 WANTED_SOURCES = 2
@@ -88,35 +85,25 @@ def contests(rows: Sequence[Row], base: Family, candidates: Collection[Family] =
 def _best(mine: Sequence[Row], plain: Sequence[Row], share: float) -> list[tuple[Row, Row]]:
     """Pairs (base, candidate) by seed of the candidate's best setting that has a rival."""
     found = []
-    for setting in _settings(mine):
-        rivals = [each for each in _settings(plain) if _meet(setting, each, share)]
+    for setting in by_setting(mine):
+        rivals = [each for each in by_setting(plain) if _meet(setting, each, share)]
         names = {name for row in setting for name in row.group}
         rivals = [each for each in rivals if any(names & set(row.group) for row in each)] or rivals
         if not rivals:
             continue
-        by_seed = {row.seed: row for row in min(rivals, key=_mean)}
+        by_seed = {row.seed: row for row in least_validated(rivals)}
         pairs = [(by_seed[row.seed], row) for row in setting if row.seed in by_seed]
         if pairs:
-            found.append((-len(pairs), _mean(setting), pairs))
-    return min(found, key=lambda each: each[:2])[2] if found else []
-
-
-def _settings(rows: Sequence[Row]) -> list[list[Row]]:
-    by_setting: dict[Hashable, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_setting[setting_of(row)].append(row)
-    return list(by_setting.values())
+            found.append((setting, pairs))
+    most = max((len(pairs) for _, pairs in found), default=0)
+    best = least_validated([setting for setting, pairs in found if len(pairs) == most]) if found else []
+    return next((pairs for setting, pairs in found if setting is best), [])
 
 
 def _meet(candidate: Sequence[Row], rival: Sequence[Row], share: float) -> bool:
     one, other = candidate[0], rival[0]
     equal = one.data_fraction == other.data_fraction
     return equal and share / 1.5 < one.flops / other.flops <= share * _ALLOWED
-
-
-def _mean(rows: Sequence[Row]) -> float:
-    """Of the validation loss: what is compared in the end has no part in the choice."""
-    return float(np.mean([row.validation_loss or np.inf for row in rows]))
 
 
 def _by_source(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Effect]:

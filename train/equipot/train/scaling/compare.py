@@ -11,7 +11,7 @@ from scipy import stats
 
 from equipot.train.scaling.fit import DATA, SIZE, Fits, Law
 from equipot.train.scaling.rows import METRICS, Row
-from equipot.train.scaling.slices import VARIABLES, Family
+from equipot.train.scaling.slices import VARIABLES, Family, by_setting, least_validated
 
 SIGNIFICANT = 0.05
 """A smaller probability tells an effect from none; intervals of effects leave out so much."""
@@ -116,13 +116,9 @@ _PAIRINGS: Sequence[tuple[str, bool, _Key]] = (
         True,
         lambda row: (row.width, row.layers, row.data_fraction, row.structures_per_step, row.seed),
     ),
-    (
-        "same data and seed, equal compute",
-        True,
-        lambda row: (row.data_fraction, row.structures_per_step, row.seed),
-    ),
 )
 """What pairs have in common, whether compute is, and all else that is."""
+_OF_BUDGETS = "same data and seed, equal compute, the best width of each"
 
 
 def compare_families(rows: Sequence[Row], fits: Fits) -> list[Comparison]:
@@ -137,12 +133,17 @@ def compare(rows: Sequence[Row], fits: Fits, family: Family) -> Comparison:
     """One family against the base."""
     mine = [row for row in rows if Family.of(row) == family]
     theirs = [row for row in rows if Family.of(row) == fits.base]
-    how, pairs = "", []
+    how = ""
+    pairs: list[tuple[Row, Row]] = []
     backbone = family.architecture != fits.base.architecture
     # of other architectures it is the budget that has to be the same, not the width
-    for how, equal, key in reversed(_PAIRINGS) if backbone else _PAIRINGS:  # noqa: B007 - it is told
-        pairs = _paired(theirs, mine, key, equal_compute=equal)
-        if pairs:
+    budgets = (_OF_BUDGETS, lambda: _best_of_budgets(theirs, mine))
+    ways = [
+        (words, lambda key=key, equal=equal: _paired(theirs, mine, key, equal_compute=equal))
+        for words, equal, key in _PAIRINGS
+    ]
+    for how, pair in [budgets, *reversed(ways)] if backbone else [*ways, budgets]:  # noqa: B007 - it is told
+        if pairs := pair():
             break
     usual = Counter(row.layers for row in theirs).most_common(1)[0][0]
     pairs = [pair for pair in pairs if pair[1].layers == usual] or pairs
@@ -195,6 +196,32 @@ def _paired(
             best = min(near, key=lambda other: abs(np.log(other.flops / row.flops)))
             pairs.append((best, row))
     return pairs
+
+
+def _best_of_budgets(theirs: Sequence[Row], mine: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Of each budget that both were given, the setting of least validation loss of both, seed by seed.
+
+    So no point has a part in two pairs, which would pass for two seeds.
+    """
+    pairs: list[tuple[Row, Row]] = []
+    left = sorted(by_setting(mine), key=lambda each: each[0].flops)
+    while left:
+        first = left[0][0]
+        equal = [each for each in left if _same_budget(each[0], first)]
+        left = [each for each in left if not _same_budget(each[0], first)]
+        best = least_validated(equal)
+        rivals = [each for each in by_setting(theirs) if _same_budget(each[0], best[0])]
+        names = {name for row in best for name in row.group}
+        rivals = [each for each in rivals if any(names & set(row.group) for row in each)] or rivals
+        if rivals:
+            by_seed = {row.seed: row for row in least_validated(rivals)}
+            pairs += [(by_seed[row.seed], row) for row in best if row.seed in by_seed]
+    return pairs
+
+
+def _same_budget(one: Row, other: Row) -> bool:
+    alike = (one.data_fraction, one.structures_per_step) == (other.data_fraction, other.structures_per_step)
+    return alike and 1 / _CLOSE < one.flops / other.flops < _CLOSE
 
 
 def _tilts(pairs: Sequence[tuple[Row, Row]]) -> Iterator[Tilt]:

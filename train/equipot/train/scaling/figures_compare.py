@@ -23,7 +23,7 @@ from equipot.train.scaling.pictures import (
     shown,
 )
 from equipot.train.scaling.rows import METRICS, SWITCHES, Row
-from equipot.train.scaling.slices import VARIABLES, Family
+from equipot.train.scaling.slices import VARIABLES, Family, by_setting
 
 _SHORT = {"loss": "loss", "energy": "energy MAE", "forces": "force MAE"}
 
@@ -116,9 +116,15 @@ def of_architectures(groups: Mapping[str, Sequence[Row]], how: str) -> Figure | 
                 continue
             colour = COLOURS[k % len(COLOURS)]
             axis.plot(values, np.full(len(values), k), ".", color=colour, alpha=0.5)
-            spread = values.std(ddof=1) if len(values) > 1 else 0.0
+            alone = len(values) > 1 and len(by_setting(rows)) == 1
+            spread = values.std(ddof=1) if alone else 0.0
             axis.errorbar(
-                values.mean(), k, xerr=spread or None, fmt=MARKERS[k % len(MARKERS)], color=colour, capsize=3
+                np.exp(np.log(values).mean()),
+                k,
+                xerr=spread or None,
+                fmt=MARKERS[k % len(MARKERS)],
+                color=colour,
+                capsize=3,
             )
         axis.set(xlabel=METRIC_NAMES[metric])
         axis.set_ylim(len(groups) - 0.5, -0.5)

@@ -216,7 +216,8 @@ def _parts(results: StudyResults, fits: Fits, said: _Findings, album: _Album) ->
         [
             *album.draw(
                 "architectures",
-                "Dots: seeds; bars: one standard deviation.",
+                "Dots: points; marks: their geometric mean; bars: one standard deviation, where all are "
+                "seeds of one setting. Of different budgets the ratios below say more.",
                 lambda: figures_compare.of_architectures(groups, how),
             ),
             *album.draw(

@@ -223,16 +223,25 @@ def trend_of_frontier(rows: Sequence[Row], shuffles: int = 999) -> float:
 
 def _by_compute(rows: Sequence[Row]) -> tuple[list[list[Row]], Array]:
     """Settings, the cheapest first, and the mean losses of their seeds."""
-    settings: dict[Hashable, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.usable and not row.holdout:
-            settings[setting_of(row)].append(row)
+    members = by_setting([row for row in rows if row.usable and not row.holdout])
     ranked = sorted(
         (float(np.mean([r.flops for r in each])), float(np.mean([r.value("loss") for r in each])), k)
-        for k, each in enumerate(settings.values())
+        for k, each in enumerate(members)
     )
-    members = list(settings.values())
     return [members[k] for *_, k in ranked], np.array([loss for _, loss, _ in ranked])
+
+
+def by_setting(rows: Iterable[Row]) -> list[list[Row]]:
+    """The seeds of each setting together."""
+    settings: dict[Hashable, list[Row]] = defaultdict(list)
+    for row in rows:
+        settings[setting_of(row)].append(row)
+    return list(settings.values())
+
+
+def least_validated(settings: Iterable[list[Row]]) -> list[Row]:
+    """The setting of least mean validation loss: what is compared in the end has no part in the choice."""
+    return min(settings, key=lambda each: float(np.mean([row.validation_loss or np.inf for row in each])))
 
 
 def setting_of(row: Row) -> Hashable:

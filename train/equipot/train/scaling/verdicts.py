@@ -381,7 +381,7 @@ def _on_law(found: Comparison) -> str:
             else "its local exponent is not told apart from the base's"
         )
         words.append(f"{few}; {verdict} ({_span(tilt.exponent, tilt.low, tilt.high, sign=True)})")
-    return "; ".join(words) or "no law to compare: it was trained at one size and amount of data"
+    return "; ".join(words) or "no law to compare, and too few sizes or amounts of data in pairs for a slope"
 
 
 def _briefly(row: Row) -> str:
