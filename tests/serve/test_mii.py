@@ -94,6 +94,9 @@ def test_a_request_may_be_no_larger_than_a_message() -> None:
 def test_what_mii_cannot_do_is_refused() -> None:
     with pytest.raises(ServeError, match="knows nothing of --tokens"):
         check_plain(ServeConfig(bundles=(Path("a"),), tokens=Path("tokens")))
+    with pytest.raises(ServeError, match="knows nothing of --ui"):
+        check_plain(ServeConfig(bundles=(Path("a"),), ui=True))
+    check_plain(ServeConfig(bundles=(Path("a"),), ui=False))
 
 
 # ---- the real package from here on

@@ -156,8 +156,8 @@ def check_plain(config: ServeConfig) -> None:
     Raises:
         ServeError: something of it is asked for.
     """
-    for name in ("tls_cert", "tokens", "identity_limits", "jobs"):
-        if getattr(config, name) is not None:
+    for name in ("tls_cert", "tokens", "identity_limits", "jobs", "ui"):
+        if getattr(config, name) not in (None, False):
             option = f"--{name.replace('_', '-')}"
             raise ServeError(f"MII's server knows nothing of {option}: leave it out, or serve without --mii")
 
