@@ -15,6 +15,7 @@ from tests.serve.repository_helpers import MOLECULE, label, put, serving
 
 from equipot.client import Client, Structure
 from equipot.serve import shadow
+from equipot.serve.job import Answer, Work
 from equipot.serve.registry import share
 from equipot.serve.repository.labels import LabelError, parse
 from equipot.wire.v1 import admin_pb2
@@ -288,6 +289,15 @@ class TestShadow:
         async def test() -> None:
             # In float32 the weights of version 3 overflow for oxygen.
             async with serving(model.parent, dtype="float32") as there:
+                on_trial = there.inside.server._gate.registry().find("tiny@3")
+                offer, taken = shadow.Shadow.offer, []
+
+                def watched(self: shadow.Shadow, work: Work, answer: Answer) -> None:
+                    before = on_trial.users
+                    offer(self, work, answer)
+                    taken.append(on_trial.users - before)
+
+                monkeypatch.setattr(shadow.Shadow, "offer", watched)
                 answers = await asyncio.gather(
                     *(there.inside.stub.Predict(ask([oxygen], model="tiny")) for _ in range(40))
                 )
@@ -298,7 +308,8 @@ class TestShadow:
                 assert (
                     there.inside.value("shadow_structures_failed_total", **names) == value(outcome="ok") > 0
                 )
-                on_trial = there.inside.server._gate.registry().find("tiny@3")
+                # It is in use from the moment it is asked, lest it be closed below its computation.
+                assert sum(taken) == value(outcome="ok")
                 await there.inside.until(lambda: on_trial.users == 0)
 
         run(test())
