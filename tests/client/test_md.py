@@ -11,6 +11,7 @@ import pytest
 from ase import Atoms, units
 from ase.io import read, write
 
+from equipot.client.open_files import OpenFiles
 from equipot.client.trajectory_file import TrajectoryFile
 
 Run = Callable[..., Any]
@@ -95,4 +96,4 @@ def test_a_token_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.extxyz").write_text("")
     (tmp_path / "a.extxyz.token").write_text("something else")
     with pytest.raises(Exception, match="is no restart token"):
-        TrajectoryFile(tmp_path / "a.extxyz", resume=True)
+        TrajectoryFile(tmp_path / "a.extxyz", OpenFiles(), resume=True)

@@ -6,16 +6,17 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.io import read, write
 from tests.serve.conftest import Process, ask, molecule, running, write_tiny
+from tests.serve.test_inference_protocol import as_tensors, request, tensor, texts
 
 from equipot.cli.main import main
 from equipot.client import (
@@ -24,10 +25,13 @@ from equipot.client import (
     EquipotCalculator,
     FailureReason,
     InvalidRequest,
+    MotionFrame,
     Predictions,
     Uncertainty,
 )
 from equipot.model.batch import System
+from equipot.wire.inference import open_inference_pb2 as oip
+from equipot.wire.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.certainty import UncertaintyArrays
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -54,7 +58,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         write_tiny(home / "alone", "alone", seed=1, uncertain=True),
         *(write_tiny(home / f"m{seed}", f"m{seed}", seed=seed) for seed in SEEDS),
     ]
-    with running(*bundles, "--dtype", "float64", "--threads", 1, stderr=home / "log") as process:
+    words = ["--dtype", "float64", "--threads", 1, "--jobs", home / "jobs"]
+    with running(*bundles, *words, stderr=home / "log") as process:
         yield Served(process)
 
 
@@ -300,9 +305,147 @@ def test_a_relaxed_structure_is_told_where_it_came_to_rest(client: Client, frame
         assert call.domain is not None
         assert one.uncertainty.domain.score == pytest.approx(call.domain.score, rel=1e-6)
     assert client.relax([frames[0]], steps=1)[0].uncertainty is None
-    strict = client.relax([frames[0], squeezed()], steps=3, uncertainty=Uncertainty(refuse_outside=True))
-    assert strict[1].failure is not None
-    assert strict[1].failure.reason is FailureReason.OUTSIDE_DOMAIN
+
+
+STRICT = Uncertainty(refuse_outside=True)
+
+
+def thrown_together(frame: Atoms) -> Atoms:
+    """An atom flies at its neighbour."""
+    frame = frame.copy()
+    distances = frame.get_all_distances() + 9 * np.eye(len(frame))
+    one, other = np.unravel_index(distances.argmin(), distances.shape)
+    way = np.zeros((len(frame), 3))
+    way[one] = 0.05 / distances[one, other] * (frame.positions[other] - frame.positions[one])
+    frame.set_velocities(way / units.fs)
+    return frame
+
+
+def is_outside(client: Client, frame: Atoms, positions: Any) -> bool:
+    there = Atoms(frame.numbers, positions)
+    failure = client.predict(there, uncertainty=STRICT)[0].failure
+    return failure is not None and failure.reason is FailureReason.OUTSIDE_DOMAIN
+
+
+def test_frames_of_dynamics_tell_it_in_calls_and_jobs(client: Client, frames: list[Atoms]) -> None:
+    moving = [frames[3], thrown_together(frames[0])]
+    how: dict[str, Any] = {"steps": 12, "frame_every": 4, "temperature": 50.0, "seed": 1, "uncertainty": True}
+    found = client.simulate(moving, **how)
+    job = client.jobs.simulate(moving, **how)
+    of_job = [(one.index, one.found) for one in client.jobs.attach(job.id)]
+    flagged = 0
+    for index, (frame, trajectory) in enumerate(zip(moving, found, strict=True)):
+        kept = [told for place, told in of_job if place == index and isinstance(told, MotionFrame)]
+        assert [one.step for one in kept] == [one.step for one in trajectory.frames] == [0, 4, 8, 12]
+        for here, there in zip(trajectory.frames, kept, strict=True):
+            call = client.predict(Atoms(frame.numbers, here.positions), uncertainty=True)[0].uncertainty
+            assert call is not None
+            assert call.domain is not None
+            for one in (here.uncertainty, there.uncertainty):
+                assert one is not None
+                assert one.energy_interval == pytest.approx(call.energy_interval, rel=1e-6)
+                close(one.forces_spread, call.forces_spread, rtol=1e-6)
+                assert one.domain is not None
+                assert one.domain.score == pytest.approx(call.domain.score, rel=1e-6)
+                assert (one.domain.outside, one.domain.atom) == (call.domain.outside, call.domain.atom)
+            flagged += call.domain.outside
+    # The one that flies leaves the domain on its way.
+    assert flagged
+    assert client.simulate(frames[0], steps=1)[0].frames[0].uncertainty is None
+
+
+def test_what_leaves_the_domain_on_its_way_is_stopped_there(client: Client, frames: list[Atoms]) -> None:
+    flying = thrown_together(frames[0])
+    (course,) = client.simulate([flying], steps=40, frame_every=1, uncertainty=STRICT)
+    ended = course.ended
+    assert ended is not None
+    assert ended.failure is not None
+    assert ended.failure.reason is FailureReason.OUTSIDE_DOMAIN
+    assert ended.failure.message.startswith(f"after {ended.steps} steps: it is outside")
+    assert [frame.step for frame in course.frames] == list(range(ended.steps + 1))
+    assert not is_outside(client, flying, course.frames[-1].positions)
+    assert is_outside(client, flying, ended.positions)
+    job = client.jobs.relax([frames[0], squeezed()], fmax=1e-4, steps=100, uncertainty=STRICT)
+    by_job = {one.index: one.relaxed for one in client.jobs.attach(job.id)}
+    for found in (client.relax([frames[0], squeezed()], fmax=1e-4, steps=100, uncertainty=STRICT), by_job):
+        assert found[1].failure is not None
+        assert found[1].steps == 0
+        one = found[0]
+        assert one.failure is not None
+        assert one.failure.reason is FailureReason.OUTSIDE_DOMAIN
+        assert one.steps > 0
+        assert one.failure.message.startswith(f"after {one.steps} steps: it is outside")
+        assert is_outside(client, frames[0], one.positions)
+
+
+def test_the_inference_protocol_has_it_as_tensors(served: Served, frames: list[Atoms]) -> None:
+    systems = [molecule(3000), molecule(3001, 5)]
+    systems.append(replace(systems[0], positions=0.5 * systems[0].positions))
+    names = ("energy_spread", "energy_interval", "forces_spread", "forces_interval", "domain_score")
+    with grpc.insecure_channel(served.address) as channel:
+        stub, ours = GRPCInferenceServiceStub(channel), PotentialServiceStub(channel)
+        wanted = request(as_tensors(systems), *names, "outside_domain", model="three")
+        wanted.parameters["coverage"].string_param = "0.5"
+        theirs = stub.ModelInfer(wanted, timeout=20)
+        options = pb.UncertaintyOptions(coverage=0.5)
+        expected = ours.Predict(ask(systems, model="three", uncertainty=options), timeout=20).uncertainty
+        for name in names:
+            close(tensor(theirs, name).ravel(), np.frombuffer(getattr(expected, name)), rtol=1e-6)
+        (outside,) = expected.outside
+        assert texts(theirs, "outside_domain") == ["", "", outside.reason]
+        wanted.parameters["refuse_outside"].bool_param = True
+        refused = stub.ModelInfer(wanted, timeout=20)
+        assert "outside what the model was trained on" in texts(refused)[2]
+        listed = {
+            name: {one.name for one in stub.ModelMetadata(oip.ModelMetadataRequest(name=name)).outputs}
+            for name in ("three", "m1")
+        }
+        assert listed["three"] - listed["m1"] == {*names, "outside_domain"}
+        plain = stub.ModelInfer(request(as_tensors(systems), "energy_spread", model="m1"), timeout=20)
+        assert np.isnan(tensor(plain, "energy_spread")).all()
+        assert "no ensemble" in plain.parameters["not_available"].string_param
+        for name, value in (("coverage", "much"), ("coverage", "2"), ("refuse_outside", "yes")):
+            wrong = request(as_tensors(systems), "energy", model="three")
+            wrong.parameters[name].string_param = value
+            with pytest.raises(grpc.RpcError, match=name):
+                stub.ModelInfer(wrong, timeout=20)
+
+
+def test_relax_and_md_write_it(
+    served: Served,
+    frames: list[Atoms],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write("in.extxyz", [frames[3], thrown_together(frames[0])])
+    words = ["in.extxyz", "--address", served.address, "--model", "three", "--uncertainty"]
+    main(["relax", *words, "--steps", "3"])
+    main(["relax", *words, "--steps", "3", "--job", "--out", "job.extxyz"])
+    for name in ("in-relaxed.extxyz", "job.extxyz"):
+        for frame in read(name, ":"):
+            assert frame.info["equipot_energy_interval"] > 0
+            assert frame.arrays["equipot_forces_spread"].shape == (len(frame),)
+    how = ["--steps", "30", "--frame-every", "3", "--observe-every", "1"]
+    assert main(["md", *words, *how]) == 0
+    said = capsys.readouterr().out
+    assert "outside the training domain: " in said
+    assert "structure 1: temperature" in said
+    assert any("equipot_outside_domain" in frame.info for frame in read("in-md-1.extxyz", ":"))
+    assert main(["md", *words, *how, "--refuse-outside", "--out", "strict.extxyz"]) == 1
+    assert "structure 1: positions: after" in capsys.readouterr().out
+    last = read("strict-1.extxyz", -1)
+    assert "it is outside" in last.info["equipot_failure"]
+    assert last.info["equipot_step"] < 30
+    assert last.calc is None
+    with Client(served.address, model="three") as client:
+        assert is_outside(client, last, last.positions)
+    count = served.process.sample("equipot_structures_total")
+    # What failed is not tried once more, and said again.
+    assert main(["md", *words, *how, "--refuse-outside", "--out", "strict.extxyz", "--resume"]) == 1
+    assert "structure 1: positions: after" in capsys.readouterr().out
+    assert served.process.sample("equipot_structures_total") == count
 
 
 def test_ase_s_calculator_keeps_it(served: Served, frames: list[Atoms]) -> None:

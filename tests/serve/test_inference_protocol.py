@@ -70,8 +70,8 @@ def tensor(response: oip.ModelInferResponse, name: str) -> NDArray[np.float64]:
     return np.frombuffer(response.raw_output_contents[place]).reshape(tuple(output.shape))
 
 
-def texts(response: oip.ModelInferResponse) -> list[str]:
-    raw = response.raw_output_contents[[output.name for output in response.outputs].index("error")]
+def texts(response: oip.ModelInferResponse, name: str = "error") -> list[str]:
+    raw = response.raw_output_contents[[output.name for output in response.outputs].index(name)]
     found = []
     while raw:
         (length,) = struct.unpack("<I", raw[:4])
@@ -202,7 +202,7 @@ class TestRefusals:
 
     def test_an_output_that_is_none(self, oip_stub: GRPCInferenceServiceStub) -> None:
         call = refusal(oip_stub, request(as_tensors([molecule(1)]), "dipole"))
-        assert "'dipole' is no output; the outputs are energy, forces, stress, error" in (
+        assert "'dipole' is no output; the outputs are energy, forces, stress, error," in (
             call.details() or ""
         )
 

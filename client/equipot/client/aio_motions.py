@@ -91,6 +91,7 @@ class AsyncMotions(ABC):
         steps: int,
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         resume: Sequence[Resumed | None] | None = None,
         on_warning: Warned = warn,
         **how: Unpack[SimulateWords],
@@ -103,6 +104,7 @@ class AsyncMotions(ABC):
             steps=steps,
             level_of_theory=level_of_theory,
             model=model,
+            uncertainty=uncertainty,
             resume=resume,
             on_warning=on_warning,
             **how,
@@ -117,13 +119,21 @@ class AsyncMotions(ABC):
         steps: int,
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         resume: Sequence[Resumed | None] | None = None,
         on_warning: Warned = warn,
         **how: Unpack[SimulateWords],
     ) -> AsyncGenerator[tuple[int, Told], None]:
         """As `Client.simulate_iter`."""
         how_to = SimulateSettings(steps=steps, **how)
-        wish = self._settings.wish(Asked(model=model, level_of_theory=level_of_theory, stress=how_to.stress))
+        wish = self._settings.wish(
+            Asked(
+                model=model,
+                level_of_theory=level_of_theory,
+                stress=how_to.stress,
+                uncertainty=uncertainty,
+            )
+        )
         items = list(each_structure(structures))
         limits = (await self.model(wish.model)).limits
         way = AsyncWay(self._simulate, self._understand, self._settings.retry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +90,32 @@ class Certainty:
         if self.domain is not None:
             found["domain_score"] = self.domain.score
         return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is said of many answers together.
+
+    Attributes:
+        n_outside: how many are of structures unlike any in training.
+        lacking: what the model could not tell, and why.
+    """
+
+    n_outside: int = 0
+    lacking: tuple[str, ...] = ()
+
+    def add(self, known: Certainty | None) -> None:
+        """Takes one answer into account."""
+        if known is not None:
+            self.lacking = known.not_available
+            self.n_outside += known.domain is not None and known.domain.outside
+
+    def lines(self) -> Iterator[str]:
+        """The same for people."""
+        for why in self.lacking:
+            yield f"not available: {why}"
+        if self.n_outside:
+            yield f"outside the training domain: {self.n_outside} (see {OUTSIDE} in the results)"
 
 
 def certainty_of(arrays: UncertaintyArrays, index: int, atoms: slice) -> Certainty:

@@ -18,18 +18,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from equipot.client.certainty import OUTSIDE, Uncertainty
+from equipot.client.certainty import Tally
 from equipot.client.errors import ClientError, InvalidRequest
 from equipot.client.explanation_table import print_explanation
 from equipot.client.options import (
     AllowPlaintextToken,
+    Coverage,
+    RefuseOutside,
     Shown,
+    TellUncertainty,
     TlsCa,
     TlsCert,
     TlsKey,
     TlsName,
     TokenFile,
     UseTls,
+    certainty_wanted,
     shown,
 )
 from equipot.client.results import ModelInfo, ModelReference, Prediction
@@ -74,16 +78,9 @@ def predict(
     priority: Annotated[
         Literal["low", "normal", "high"], typer.Option(help="low: others go first; high: where it is granted")
     ] = "normal",
-    uncertainty: Annotated[
-        bool,
-        typer.Option(
-            "--uncertainty",
-            help="Write spreads, intervals and what is outside the training domain beside the results.",
-        ),
-    ] = False,
-    coverage: Annotated[
-        float, typer.Option(min=0.01, max=0.99, help="how often the intervals are to hold the truth")
-    ] = 0.9,
+    uncertainty: TellUncertainty = False,
+    coverage: Coverage = 0.9,
+    refuse_outside: RefuseOutside = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Only say what it would cost and which frames would fail.")
     ] = False,
@@ -126,7 +123,9 @@ def predict(
                 asked = Asked(
                     stress=stress,
                     level_of_theory=level_of_theory,
-                    uncertainty=Uncertainty(coverage=coverage) if uncertainty else False,
+                    uncertainty=certainty_wanted(
+                        uncertainty=uncertainty, coverage=coverage, refuse_outside=refuse_outside
+                    ),
                 )
                 _run(client, info, asked, reader, writer, report)
                 reader.check()
@@ -215,8 +214,7 @@ class Report:
     comparison: Comparison
     n_frames: int = 0
     n_failed: int = 0
-    n_outside: int = 0
-    lacking: tuple[str, ...] = ()
+    certainty: Tally = field(default_factory=Tally)
     model: ModelReference | None = None
     first: list[tuple[str, ...]] = field(default_factory=list)
     last: deque[tuple[str, ...]] = field(default_factory=lambda: deque(maxlen=_ENDS))
@@ -235,9 +233,7 @@ class Report:
             self.n_failed += 1
             if len(self.failures) < _MOST_FAILURES:
                 self.failures.append((str(failure.index), failure.field, failure.message, failure.remedy))
-        if (known := prediction.uncertainty) is not None:
-            self.lacking = known.not_available
-            self.n_outside += known.domain is not None and known.domain.outside
+        self.certainty.add(prediction.uncertainty)
         (self.first if len(self.first) < _ENDS else self.last).append(row)
         self.n_frames += 1
 
@@ -263,10 +259,8 @@ class Report:
             _say(console, f"energy MAE against the file's own: {1000 * compared.energy:.2f} meV/atom")
         if compared.n_components:
             _say(console, f"force MAE against the file's own: {compared.forces:.4f} eV/Å")
-        for why in self.lacking:
-            _say(console, f"not available: {why}")
-        if self.n_outside:
-            _say(console, f"outside the training domain: {self.n_outside} (see {OUTSIDE} in the results)")
+        for line in self.certainty.lines():
+            _say(console, line)
         by = f" by {self.model.pinned} ({self.model.level_of_theory})" if self.model is not None else ""
         _say(console, f"{self.n_frames - self.n_failed} of {self.n_frames} frames predicted{by}")
         _say(console, f"results: {path}")

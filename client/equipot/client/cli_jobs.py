@@ -128,9 +128,9 @@ def attach(
         else:
             slip = replace(former, address=client.address)
         if kind == "simulate":
-            ended, failures = fetch_trajectories(client, slip, target, frames, resume=resume)
+            ended, recording = fetch_trajectories(client, slip, target, frames, resume=resume)
             Slip.path(target).unlink(missing_ok=True)
-            if not say_trajectories(Console(), ended, failures, target):
+            if not say_trajectories(Console(), ended, recording):
                 raise typer.Exit(1)
             return
         with UnorderedWriter(target, resume=resume) as writer:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,26 +13,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from equipot.client.certainty import Uncertainty
 from equipot.client.cli import DEFAULT_ADDRESS, Address, Interruption, Timeout
 from equipot.client.cli_jobs import PATIENT
-from equipot.client.dynamics import (
-    Begun,
-    Ended,
-    IntegratorName,
-    MotionFrame,
-    Restart,
-    SimulateWords,
-    Told,
-)
-from equipot.client.errors import ClientError, describe
+from equipot.client.dynamics import Begun, Ended, IntegratorName, SimulateWords
+from equipot.client.errors import ClientError
 from equipot.client.options import (
     AllowPlaintextToken,
+    Coverage,
+    RefuseOutside,
+    TellUncertainty,
     TlsCa,
     TlsCert,
     TlsKey,
     TlsName,
     TokenFile,
     UseTls,
+    certainty_wanted,
     shown,
 )
 from equipot.client.settings import DEFAULT_TIMEOUT
@@ -69,8 +66,14 @@ def md(
     barostat_time: Annotated[float | None, typer.Option(help="fs; default: 1000 steps")] = None,
     seed: Annotated[int | None, typer.Option(help="of what is drawn; frame i has SEED + i")] = None,
     frame_every: Annotated[int, typer.Option(min=0, help="steps between frames; 0: only the last")] = 100,
+    observe_every: Annotated[
+        int, typer.Option(min=0, help="steps between lines of OUT's name with .csv; 0: none")
+    ] = 10,
     forces: Annotated[bool, typer.Option("--forces", help="write forces, too")] = False,
     stress: Annotated[bool, typer.Option("--stress", help="write the stress, too")] = False,
+    uncertainty: TellUncertainty = False,
+    coverage: Coverage = 0.9,
+    refuse_outside: RefuseOutside = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what OUT and OUT.token have")] = False,
     job: Annotated[
         bool,
@@ -88,15 +91,17 @@ def md(
     """Move every frame of a file in time on the server and write its trajectory as it comes.
 
     Momenta in the file count; where there are none, velocities are drawn at --temperature. Atoms that a
-    FixAtoms constraint holds stay. Of several frames each has a file of its own, OUT with its number. What
-    cannot go on is written so far, its reason is said, and the exit code is 1. A run that is stopped goes on
+    FixAtoms constraint holds stay. Of several frames each has a file of its own, OUT with its number.
+    Energies, temperature and pressure by step go into OUT.csv. What cannot go on is written up to the frame
+    that failed, with the reason in `equipot_failure`, and the exit code is 1. A run that is stopped goes on
     by --resume with the same words, as if it had never been. With --job a server that was started with --jobs
     keeps the work and its frames: Ctrl-C only detaches.
     """
     from equipot.client.frames import FrameReader
     from equipot.client.job_files import Slip
     from equipot.client.job_trajectories import trajectory_paths
-    from equipot.client.trajectory_file import TrajectoryFile
+    from equipot.client.open_files import OpenFiles
+    from equipot.client.recording import Recording
 
     trust = shown(
         tls=tls,
@@ -115,6 +120,7 @@ def md(
     if any(path.exists() and path.samefile(file) for path in paths):
         raise ClientError(f"{file} is the input itself: give another --out")
     errors, console = Console(stderr=True), Console()
+    sure = certainty_wanted(uncertainty=uncertainty, coverage=coverage, refuse_outside=refuse_outside)
     how = SimulateWords(
         integrator=integrator,
         timestep=timestep,
@@ -125,13 +131,14 @@ def md(
         pressure=pressure,
         barostat_time=barostat_time,
         frame_every=frame_every,
+        observe_every=observe_every,
         forces=forces,
         stress=stress,
     )
     if job:
         how["seed"] = seed
         with trust.client(address, model=model, timeout=timeout, retry=PATIENT) as client:
-            _as_job(client, file, frames, target, steps, level_of_theory, how, resume=resume)
+            _as_job(client, file, frames, target, steps, level_of_theory, sure, how, resume=resume)
         return
     if (slip := Slip.read(target)) is not None:
         raise ClientError(
@@ -139,65 +146,59 @@ def md(
             " it; to begin anew take that file away"
         )
     with ExitStack() as stack:
-        files = [stack.enter_context(TrajectoryFile(path, resume=resume)) for path in paths]
-        todo = [place for place, one in enumerate(files) if one.reached < steps]
-        run = _Run([frames[place] for place in todo], [files[place] for place in todo], todo)
+        recording = Recording(
+            paths,
+            stack.enter_context(OpenFiles()),
+            timestep=timestep,
+            resume=resume,
+        )
+        ways = [recording.trajectory(place) for place in range(len(frames))]
+        todo = [place for place, way in enumerate(ways) if way.reached < steps and not way.failure]
+        resumed = [recording.resumed(place) for place in todo]
         client = stack.enter_context(trust.client(address, model=model, timeout=timeout))
-        how["seed"] = None if seed is None else [seed + place for place in todo]
+        how["seed"] = seeds = [_seed_of(ways[place], seed, place) for place in todo]
         simulating = client.simulate_iter(
-            run.frames,
+            [frames[place] for place in todo],
             steps=steps,
             level_of_theory=level_of_theory,
-            resume=[one.resumed for one in run.files] if resume else None,
+            uncertainty=sure,
+            resume=resumed if resume else None,
             on_warning=lambda warning: errors.print(f"[yellow]note:[/] {escape(warning)}", soft_wrap=True),
             **how,
         )
         interruption = stack.enter_context(Interruption(errors))
         bar = stack.enter_context(_progress(errors))
         stack.enter_context(closing(simulating))
-        task = bar.add_task("moving", total=steps * len(files), completed=steps * (len(files) - len(todo)))
+        done, model = steps * (len(frames) - len(todo)), ""
+        task = bar.add_task("moving", total=steps * len(frames), completed=done)
+        reached: dict[int, int] = {}
         for index, told in simulating:
-            run.take(index, told)
-            bar.update(task, completed=steps * (len(files) - len(todo)) + sum(run.steps.values()))
+            place = todo[index]
+            if isinstance(told, Begun):
+                model = told.model.pinned
+            recording.take(place, frames[place], told, model, seeds[index])
+            if not isinstance(told, Begun):
+                reached[place] = told.steps if isinstance(told, Ended) else told.step
+            bar.update(task, completed=done + sum(reached.values()))
             interruption.check()
-    for failure in run.failures:
-        console.print(f"[red]failed:[/] {escape(failure)}", soft_wrap=True, highlight=False)
-    good = len(files) - len(run.failures)
-    console.print(f"{good} of {len(files)} moved for {steps} steps", soft_wrap=True, highlight=False)
-    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
-    console.print(f"results: {where}", soft_wrap=True, highlight=False, markup=False)
-    if run.failures:
+    lines = [
+        *(f"failed: {why}" for _, why in sorted(recording.failed.items())),
+        *recording.certainty.lines(),
+        *recording.summaries(),
+        f"{len(frames) - len(recording.failed)} of {len(frames)} moved for {steps} steps",
+        *recording.where(),
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if recording.failed:
         raise typer.Exit(1)
 
 
-@dataclass(slots=True)
-class _Run:
-    """Frames that are moved, and what came of them."""
-
-    frames: list[Atoms]
-    files: list[TrajectoryFile]
-    places: list[int]
-    model: str = ""
-    steps: dict[int, int] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-
-    def take(self, index: int, told: Told) -> None:
-        """Writes what came."""
-        match told:
-            case Begun():
-                self.model = told.model.pinned
-            case MotionFrame():
-                self.files[index].write(self.frames[index], told, self.model)
-                self.steps[index] = told.step
-            case Restart():
-                self.files[index].keep(told)
-                self.steps[index] = told.step
-            case Ended():
-                self.files[index].finish()
-                self.steps[index] = told.steps
-                if told.failure is not None:
-                    failure = replace(told.failure, index=self.places[index])
-                    self.failures.append(describe(failure))
+def _seed_of(way: TrajectoryFile, seed: int | None, place: int) -> int:
+    """Of a structure: that with which it has begun, that which is asked for, or any."""
+    if way.seed is not None:
+        return way.seed
+    return secrets.randbits(48) if seed is None else seed + place
 
 
 def _as_job(
@@ -207,6 +208,7 @@ def _as_job(
     target: Path,
     steps: int,
     level_of_theory: str,
+    sure: bool | Uncertainty,
     how: SimulateWords,
     *,
     resume: bool,
@@ -228,14 +230,15 @@ def _as_job(
             id=slip.job,
             label=file.name,
             level_of_theory=level_of_theory,
+            uncertainty=sure,
             on_sent=sent,
             **how,
         )
 
     submit(client, slip, target, len(frames), send, begun=slip.after > 0)
-    info, failures = fetch_trajectories(client, slip, target, frames, resume=resume)
+    info, recording = fetch_trajectories(client, slip, target, frames, resume=resume)
     Slip.path(target).unlink(missing_ok=True)
-    if not say_trajectories(Console(), info, failures, target):
+    if not say_trajectories(Console(), info, recording):
         raise typer.Exit(1)
 
 

@@ -11,17 +11,22 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from equipot.client.certainty import Uncertainty
 from equipot.client.cli import DEFAULT_ADDRESS, Address, Interruption, Timeout
 from equipot.client.cli_jobs import PATIENT
 from equipot.client.errors import ClientError
 from equipot.client.options import (
     AllowPlaintextToken,
+    Coverage,
+    RefuseOutside,
+    TellUncertainty,
     TlsCa,
     TlsCert,
     TlsKey,
     TlsName,
     TokenFile,
     UseTls,
+    certainty_wanted,
     shown,
 )
 from equipot.client.outcome import Outcome
@@ -52,6 +57,9 @@ def relax(
         typer.Option(help="whether and how the cell moves along"),
     ] = "fixed",
     pressure: Annotated[float, typer.Option(help="upon a cell whose volume moves, eV/Å³")] = 0.0,
+    uncertainty: TellUncertainty = False,
+    coverage: Coverage = 0.9,
+    refuse_outside: RefuseOutside = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on after the frames that OUT.partial has already")
     ] = False,
@@ -94,9 +102,10 @@ def relax(
     reader.check()
     console = Console()
     how = RelaxWords(fmax=fmax, steps=steps, optimizer=optimizer, cell=cell, pressure=pressure)
+    sure = certainty_wanted(uncertainty=uncertainty, coverage=coverage, refuse_outside=refuse_outside)
     if job:
         with trust.client(address, model=model, timeout=timeout, retry=PATIENT) as client:
-            _as_job(client, file, frames, target, level_of_theory, how, resume=resume)
+            _as_job(client, file, frames, target, level_of_theory, sure, how, resume=resume)
         return
     with UnorderedWriter(target, resume=resume) as writer:
         if writer.kept and max(writer.kept) >= len(frames):
@@ -112,7 +121,7 @@ def relax(
             outcome.recall(comment)
         with trust.client(address, model=model, timeout=timeout) as client:
             relaxing = client.relax_iter(
-                [frames[place] for place in todo], level_of_theory=level_of_theory, **how
+                [frames[place] for place in todo], level_of_theory=level_of_theory, uncertainty=sure, **how
             )
             errors = Console(stderr=True)
             with (
@@ -146,6 +155,7 @@ def _as_job(
     frames: list[Atoms],
     target: Path,
     level_of_theory: str,
+    sure: bool | Uncertainty,
     how: RelaxWords,
     *,
     resume: bool,
@@ -159,7 +169,13 @@ def _as_job(
 
     def send(sent: Callable[[int], None]) -> JobInfo:
         return client.jobs.relax(
-            frames, id=slip.job, label=file.name, level_of_theory=level_of_theory, on_sent=sent, **how
+            frames,
+            id=slip.job,
+            label=file.name,
+            level_of_theory=level_of_theory,
+            uncertainty=sure,
+            on_sent=sent,
+            **how,
         )
 
     with UnorderedWriter(target, resume=resume) as writer:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
 from equipot.client.batches import PRIORITIES, Part, Wish
+from equipot.client.certainty import Certainty
 from equipot.client.errors import InvalidRequest
-from equipot.client.moving import Moves, failure_of, fixed_of, flags, floats, word
+from equipot.client.moving import Moves, certainty_told, failure_of, fixed_of, flags, floats, word
 from equipot.client.results import ModelReference
 from equipot.client.starts import masses_of, put_start, velocities_of
 from equipot.client.structures import pack
@@ -129,6 +130,7 @@ class SimulateSettings:
             token_every=self.token_every,
             frame_forces=self.forces,
             frame_stress=self.stress,
+            uncertainty=wish.options,
         )
         if self.final_temperature is not None:
             request.final_temperature = self.final_temperature
@@ -157,6 +159,7 @@ class MotionFrame:
         temperature: K.
         forces: (n, 3) in eV/Å; None if not asked for.
         stress: (3, 3) in eV/Å³, of the potential; None if not asked for.
+        uncertainty: how sure the potential is there; None if not asked for.
     """
 
     step: int
@@ -168,6 +171,7 @@ class MotionFrame:
     temperature: float
     forces: FloatArray | None
     stress: FloatArray | None
+    uncertainty: Certainty | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +198,7 @@ class Restart:
     token: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Ended:
     """How a trajectory ended.
 
@@ -203,12 +207,16 @@ class Ended:
         failure: why there are no more; None if these are all.
         model: what computed it; None if it was refused before anything was sent.
         seed: of what was drawn.
+        positions: (n, 3) in Å, where the step after these led, if it failed there; None else, as the cell.
+        cell: (3, 3) in Å, there.
     """
 
     steps: int
     failure: Failure | None
     model: ModelReference | None
     seed: int
+    positions: FloatArray | None = None
+    cell: FloatArray | None = None
 
 
 Told = Begun | MotionFrame | Observation | Restart | Ended
@@ -404,16 +412,7 @@ class Simulation(Moves):
                 result = reply.result
                 index = self.index_of(result.index)
                 seed = self._begun.seeds[self.number_of(result.index)]
-                self.finish(result.index)
-                yield (
-                    index,
-                    Ended(
-                        steps=result.steps,
-                        failure=failure_of(result, index),
-                        model=ModelReference.from_wire(result.model),
-                        seed=seed,
-                    ),
-                )
+                yield index, ended_of(result, self.finish(result.index), index, seed)
 
     def _is_new(self, reached: list[int], told: pb.MotionFrame | pb.MotionObservation) -> bool:
         number = self.number_of(told.index)
@@ -439,6 +438,23 @@ def frame_of(frame: pb.MotionFrame, n_atoms: int) -> MotionFrame:
         temperature=frame.temperature,
         forces=floats(frame.forces, (n_atoms, 3)) if frame.forces else None,
         stress=floats(frame.stress, (3, 3)) if frame.stress else None,
+        uncertainty=certainty_told(frame, n_atoms),
+    )
+
+
+def ended_of(result: pb.SimulateResult, n_atoms: int, index: int, seed: int) -> Ended:
+    """How the structure with so many atoms ended, whose failure bears this index.
+
+    Raises:
+        ServerError: it does not fit the structure.
+    """
+    return Ended(
+        steps=result.steps,
+        failure=failure_of(result, index),
+        model=ModelReference.from_wire(result.model) if result.HasField("model") else None,
+        seed=seed,
+        positions=floats(result.positions, (n_atoms, 3)) if result.positions else None,
+        cell=floats(result.cell, (3, 3)) if result.cell else None,
     )
 
 

@@ -267,12 +267,13 @@ def with_results(frame: Atoms, prediction: Prediction) -> Atoms:
     results: dict[str, Any] = {"energy": prediction.energy, "forces": prediction.forces}
     if prediction.stress is not None and frame.pbc.all():
         results["stress"] = prediction.stress
-    _write_certainty(frame, prediction.uncertainty)
+    write_certainty(frame, prediction.uncertainty)
     frame.calc = SinglePointCalculator(frame, **results)
     return frame
 
 
-def _write_certainty(frame: Atoms, known: Certainty | None) -> None:
+def write_certainty(frame: Atoms, known: Certainty | None) -> None:
+    """Writes into a frame how sure its results are."""
     if known is None:
         return
     for name, value in known.numbers().items():

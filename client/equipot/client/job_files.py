@@ -29,14 +29,16 @@ class Slip:
         address: of its server.
         after: the number of the last result that is in files of trajectories.
         steps: of the last frame there, by the structure's index.
-        failures: what was said of structures that went no further.
+        rows: steps of the last observation there, by the structure's index.
+        failures: why structures went no further, by index.
     """
 
     job: str
     address: str
     after: int = 0
     steps: dict[str, int] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def path(target: Path) -> Path:

@@ -10,9 +10,8 @@ from typing import Literal
 import numpy as np
 
 from equipot.client.batches import Priority
-from equipot.client.dynamics import Ended, MotionFrame, Observation, frame_of, observation_of
+from equipot.client.dynamics import Ended, MotionFrame, Observation, ended_of, frame_of, observation_of
 from equipot.client.errors import JobFailed, ServerError
-from equipot.client.moving import failure_of
 from equipot.client.relax import Relaxed, relaxed_of
 from equipot.client.results import ModelReference
 from equipot.wire.v1 import jobs_pb2 as jpb
@@ -64,6 +63,7 @@ class JobInfo:
         n_steps_moving: steps that structures which move now have taken, as far as the server knows.
         n_steps_asked: steps of all structures if none fails, of dynamics; None if that is not known before.
         warnings: what looks wrong of what was submitted last, and is done all the same; not told later.
+        timestep: fs, of dynamics; None of what has none.
     """
 
     id: str
@@ -89,6 +89,7 @@ class JobInfo:
     n_steps_moving: int
     n_steps_asked: int | None
     warnings: tuple[str, ...]
+    timestep: float | None
 
     @property
     def has_ended(self) -> bool:
@@ -127,6 +128,7 @@ class JobInfo:
             n_steps_moving=message.n_steps_moving,
             n_steps_asked=message.n_steps_asked or None,
             warnings=tuple(message.warnings),
+            timestep=message.timestep or None,
         )
 
 
@@ -187,11 +189,5 @@ def _found(message: jpb.JobResult, n_atoms: int) -> Relaxed | MotionFrame | Obse
         case "observation":
             return observation_of(message.observation)
         case "simulated":
-            ended = message.simulated
-            return Ended(
-                steps=ended.steps,
-                failure=failure_of(ended, message.index),
-                model=ModelReference.from_wire(ended.model) if ended.HasField("model") else None,
-                seed=message.seed,
-            )
+            return ended_of(message.simulated, n_atoms, message.index, message.seed)
     raise ServerError(f"result {message.number} is of a kind that this client does not know: renew it")

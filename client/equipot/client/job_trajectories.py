@@ -10,12 +10,14 @@ from pathlib import Path
 from ase import Atoms
 from rich.console import Console
 
-from equipot.client.dynamics import Ended, MotionFrame
-from equipot.client.errors import ClientError, describe
+from equipot.client.dynamics import Observation
+from equipot.client.errors import ClientError
 from equipot.client.job_files import Slip, follow, same_frame
 from equipot.client.job_info import JobInfo, JobResult
+from equipot.client.open_files import OpenFiles
+from equipot.client.recording import Recording
+from equipot.client.relax import Relaxed
 from equipot.client.sync import Client
-from equipot.client.trajectory_file import TrajectoryFile
 
 SAVE_SECONDS = 2.0
 """Between two times that is kept how much is in the files: what came since is fetched again after a crash."""
@@ -29,9 +31,14 @@ def trajectory_paths(out: Path, count: int) -> Sequence[Path]:
 
 
 def fetch_trajectories(
-    client: Client, slip: Slip, target: Path, frames: Sequence[Atoms] | None, *, resume: bool
-) -> tuple[JobInfo, list[str]]:
-    """Adds the frames that the files lack until the job has ended; returns it and what failed.
+    client: Client,
+    slip: Slip,
+    target: Path,
+    frames: Sequence[Atoms] | None,
+    *,
+    resume: bool,
+) -> tuple[JobInfo, Recording]:
+    """Adds what the files lack until the job has ended; returns it and the files.
 
     Args:
         client: of the job's server.
@@ -49,56 +56,52 @@ def fetch_trajectories(
         raise ClientError(f"job {slip.job} is not complete: submit the rest first, by the same with --resume")
     last = [info]
     with ExitStack() as stack:
-        keeper = _Keeper(slip, target, trajectory_paths(target, info.n_structures), stack, resume=resume)
-        following = follow(
-            client,
-            slip,
-            target,
-            keeper.begin(),
-            f"in {keeper.paths[0].parent}" if keeper.paths else "nothing",
-            last.append,
-        )
+        paths = trajectory_paths(target, info.n_structures)
+        files = stack.enter_context(OpenFiles())
+        recording = Recording(paths, files, timestep=info.timestep, resume=resume)
+        keeper = _Keeper(slip, target, recording)
+        after = keeper.begin(resume=resume)
+        where = f"in {paths[0].parent}" if paths else "nothing"
+        following = follow(client, slip, target, after, where, last.append)
         stack.callback(keeper.save)
+        kinds: dict[int, Atoms] = {}
         for result in stack.enter_context(closing(following)):
-            frame = _frame_of(result) if frames is None else same_frame(frames, result, slip.job)
+            if frames is not None and not isinstance(result.found, Observation):
+                frame = same_frame(frames, result, slip.job)
+            elif len(result.atomic_numbers):
+                frame = kinds[result.index] = _frame_of(result)
+            else:
+                frame = kinds.get(result.index) or _frame_of(result)
             keeper.take(frame, result, info.model.pinned)
-    return last[-1], keeper.failures
+    return last[-1], recording
 
 
 class _Keeper:
-    """The files of one job, and the slip that says how much is in them."""
+    """The slip of one job, which says how much is in its files."""
 
-    def __init__(
-        self, slip: Slip, target: Path, paths: Sequence[Path], stack: ExitStack, *, resume: bool
-    ) -> None:
-        self.paths = paths
-        self.failures = list(slip.failures)
+    def __init__(self, slip: Slip, target: Path, recording: Recording) -> None:
         self._slip = slip
         self._target = target
-        self._stack = stack
-        self._resume = resume
-        self._files: dict[int, TrajectoryFile] = {}
+        self._recording = recording
         self._after = slip.after
         self._save_at = time.monotonic() + SAVE_SECONDS
 
-    def begin(self) -> int:
+    def begin(self, *, resume: bool) -> int:
         """The number of the last result that need not be fetched."""
-        whole = all(self._file(int(place)).reached >= step for place, step in self._slip.steps.items())
-        if not (whole and self._resume):
+        recording = self._recording
+        recording.failed |= {int(at): why for at, why in self._slip.failures.items()}
+        frames = all(recording.trajectory(int(at)).reached >= step for at, step in self._slip.steps.items())
+        rows = all(recording.table(int(at)).reached >= step for at, step in self._slip.rows.items())
+        if not (frames and rows and resume):
             # Somebody took frames away; those that are there are not written twice.
             self._after = 0
-            self.failures.clear()
+            recording.failed.clear()
         return self._after
 
     def take(self, frame: Atoms, result: JobResult, model: str) -> None:
         """Writes what came of the structure that was this frame."""
-        match result.found:
-            case MotionFrame() as found:
-                file = self._file(result.index)
-                if found.step > file.reached:
-                    file.write(frame, found, model)
-            case Ended(failure=failure) if failure is not None:
-                self.failures.append(describe(failure))
+        if not isinstance(result.found, Relaxed):
+            self._recording.take(result.index, frame, result.found, model)
         self._after = result.number
         if time.monotonic() >= self._save_at:
             self.save()
@@ -106,28 +109,29 @@ class _Keeper:
 
     def save(self) -> None:
         """Keeps how much is in the files."""
-        steps = self._slip.steps | {str(place): file.reached for place, file in self._files.items()}
-        Slip(self._slip.job, self._slip.address, self._after, steps, self.failures).write(self._target)
+        recording, slip = self._recording, self._slip
+        Slip(
+            slip.job,
+            slip.address,
+            self._after,
+            slip.steps | recording.reached(),
+            slip.rows | recording.rows(),
+            {str(place): why for place, why in recording.failed.items()},
+        ).write(self._target)
 
-    def _file(self, place: int) -> TrajectoryFile:
-        if place not in self._files:
-            file = TrajectoryFile(self.paths[place], resume=self._resume)
-            self._files[place] = self._stack.enter_context(file)
-        return self._files[place]
 
-
-def say_trajectories(console: Console, info: JobInfo, failures: Sequence[str], target: Path) -> bool:
+def say_trajectories(console: Console, info: JobInfo, recording: Recording) -> bool:
     """Says what a job came to, and where it is; returns whether all of it went well."""
-    lines = [f"failed: {failure}" for failure in failures]
+    lines = [f"failed: {why}" for _, why in sorted(recording.failed.items())]
     if info.state != "done":
         lines.append(f"job {info.id} {info.state}{': ' if info.reason else ''}{info.reason}")
-    paths = trajectory_paths(target, info.n_structures)
+    lines += recording.certainty.lines()
+    lines += recording.summaries()
     lines.append(f"{info.n_done - info.n_failed} of {info.n_structures} moved to their end")
-    if paths:
-        lines.append(f"results: {paths[0]}" if len(paths) == 1 else f"results: {paths[0]} … {paths[-1]}")
+    lines += recording.where()
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    return info.state == "done" and not failures
+    return info.state == "done" and not info.n_failed
 
 
 def _frame_of(result: JobResult) -> Atoms:

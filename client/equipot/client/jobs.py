@@ -16,6 +16,7 @@ import numpy as np
 
 from equipot.client.attempts import persist
 from equipot.client.batches import PRIORITIES, Part, Priority, Wish, cut
+from equipot.client.certainty import Uncertainty
 from equipot.client.credentials import TokenSource
 from equipot.client.dynamics import SimulateSettings, SimulateWords
 from equipot.client.errors import ClientError, Refused, ServerError
@@ -76,6 +77,7 @@ class Jobs:
         label: str = "",
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         priority: Priority = "low",
         on_sent: Callable[[int], None] | None = None,
         **how: Unpack[RelaxWords],
@@ -91,6 +93,7 @@ class Jobs:
             label: any text to know it by.
             level_of_theory: one of the model's; empty: its only one.
             model: another than the client's.
+            uncertainty: as in `Client.relax` and `Client.simulate`.
             priority: among all work of the server; "low" lets others go first.
             on_sent: told how many structures the server has.
             how: fmax, steps, optimizer, cell, pressure, max_step; see `RelaxWords`.
@@ -101,7 +104,12 @@ class Jobs:
             Refused: another job has this id already.
         """
         settings = RelaxSettings(**how)
-        asked = Asked(model=model, level_of_theory=level_of_theory, stress=settings.cell != "fixed")
+        asked = Asked(
+            model=model,
+            level_of_theory=level_of_theory,
+            stress=settings.cell != "fixed",
+            uncertainty=uncertainty,
+        )
         wish = replace(self._line.settings.wish(asked), priority=priority)
         items = list(each_structure(structures))
 
@@ -122,6 +130,7 @@ class Jobs:
         label: str = "",
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         priority: Priority = "low",
         on_sent: Callable[[int], None] | None = None,
         **how: Unpack[SimulateWords],
@@ -138,6 +147,7 @@ class Jobs:
             label: any text to know it by.
             level_of_theory: one of the model's; empty: its only one.
             model: another than the client's.
+            uncertainty: as in `Client.relax` and `Client.simulate`.
             priority: among all work of the server; "low" lets others go first.
             on_sent: told how many structures the server has.
             how: integrator, timestep, temperature, …; see `SimulateSettings`. A seed that is not given is
@@ -154,7 +164,9 @@ class Jobs:
             # Not drawn: what is submitted once more must be the same.
             first = int.from_bytes(sha256(id.encode()).digest()[:6], "little")
             settings = replace(settings, seed=first)
-        asked = Asked(model=model, level_of_theory=level_of_theory, stress=settings.stress)
+        asked = Asked(
+            model=model, level_of_theory=level_of_theory, stress=settings.stress, uncertainty=uncertainty
+        )
         wish = replace(self._line.settings.wish(asked), priority=priority)
         items = list(each_structure(structures))
         seeds = settings.seeds(len(items))

@@ -135,6 +135,7 @@ class Motions(ABC):
         steps: int,
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         resume: Sequence[Resumed | None] | None = None,
         on_warning: Warned = warn,
         **how: Unpack[SimulateWords],
@@ -151,6 +152,7 @@ class Motions(ABC):
             steps: in all, those before a state that is resumed included.
             level_of_theory: one of the model's; empty: its only one.
             model: another than the client's.
+            uncertainty: whether frames are to say how sure the potential is there.
             resume: for each structure, where it goes on; None: all begin.
             on_warning: told what looks wrong and is done all the same.
             how: integrator, timestep (fs), temperature (K), final_temperature, friction (1/fs),
@@ -169,6 +171,7 @@ class Motions(ABC):
             steps=steps,
             level_of_theory=level_of_theory,
             model=model,
+            uncertainty=uncertainty,
             resume=resume,
             on_warning=on_warning,
             **how,
@@ -183,6 +186,7 @@ class Motions(ABC):
         steps: int,
         level_of_theory: str = "",
         model: str | None = None,
+        uncertainty: bool | Uncertainty = False,
         resume: Sequence[Resumed | None] | None = None,
         on_warning: Warned = warn,
         **how: Unpack[SimulateWords],
@@ -192,7 +196,14 @@ class Motions(ABC):
         Frames and observations of one structure come in the order of its steps, each once, and `Ended` last.
         """
         how_to = SimulateSettings(steps=steps, **how)
-        wish = self._settings.wish(Asked(model=model, level_of_theory=level_of_theory, stress=how_to.stress))
+        wish = self._settings.wish(
+            Asked(
+                model=model,
+                level_of_theory=level_of_theory,
+                stress=how_to.stress,
+                uncertainty=uncertainty,
+            )
+        )
         items = list(each_structure(structures))
         limits = self.model(wish.model).limits
         way = Way(self._simulate, self._understand, self._settings.retry)

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from equipot.client.batches import Part, Wish
+from equipot.client.certainty import Certainty, certainty_of
 from equipot.client.errors import InvalidRequest, ModelChanged, ServerError
 from equipot.client.results import ModelReference
 from equipot.wire.v1 import potential_pb2 as pb
-from equipot.wire.v1.codec import BoolArray, Failure, FloatArray, decode_failures
+from equipot.wire.v1.certainty import decode_uncertainty
+from equipot.wire.v1.codec import BoolArray, CodecError, Failure, FloatArray, decode_failures
 
 _BYTES_PER_TOKEN = 8
 """Of a field's own header, at most."""
@@ -161,6 +163,20 @@ def failure_of(result: _MayFail, index: int) -> Failure | None:
         return None
     (failure,) = decode_failures([result.failure])
     return replace(failure, index=index)
+
+
+def certainty_told(told: pb.RelaxResult | pb.MotionFrame, n_atoms: int) -> Certainty | None:
+    """How sure the answer is for one structure of so many atoms; None if that was not asked for.
+
+    Raises:
+        ServerError: it does not fit the structure.
+    """
+    if not told.HasField("uncertainty"):
+        return None
+    try:
+        return certainty_of(decode_uncertainty(told.uncertainty, [n_atoms]), 0, slice(0, n_atoms))
+    except CodecError as error:
+        raise ServerError(f"the answer does not fit the request: {error}") from error
 
 
 def floats(raw: bytes, shape: tuple[int, ...]) -> FloatArray:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from equipot.client.batches import Priority
+from equipot.client.certainty import Uncertainty
 from equipot.client.credentials import Credentials, Tls
 from equipot.client.errors import ClientError
 from equipot.client.retry import RetryPolicy
@@ -71,6 +72,29 @@ class Shown:
             allow_plaintext_token=self.allow_plaintext_token,
             priority=priority,
         )
+
+
+TellUncertainty = Annotated[
+    bool,
+    typer.Option(
+        "--uncertainty",
+        help="write spreads, intervals and what is outside the training domain beside the results",
+    ),
+]
+Coverage = Annotated[
+    float, typer.Option(min=0.01, max=0.99, help="how often the intervals are to hold the truth")
+]
+RefuseOutside = Annotated[
+    bool,
+    typer.Option("--refuse-outside", help="a structure outside the training domain fails there"),
+]
+
+
+def certainty_wanted(*, uncertainty: bool, coverage: float, refuse_outside: bool) -> bool | Uncertainty:
+    """These words as the client takes them."""
+    if not (uncertainty or refuse_outside):
+        return False
+    return Uncertainty(coverage=coverage, refuse_outside=refuse_outside)
 
 
 def shown(

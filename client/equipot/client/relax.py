@@ -10,14 +10,12 @@ from typing import Literal, TypedDict
 import numpy as np
 
 from equipot.client.batches import PRIORITIES, Part, Wish
-from equipot.client.certainty import Certainty, certainty_of
-from equipot.client.errors import ServerError
-from equipot.client.moving import Moves, failure_of, fixed_of, flags, floats, word
+from equipot.client.certainty import Certainty
+from equipot.client.moving import Moves, certainty_told, failure_of, fixed_of, flags, floats, word
 from equipot.client.results import ModelReference
 from equipot.client.structures import Structure, pack
 from equipot.wire.v1 import potential_pb2 as pb
-from equipot.wire.v1.certainty import decode_uncertainty
-from equipot.wire.v1.codec import BoolArray, CodecError, Failure, FloatArray, encode_structures
+from equipot.wire.v1.codec import BoolArray, Failure, FloatArray, encode_structures
 
 OptimizerName = Literal["fire", "lbfgs"]
 CellMotion = Literal["fixed", "full", "isotropic", "constant_volume"]
@@ -231,15 +229,8 @@ def relaxed_of(result: pb.RelaxResult, n_atoms: int, index: int) -> Relaxed:
         steps=result.steps,
         failure=failure,
         model=ModelReference.from_wire(result.model),
-        uncertainty=_certainty(result, n_atoms) if result.HasField("uncertainty") else None,
+        uncertainty=certainty_told(result, n_atoms),
     )
-
-
-def _certainty(result: pb.RelaxResult, n_atoms: int) -> Certainty:
-    try:
-        return certainty_of(decode_uncertainty(result.uncertainty, [n_atoms]), 0, slice(0, n_atoms))
-    except CodecError as error:
-        raise ServerError(f"the answer does not fit the request: {error}") from error
 
 
 def _refused(failure: Failure, n_atoms: int) -> Relaxed:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from io import StringIO
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import Trajectory, write
+from ase.io.extxyz import key_val_str_to_dict
 from ase.units import fs
 
-from equipot.client.dynamics import MotionFrame, Restart, Resumed
-from equipot.client.errors import FileError
-from equipot.client.frames import whole_frames
+from equipot.client.dynamics import Ended, MotionFrame, Restart
+from equipot.client.errors import FileError, describe
+from equipot.client.frames import whole_frames, write_certainty
+from equipot.client.open_files import OpenFiles
 
-_STEP = "equipot_step"
+_STEP, _SEED, _MODEL, _FAILURE = "equipot_step", "equipot_seed", "equipot_model", "equipot_failure"
+LARGEST_SEED_WRITTEN = 2**63 - 1
+"""Beyond it readers of extxyz take a number for a float."""
+
 _HAS_STEP = re.compile(rb"\bequipot_step=(\d+)")
 _TOKEN = re.compile(rb"equipot restart (\d+)\n")
 
@@ -30,65 +34,73 @@ class TrajectoryFile:
 
     Args:
         path: the file.
+        files: by which it is opened.
         resume: whether to go on with it; else what is there is written over.
 
     Raises:
         FileError: it is unfinished and not to be gone on with; it cannot be read or written.
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, files: OpenFiles, *, resume: bool) -> None:
         self.path = path
         self.token = path.with_name(path.name + ".token")
         self.reached = -1
         """The step of the last frame that is there."""
+        self.restart: bytes = b""
+        """The token that is there; empty if there is none."""
+        self.seed: int | None = None
+        """Of what was drawn; None if that is not known."""
+        self.model = ""
+        """The bundle that computed what is there."""
+        self.failure = ""
+        """Why it ended with the last frame that is there; empty if it did not fail."""
+        self._files = files
         self._binary = path.suffix == ".traj"
-        self._resumed: bytes = b""
         if self.token.exists() and not resume:
             raise FileError(f"{path} is unfinished: go on with it by --resume, or remove {self.token}")
         try:
-            if resume and path.exists():
-                self._look()
-            self._file: Any = self._open()
+            end = self._look() if resume and path.exists() else 0
+            if self.reached < 0:
+                path.write_bytes(b"")
+            elif not self._binary:
+                # Without what is torn at its end.
+                with path.open("r+b") as file:
+                    file.truncate(end)
         except (OSError, ValueError) as error:
             raise FileError(f"cannot go on with {path}: {error}") from error
 
-    def __enter__(self) -> Self:
-        """The file itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes it; what was written stays."""
-        self._file.close()
-
     @property
-    def resumed(self) -> Resumed | None:
-        """Where it goes on; None if it begins."""
-        return Resumed(self._resumed, frames=self.reached) if self._resumed else None
+    def can_go_on(self) -> bool:
+        """Whether what follows can be made to fit what is there."""
+        return bool(self.restart) or self.seed is not None or self.reached < 0
 
-    def write(self, frame: Atoms, moved: MotionFrame, model: str) -> None:
-        """Appends a step of the trajectory of this frame.
+    def write(self, frame: Atoms, moved: MotionFrame, model: str, seed: int | None) -> None:
+        """Appends a step of the trajectory of this frame, by this bundle; the seed may not be known yet.
 
         Raises:
             FileError: it cannot be written.
         """
-        atoms = _moved(frame, moved, model)
-        try:
-            if self._binary:
-                self._file.write(atoms)
-            else:
-                text = StringIO()
-                write(text, atoms, format="extxyz")
-                raw = memoryview(text.getvalue().encode())
-                while raw:
-                    raw = raw[self._file.write(raw) :]
-        except OSError as error:
-            raise FileError(f"cannot write {self.path}: {error.strerror}") from error
+        self._append(_moved(frame, moved, model, seed))
         self.reached = moved.step
+
+    def fail(self, frame: Atoms, ended: Ended) -> None:
+        """Appends where the step led that failed, with the reason, if that is known.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        if ended.failure is None or ended.positions is None or self.reached > ended.steps:
+            return
+        self.failure = " ".join(describe(ended.failure).split())
+        atoms = _bare(frame)
+        atoms.set_cell(ended.cell)
+        atoms.set_positions(ended.positions, apply_constraint=False)
+        atoms.info[_STEP] = ended.steps + 1
+        atoms.info[_FAILURE] = self.failure
+        if ended.model is not None:
+            atoms.info[_MODEL] = ended.model.pinned
+        self._append(atoms)
+        self.reached = ended.steps + 1
 
     def keep(self, restart: Restart) -> None:
         """Makes this the state to go on from.
@@ -107,49 +119,71 @@ class TrajectoryFile:
         """There is nothing to go on with any more."""
         self.token.unlink(missing_ok=True)
 
-    def _look(self) -> None:
+    def _append(self, atoms: Atoms) -> None:
+        try:
+            file = self._files.of(self, self._open)
+            if self._binary:
+                file.write(atoms)
+                return
+            text = StringIO()
+            write(text, atoms, format="extxyz")
+            raw = memoryview(text.getvalue().encode())
+            while raw:
+                raw = raw[file.write(raw) :]
+        except OSError as error:
+            raise FileError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def _open(self) -> Any:  # noqa: ANN401  # ASE has no types
+        return Trajectory(self.path, "a") if self._binary else self.path.open("ab", buffering=0)
+
+    def _look(self) -> int:
+        """What is there already; returns where the last whole frame ends."""
         if self.token.exists():
             raw = self.token.read_bytes()
             head = _TOKEN.match(raw)
             if head is None:
                 raise ValueError(f"{self.token} is no restart token")
-            self._resumed = raw[head.end() :]
-        if self._binary:
+            self.restart = raw[head.end() :]
+        info: dict[str, Any] = {}
+        end = 0
+        if self._binary and self.path.stat().st_size:
             with Trajectory(self.path) as frames:
-                self.reached = int(frames[-1].info[_STEP]) if len(frames) else -1
-        else:
-            self._end = 0
+                info = frames[-1].info if len(frames) else {}
+        elif not self._binary:
+            comment = ""
             for frame in whole_frames(self.path, _HAS_STEP):
-                self.reached, self._end = frame.place, frame.end
-
-    def _open(self) -> Any:  # noqa: ANN401  # ASE has no types
-        goes_on = self.reached >= 0
-        if self._binary:
-            return Trajectory(self.path, "a" if goes_on else "w")
-        if not goes_on:
-            return self.path.open("wb", buffering=0)
-        file = self.path.open("r+b", buffering=0)
-        # Without what is torn at its end.
-        file.truncate(self._end)
-        file.seek(self._end)
-        return file
+                comment, end = frame.comment, frame.end
+            info = key_val_str_to_dict(comment) if comment else {}
+        if info:
+            self.reached = int(info[_STEP])
+            self.seed = int(info[_SEED]) if _SEED in info else None
+            self.model = str(info.get(_MODEL, ""))
+            self.failure = str(info.get(_FAILURE, ""))
+        return end
 
 
-def _moved(frame: Atoms, moved: MotionFrame, model: str) -> Atoms:
-    """The frame of a file at this step."""
-    atoms = Atoms(
-        numbers=frame.numbers,
-        positions=moved.positions,
-        cell=moved.cell,
-        pbc=frame.pbc,
-        info=dict(frame.info),
-    )
+def _bare(frame: Atoms) -> Atoms:
+    """The frame of a file without what anybody computed for it."""
+    info = {name: value for name, value in frame.info.items() if not name.startswith("equipot_")}
+    atoms = Atoms(numbers=frame.numbers, positions=frame.positions, cell=frame.cell, pbc=frame.pbc, info=info)
     atoms.set_masses(frame.get_masses())
-    atoms.set_velocities(moved.velocities / fs)
     atoms.set_constraint(frame.constraints)
+    return atoms
+
+
+def _moved(frame: Atoms, moved: MotionFrame, model: str, seed: int | None) -> Atoms:
+    """The frame of a file at this step."""
+    atoms = _bare(frame)
+    atoms.set_cell(moved.cell)
+    atoms.set_positions(moved.positions, apply_constraint=False)
+    # Those of atoms that stay are zero as they come.
+    atoms.set_momenta(moved.velocities / fs * atoms.get_masses()[:, None], apply_constraint=False)
     atoms.info[_STEP] = moved.step
+    if seed is not None and seed <= LARGEST_SEED_WRITTEN:
+        atoms.info[_SEED] = seed
     atoms.info["equipot_temperature"] = moved.temperature
-    atoms.info["equipot_model"] = model
+    atoms.info[_MODEL] = model
+    write_certainty(atoms, moved.uncertainty)
     results = {"energy": moved.energy, "forces": moved.forces, "stress": moved.stress}
     atoms.calc = SinglePointCalculator(
         atoms, **{name: value for name, value in results.items() if value is not None}

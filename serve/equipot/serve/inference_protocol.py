@@ -67,7 +67,16 @@ class InferenceServicer:
         wanted = pb.GetModelRequest(model=_address(request.name, request.version))
         model = await self._potential.GetModel(wanted, context)
         everything = await self._potential.ListModels(pb.ListModelsRequest(), context)
-        missing = {"forces": model.force_mode == NO_FORCES, "stress": not model.has_stress}
+        missing = {
+            "forces": model.force_mode == NO_FORCES,
+            "stress": not model.has_stress,
+            "energy_spread": model.members < 2,
+            "forces_spread": model.members < 2,
+            "energy_interval": not model.is_calibrated,
+            "forces_interval": not model.is_calibrated,
+            "domain_score": not model.has_domain,
+            "outside_domain": not model.has_domain,
+        }
         outputs = {name: tensor for name, tensor in OUTPUTS.items() if not missing.get(name)}
         return oip.ModelMetadataResponse(
             name=model.name,

@@ -17,8 +17,19 @@ Outputs, those asked for, or energy and forces:
     stress  FP64 [S, 3, 3]  eV/Å³, positive in tension
     error   BYTES [S]       why a structure has no answer, empty where it has one
 
-A structure that fails has NaN in its slots; `error` then comes whether it was asked for or not. The request's
-parameter `level_of_theory` is that of PredictRequest; `model_version` may be a digest, "sha256:…".
+and, of how sure it is (see Uncertainty), if one of these is asked for:
+
+    energy_spread    FP64 [S]   eV
+    forces_spread    FP64 [N]   eV/Å
+    energy_interval  FP64 [S]   eV
+    forces_interval  FP64 [N]   eV/Å
+    domain_score     FP64 [S]
+    outside_domain   BYTES [S]  why a structure is unlike any in training, empty where it is not
+
+A structure that fails has NaN in its slots; `error` then comes whether it was asked for or not. What the
+model cannot tell is NaN, too, and the answer's parameter `not_available` says why. The request's parameter
+`level_of_theory` is that of PredictRequest, `coverage` (a number, or its text) and `refuse_outside` (a bool)
+are those of UncertaintyOptions; `model_version` may be a digest, "sha256:…".
 """
 
 from __future__ import annotations
@@ -54,6 +65,12 @@ OUTPUTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "forces": ("FP64", ("N", "3")),
         "stress": ("FP64", ("S", "3", "3")),
         "error": ("BYTES", ("S",)),
+        "energy_spread": ("FP64", ("S",)),
+        "forces_spread": ("FP64", ("N",)),
+        "energy_interval": ("FP64", ("S",)),
+        "forces_interval": ("FP64", ("N",)),
+        "domain_score": ("FP64", ("S",)),
+        "outside_domain": ("BYTES", ("S",)),
     }
 )
 REQUIRED = ("atomic_numbers", "positions")
@@ -78,7 +95,9 @@ _TYPES: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 _FLOATS = ("FP32", "FP64")
-_LEVEL = "level_of_theory"
+_LEVEL, _COVERAGE, _REFUSE, _NOT_AVAILABLE = "level_of_theory", "coverage", "refuse_outside", "not_available"
+_CERTAINTY = ("energy_spread", "forces_spread", "energy_interval", "forces_interval", "domain_score")
+_OUTSIDE = "outside_domain"
 
 
 def predict_request(request: oip.ModelInferRequest) -> pb.PredictRequest:
@@ -93,6 +112,7 @@ def predict_request(request: oip.ModelInferRequest) -> pb.PredictRequest:
         structures=_structures(_tensors(request)),
         properties=_properties(request),
         level_of_theory=_level_of_theory(request.parameters),
+        uncertainty=_uncertainty(request),
     )
 
 
@@ -122,9 +142,22 @@ def infer_response(
         datatype, axes = OUTPUTS[name]
         tensor = answer.outputs.add(name=name, datatype=datatype, shape=[sizes[axis] for axis in axes])
         assert tensor.name == name
-        raw = _errors(response, len(n_atoms)) if name == "error" else getattr(response, name)
-        answer.raw_output_contents.append(raw)
+        answer.raw_output_contents.append(_raw(name, response, [sizes[axis] for axis in axes]))
+    if response.uncertainty.not_available:
+        answer.parameters[_NOT_AVAILABLE].string_param = "; ".join(response.uncertainty.not_available)
     return answer
+
+
+def _raw(name: str, response: pb.PredictResponse, shape: Sequence[int]) -> bytes:
+    if name == "error":
+        return _texts(shape[0], {failure.index: _error(failure) for failure in response.failures})
+    if name == _OUTSIDE:
+        return _texts(shape[0], {one.index: one.reason for one in response.uncertainty.outside})
+    if name in _CERTAINTY:
+        found: bytes = getattr(response.uncertainty, name)
+        return found or np.full(shape, np.nan, dtype="<f8").tobytes()
+    computed: bytes = getattr(response, name)
+    return computed
 
 
 def tensor_metadata(
@@ -245,9 +278,11 @@ def _properties(request: oip.ModelInferRequest) -> list[pb.Property.ValueType]:
             )
         if name in names[:place]:
             raise CodecError("outputs", f"{name} is asked for twice", "ask for each output once")
-    if names == ["error"]:
-        return [pb.PROPERTY_ENERGY]
-    return [_PROPERTIES[name] for name in names if name in _PROPERTIES]
+    properties = [_PROPERTIES[name] for name in names if name in _PROPERTIES]
+    if any(name.startswith("forces_") for name in names) and pb.PROPERTY_FORCES not in properties:
+        properties.append(pb.PROPERTY_FORCES)
+    # None at all would be energy and forces.
+    return properties if properties or not names else [pb.PROPERTY_ENERGY]
 
 
 def _level_of_theory(parameters: Mapping[str, oip.InferParameter]) -> str:
@@ -259,10 +294,40 @@ def _level_of_theory(parameters: Mapping[str, oip.InferParameter]) -> str:
     return ""
 
 
-def _errors(response: pb.PredictResponse, n_structures: int) -> bytes:
-    """BYTES elements, each its length in four bytes and then the text."""
-    texts = [b""] * n_structures
-    for failure in response.failures:
-        field = f"{failure.field}: " if failure.field else ""
-        texts[failure.index] = f"{field}{failure.message}; {failure.remedy}".encode()
-    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+def _uncertainty(request: oip.ModelInferRequest) -> pb.UncertaintyOptions | None:
+    """What is to be told of how sure the answer is; None if nothing of it is asked for."""
+    options, asked = pb.UncertaintyOptions(), False
+    for name, value in request.parameters.items():
+        if name == _COVERAGE:
+            options.coverage, asked = _coverage(value), True
+        elif name == _REFUSE:
+            if value.WhichOneof("parameter_choice") != "bool_param":
+                raise CodecError(f"parameters.{_REFUSE}", "is no bool", "give true or false as bool_param")
+            options.refuse_outside = value.bool_param
+            asked = asked or value.bool_param
+    asked = asked or any(output.name in (*_CERTAINTY, _OUTSIDE) for output in request.outputs)
+    return options if asked else None
+
+
+def _coverage(value: oip.InferParameter) -> float:
+    kind = value.WhichOneof("parameter_choice")
+    try:
+        # Triton's clients have words and whole numbers alone.
+        if kind in ("double_param", "string_param"):
+            return float(getattr(value, kind))
+    except ValueError:
+        pass
+    raise CodecError(
+        f"parameters.{_COVERAGE}", "is no number", "give 0.01 to 0.99 as double_param or as text"
+    )
+
+
+def _error(failure: pb.Failure) -> str:
+    field = f"{failure.field}: " if failure.field else ""
+    return f"{field}{failure.message}; {failure.remedy}"
+
+
+def _texts(count: int, texts: Mapping[int, str]) -> bytes:
+    """So many BYTES elements, each its length in four bytes and then the text; empty where there is none."""
+    raws = [texts.get(index, "").encode() for index in range(count)]
+    return b"".join(struct.pack("<I", len(raw)) + raw for raw in raws)

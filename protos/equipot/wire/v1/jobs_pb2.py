@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from equipot.wire.v1 import potential_pb2 as equipot_dot_wire_dot_v1_dot_potential__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65quipot/wire/v1/jobs.proto\x12\x0f\x65quipot.wire.v1\x1a\x1f\x65quipot/wire/v1/potential.proto\"\xe3\x01\n\x10SubmitJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\x04\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12.\n\x05relax\x18\x05 \x01(\x0b\x32\x1d.equipot.wire.v1.RelaxRequestH\x00\x12\x34\n\x08simulate\x18\x07 \x01(\x0b\x32 .equipot.wire.v1.SimulateRequestH\x00\x12)\n\x07refused\x18\x06 \x03(\x0b\x32\x18.equipot.wire.v1.FailureB\x06\n\x04kind\"\xf1\x03\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.equipot.wire.v1.JobState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12.\n\x05model\x18\x06 \x01(\x0b\x32\x1f.equipot.wire.v1.ModelReference\x12+\n\x08priority\x18\x07 \x01(\x0e\x32\x19.equipot.wire.v1.Priority\x12\x14\n\x0cn_structures\x18\x08 \x01(\x04\x12\x0f\n\x07n_atoms\x18\t \x01(\x04\x12\x0e\n\x06n_done\x18\n \x01(\x04\x12\x10\n\x08n_failed\x18\x0b \x01(\x04\x12\x10\n\x08n_moving\x18\x0c \x01(\x04\x12\x11\n\tn_results\x18\r \x01(\x04\x12\x0f\n\x07n_steps\x18\x0e \x01(\x04\x12\x0f\n\x07n_ahead\x18\x0f \x01(\x04\x12\x19\n\x11remaining_seconds\x18\x10 \x01(\x01\x12\x0f\n\x07\x63reated\x18\x11 \x01(\x01\x12\r\n\x05\x65nded\x18\x12 \x01(\x01\x12\x0f\n\x07\x65xpires\x18\x13 \x01(\x01\x12\r\n\x05\x62ytes\x18\x14 \x01(\x04\x12\x16\n\x0en_steps_moving\x18\x15 \x01(\x04\x12\x15\n\rn_steps_asked\x18\x16 \x01(\x04\x12\x10\n\x08warnings\x18\x17 \x03(\t\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x11\n\x0fListJobsRequest\"6\n\x10ListJobsResponse\x12\"\n\x04jobs\x18\x01 \x03(\x0b\x32\x14.equipot.wire.v1.Job\":\n\x10\x41ttachJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\x0b\n\x03now\x18\x03 \x01(\x08\"k\n\x0e\x41ttachJobReply\x12#\n\x03job\x18\x01 \x01(\x0b\x32\x14.equipot.wire.v1.JobH\x00\x12,\n\x06result\x18\x02 \x01(\x0b\x32\x1a.equipot.wire.v1.JobResultH\x00\x42\x06\n\x04kind\"\xb6\x02\n\tJobResult\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x16\n\x0e\x61tomic_numbers\x18\x03 \x01(\x0c\x12\x0b\n\x03pbc\x18\x04 \x01(\x0c\x12/\n\x07relaxed\x18\x05 \x01(\x0b\x32\x1c.equipot.wire.v1.RelaxResultH\x00\x12-\n\x05\x66rame\x18\x06 \x01(\x0b\x32\x1c.equipot.wire.v1.MotionFrameH\x00\x12\x39\n\x0bobservation\x18\x07 \x01(\x0b\x32\".equipot.wire.v1.MotionObservationH\x00\x12\x34\n\tsimulated\x18\x08 \x01(\x0b\x32\x1f.equipot.wire.v1.SimulateResultH\x00\x12\x0c\n\x04seed\x18\t \x01(\x04\x42\x06\n\x04kind\"\x1e\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1e\n\x10\x44\x65leteJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse*\xc5\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13JOB_STATE_RECEIVING\x10\x01\x12\x14\n\x10JOB_STATE_QUEUED\x10\x02\x12\x15\n\x11JOB_STATE_RUNNING\x10\x03\x12\x15\n\x11JOB_STATE_WAITING\x10\x04\x12\x12\n\x0eJOB_STATE_DONE\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x14\n\x10JOB_STATE_FAILED\x10\x07\x32\xd0\x03\n\nJobService\x12\x44\n\tSubmitJob\x12!.equipot.wire.v1.SubmitJobRequest\x1a\x14.equipot.wire.v1.Job\x12>\n\x06GetJob\x12\x1e.equipot.wire.v1.GetJobRequest\x1a\x14.equipot.wire.v1.Job\x12O\n\x08ListJobs\x12 .equipot.wire.v1.ListJobsRequest\x1a!.equipot.wire.v1.ListJobsResponse\x12Q\n\tAttachJob\x12!.equipot.wire.v1.AttachJobRequest\x1a\x1f.equipot.wire.v1.AttachJobReply0\x01\x12\x44\n\tCancelJob\x12!.equipot.wire.v1.CancelJobRequest\x1a\x14.equipot.wire.v1.Job\x12R\n\tDeleteJob\x12!.equipot.wire.v1.DeleteJobRequest\x1a\".equipot.wire.v1.DeleteJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65quipot/wire/v1/jobs.proto\x12\x0f\x65quipot.wire.v1\x1a\x1f\x65quipot/wire/v1/potential.proto\"\xe3\x01\n\x10SubmitJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\x04\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12.\n\x05relax\x18\x05 \x01(\x0b\x32\x1d.equipot.wire.v1.RelaxRequestH\x00\x12\x34\n\x08simulate\x18\x07 \x01(\x0b\x32 .equipot.wire.v1.SimulateRequestH\x00\x12)\n\x07refused\x18\x06 \x03(\x0b\x32\x18.equipot.wire.v1.FailureB\x06\n\x04kind\"\x83\x04\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.equipot.wire.v1.JobState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12.\n\x05model\x18\x06 \x01(\x0b\x32\x1f.equipot.wire.v1.ModelReference\x12+\n\x08priority\x18\x07 \x01(\x0e\x32\x19.equipot.wire.v1.Priority\x12\x14\n\x0cn_structures\x18\x08 \x01(\x04\x12\x0f\n\x07n_atoms\x18\t \x01(\x04\x12\x0e\n\x06n_done\x18\n \x01(\x04\x12\x10\n\x08n_failed\x18\x0b \x01(\x04\x12\x10\n\x08n_moving\x18\x0c \x01(\x04\x12\x11\n\tn_results\x18\r \x01(\x04\x12\x0f\n\x07n_steps\x18\x0e \x01(\x04\x12\x0f\n\x07n_ahead\x18\x0f \x01(\x04\x12\x19\n\x11remaining_seconds\x18\x10 \x01(\x01\x12\x0f\n\x07\x63reated\x18\x11 \x01(\x01\x12\r\n\x05\x65nded\x18\x12 \x01(\x01\x12\x0f\n\x07\x65xpires\x18\x13 \x01(\x01\x12\r\n\x05\x62ytes\x18\x14 \x01(\x04\x12\x16\n\x0en_steps_moving\x18\x15 \x01(\x04\x12\x15\n\rn_steps_asked\x18\x16 \x01(\x04\x12\x10\n\x08warnings\x18\x17 \x03(\t\x12\x10\n\x08timestep\x18\x18 \x01(\x01\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x11\n\x0fListJobsRequest\"6\n\x10ListJobsResponse\x12\"\n\x04jobs\x18\x01 \x03(\x0b\x32\x14.equipot.wire.v1.Job\":\n\x10\x41ttachJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\x0b\n\x03now\x18\x03 \x01(\x08\"k\n\x0e\x41ttachJobReply\x12#\n\x03job\x18\x01 \x01(\x0b\x32\x14.equipot.wire.v1.JobH\x00\x12,\n\x06result\x18\x02 \x01(\x0b\x32\x1a.equipot.wire.v1.JobResultH\x00\x42\x06\n\x04kind\"\xb6\x02\n\tJobResult\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x16\n\x0e\x61tomic_numbers\x18\x03 \x01(\x0c\x12\x0b\n\x03pbc\x18\x04 \x01(\x0c\x12/\n\x07relaxed\x18\x05 \x01(\x0b\x32\x1c.equipot.wire.v1.RelaxResultH\x00\x12-\n\x05\x66rame\x18\x06 \x01(\x0b\x32\x1c.equipot.wire.v1.MotionFrameH\x00\x12\x39\n\x0bobservation\x18\x07 \x01(\x0b\x32\".equipot.wire.v1.MotionObservationH\x00\x12\x34\n\tsimulated\x18\x08 \x01(\x0b\x32\x1f.equipot.wire.v1.SimulateResultH\x00\x12\x0c\n\x04seed\x18\t \x01(\x04\x42\x06\n\x04kind\"\x1e\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1e\n\x10\x44\x65leteJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse*\xc5\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13JOB_STATE_RECEIVING\x10\x01\x12\x14\n\x10JOB_STATE_QUEUED\x10\x02\x12\x15\n\x11JOB_STATE_RUNNING\x10\x03\x12\x15\n\x11JOB_STATE_WAITING\x10\x04\x12\x12\n\x0eJOB_STATE_DONE\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x14\n\x10JOB_STATE_FAILED\x10\x07\x32\xd0\x03\n\nJobService\x12\x44\n\tSubmitJob\x12!.equipot.wire.v1.SubmitJobRequest\x1a\x14.equipot.wire.v1.Job\x12>\n\x06GetJob\x12\x1e.equipot.wire.v1.GetJobRequest\x1a\x14.equipot.wire.v1.Job\x12O\n\x08ListJobs\x12 .equipot.wire.v1.ListJobsRequest\x1a!.equipot.wire.v1.ListJobsResponse\x12Q\n\tAttachJob\x12!.equipot.wire.v1.AttachJobRequest\x1a\x1f.equipot.wire.v1.AttachJobReply0\x01\x12\x44\n\tCancelJob\x12!.equipot.wire.v1.CancelJobRequest\x1a\x14.equipot.wire.v1.Job\x12R\n\tDeleteJob\x12!.equipot.wire.v1.DeleteJobRequest\x1a\".equipot.wire.v1.DeleteJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'equipot.wire.v1.jobs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=1482
-  _globals['_JOBSTATE']._serialized_end=1679
+  _globals['_JOBSTATE']._serialized_start=1500
+  _globals['_JOBSTATE']._serialized_end=1697
   _globals['_SUBMITJOBREQUEST']._serialized_start=81
   _globals['_SUBMITJOBREQUEST']._serialized_end=308
   _globals['_JOB']._serialized_start=311
-  _globals['_JOB']._serialized_end=808
-  _globals['_GETJOBREQUEST']._serialized_start=810
-  _globals['_GETJOBREQUEST']._serialized_end=837
-  _globals['_LISTJOBSREQUEST']._serialized_start=839
-  _globals['_LISTJOBSREQUEST']._serialized_end=856
-  _globals['_LISTJOBSRESPONSE']._serialized_start=858
-  _globals['_LISTJOBSRESPONSE']._serialized_end=912
-  _globals['_ATTACHJOBREQUEST']._serialized_start=914
-  _globals['_ATTACHJOBREQUEST']._serialized_end=972
-  _globals['_ATTACHJOBREPLY']._serialized_start=974
-  _globals['_ATTACHJOBREPLY']._serialized_end=1081
-  _globals['_JOBRESULT']._serialized_start=1084
-  _globals['_JOBRESULT']._serialized_end=1394
-  _globals['_CANCELJOBREQUEST']._serialized_start=1396
-  _globals['_CANCELJOBREQUEST']._serialized_end=1426
-  _globals['_DELETEJOBREQUEST']._serialized_start=1428
-  _globals['_DELETEJOBREQUEST']._serialized_end=1458
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1460
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1479
-  _globals['_JOBSERVICE']._serialized_start=1682
-  _globals['_JOBSERVICE']._serialized_end=2146
+  _globals['_JOB']._serialized_end=826
+  _globals['_GETJOBREQUEST']._serialized_start=828
+  _globals['_GETJOBREQUEST']._serialized_end=855
+  _globals['_LISTJOBSREQUEST']._serialized_start=857
+  _globals['_LISTJOBSREQUEST']._serialized_end=874
+  _globals['_LISTJOBSRESPONSE']._serialized_start=876
+  _globals['_LISTJOBSRESPONSE']._serialized_end=930
+  _globals['_ATTACHJOBREQUEST']._serialized_start=932
+  _globals['_ATTACHJOBREQUEST']._serialized_end=990
+  _globals['_ATTACHJOBREPLY']._serialized_start=992
+  _globals['_ATTACHJOBREPLY']._serialized_end=1099
+  _globals['_JOBRESULT']._serialized_start=1102
+  _globals['_JOBRESULT']._serialized_end=1412
+  _globals['_CANCELJOBREQUEST']._serialized_start=1414
+  _globals['_CANCELJOBREQUEST']._serialized_end=1444
+  _globals['_DELETEJOBREQUEST']._serialized_start=1446
+  _globals['_DELETEJOBREQUEST']._serialized_end=1476
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1478
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1497
+  _globals['_JOBSERVICE']._serialized_start=1700
+  _globals['_JOBSERVICE']._serialized_end=2164
 # @@protoc_insertion_point(module_scope)

@@ -130,6 +130,7 @@ class Job(google.protobuf.message.Message):
     N_STEPS_MOVING_FIELD_NUMBER: builtins.int
     N_STEPS_ASKED_FIELD_NUMBER: builtins.int
     WARNINGS_FIELD_NUMBER: builtins.int
+    TIMESTEP_FIELD_NUMBER: builtins.int
     id: builtins.str
     label: builtins.str
     kind: builtins.str
@@ -163,6 +164,8 @@ class Job(google.protobuf.message.Message):
     """Steps that structures which move now have taken, as far as the server was told since it started."""
     n_steps_asked: builtins.int
     """Steps of all structures if none fails, of dynamics; 0: not known before."""
+    timestep: builtins.float
+    """fs, of dynamics."""
     @property
     def model(self) -> equipot.wire.v1.potential_pb2.ModelReference:
         """What computes it."""
@@ -197,9 +200,10 @@ class Job(google.protobuf.message.Message):
         n_steps_moving: builtins.int = ...,
         n_steps_asked: builtins.int = ...,
         warnings: collections.abc.Iterable[builtins.str] | None = ...,
+        timestep: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "created", b"created", "ended", b"ended", "expires", b"expires", "id", b"id", "kind", b"kind", "label", b"label", "model", b"model", "n_ahead", b"n_ahead", "n_atoms", b"n_atoms", "n_done", b"n_done", "n_failed", b"n_failed", "n_moving", b"n_moving", "n_results", b"n_results", "n_steps", b"n_steps", "n_steps_asked", b"n_steps_asked", "n_steps_moving", b"n_steps_moving", "n_structures", b"n_structures", "priority", b"priority", "reason", b"reason", "remaining_seconds", b"remaining_seconds", "state", b"state", "warnings", b"warnings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "created", b"created", "ended", b"ended", "expires", b"expires", "id", b"id", "kind", b"kind", "label", b"label", "model", b"model", "n_ahead", b"n_ahead", "n_atoms", b"n_atoms", "n_done", b"n_done", "n_failed", b"n_failed", "n_moving", b"n_moving", "n_results", b"n_results", "n_steps", b"n_steps", "n_steps_asked", b"n_steps_asked", "n_steps_moving", b"n_steps_moving", "n_structures", b"n_structures", "priority", b"priority", "reason", b"reason", "remaining_seconds", b"remaining_seconds", "state", b"state", "timestep", b"timestep", "warnings", b"warnings"]) -> None: ...
 
 global___Job = Job
 

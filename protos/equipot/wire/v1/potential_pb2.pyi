@@ -928,6 +928,7 @@ class SimulateRequest(google.protobuf.message.Message):
     OBSERVE_EVERY_FIELD_NUMBER: builtins.int
     TOKEN_EVERY_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """As in PredictRequest."""
     level_of_theory: builtins.str
@@ -978,6 +979,10 @@ class SimulateRequest(google.protobuf.message.Message):
     def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """As in RelaxRequest. What a token holds goes before positions, velocities and seeds of the request."""
 
+    @property
+    def uncertainty(self) -> global___UncertaintyOptions:
+        """As in PredictRequest, of each frame; with refuse_outside a structure that leaves the domain goes no further."""
+
     def __init__(
         self,
         *,
@@ -1006,9 +1011,10 @@ class SimulateRequest(google.protobuf.message.Message):
         observe_every: builtins.int = ...,
         token_every: builtins.int = ...,
         tokens: collections.abc.Iterable[builtins.bytes] | None = ...,
+        uncertainty: global___UncertaintyOptions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_final_temperature", b"_final_temperature", "final_temperature", b"final_temperature", "structures", b"structures"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_final_temperature", b"_final_temperature", "barostat_time", b"barostat_time", "drawn", b"drawn", "final_temperature", b"final_temperature", "fixed", b"fixed", "frame_every", b"frame_every", "frame_forces", b"frame_forces", "frame_stress", b"frame_stress", "friction", b"friction", "integrator", b"integrator", "level_of_theory", b"level_of_theory", "masses", b"masses", "model", b"model", "observe_every", b"observe_every", "pressure", b"pressure", "priority", b"priority", "seeds", b"seeds", "session", b"session", "steps", b"steps", "structures", b"structures", "temperature", b"temperature", "thermostat_time", b"thermostat_time", "timestep", b"timestep", "token_every", b"token_every", "tokens", b"tokens", "velocities", b"velocities"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_final_temperature", b"_final_temperature", "final_temperature", b"final_temperature", "structures", b"structures", "uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_final_temperature", b"_final_temperature", "barostat_time", b"barostat_time", "drawn", b"drawn", "final_temperature", b"final_temperature", "fixed", b"fixed", "frame_every", b"frame_every", "frame_forces", b"frame_forces", "frame_stress", b"frame_stress", "friction", b"friction", "integrator", b"integrator", "level_of_theory", b"level_of_theory", "masses", b"masses", "model", b"model", "observe_every", b"observe_every", "pressure", b"pressure", "priority", b"priority", "seeds", b"seeds", "session", b"session", "steps", b"steps", "structures", b"structures", "temperature", b"temperature", "thermostat_time", b"thermostat_time", "timestep", b"timestep", "token_every", b"token_every", "tokens", b"tokens", "uncertainty", b"uncertainty", "velocities", b"velocities"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_final_temperature", b"_final_temperature"]) -> typing.Literal["final_temperature"] | None: ...
 
 global___SimulateRequest = SimulateRequest
@@ -1061,6 +1067,7 @@ class MotionFrame(google.protobuf.message.Message):
     TEMPERATURE_FIELD_NUMBER: builtins.int
     FORCES_FIELD_NUMBER: builtins.int
     STRESS_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
     index: builtins.int
     """The structure's index in the request."""
     step: builtins.int
@@ -1076,6 +1083,10 @@ class MotionFrame(google.protobuf.message.Message):
     forces: builtins.bytes
     """float64[n, 3] in eV/Å and float64[3, 3] in eV/Å³ of the potential alone, if asked for."""
     stress: builtins.bytes
+    @property
+    def uncertainty(self) -> global___Uncertainty:
+        """Present if asked for: as of a request for this structure alone, whose index is 0."""
+
     def __init__(
         self,
         *,
@@ -1089,8 +1100,10 @@ class MotionFrame(google.protobuf.message.Message):
         temperature: builtins.float = ...,
         forces: builtins.bytes = ...,
         stress: builtins.bytes = ...,
+        uncertainty: global___Uncertainty | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cell", b"cell", "energy", b"energy", "forces", b"forces", "index", b"index", "kinetic_energy", b"kinetic_energy", "positions", b"positions", "step", b"step", "stress", b"stress", "temperature", b"temperature", "velocities", b"velocities"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["uncertainty", b"uncertainty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "energy", b"energy", "forces", b"forces", "index", b"index", "kinetic_energy", b"kinetic_energy", "positions", b"positions", "step", b"step", "stress", b"stress", "temperature", b"temperature", "uncertainty", b"uncertainty", "velocities", b"velocities"]) -> None: ...
 
 global___MotionFrame = MotionFrame
 
@@ -1144,9 +1157,14 @@ class SimulateResult(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
+    POSITIONS_FIELD_NUMBER: builtins.int
+    CELL_FIELD_NUMBER: builtins.int
     index: builtins.int
     """The structure's index in the request."""
     steps: builtins.int
+    positions: builtins.bytes
+    """float64[n, 3] in Å and float64[3, 3] in Å: where the step after these led, if it failed there and they are finite."""
+    cell: builtins.bytes
     @property
     def failure(self) -> global___Failure:
         """Present if it could not go on after these steps; its index is that of this result."""
@@ -1160,9 +1178,11 @@ class SimulateResult(google.protobuf.message.Message):
         steps: builtins.int = ...,
         failure: global___Failure | None = ...,
         model: global___ModelReference | None = ...,
+        positions: builtins.bytes = ...,
+        cell: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "index", b"index", "model", b"model", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cell", b"cell", "failure", b"failure", "index", b"index", "model", b"model", "positions", b"positions", "steps", b"steps"]) -> None: ...
 
 global___SimulateResult = SimulateResult
 

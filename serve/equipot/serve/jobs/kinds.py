@@ -37,6 +37,9 @@ OBSERVATION_BYTES = 192
 VECTOR_BYTES, NUMBER_BYTES = 24, 4
 """Room that results take, and in them atoms: a result has atomic numbers, positions and one more vector."""
 
+CERTAINTY_BYTES, CERTAINTY_ATOM_BYTES = 512, 16
+"""More room of a result that says how sure it is: in words and numbers; spread and interval of each atom."""
+
 TOKEN_STEPS = 10
 """How many steps apart a structure's state is told; how often it is written is the clock's business."""
 
@@ -108,6 +111,11 @@ def settings_of(request: MoveRequest) -> MoveRequest:
 def steps_of(settings: MoveRequest) -> int:
     """That each structure takes unless it fails; 0: it is known when it has."""
     return settings.steps if isinstance(settings, potential_pb2.SimulateRequest) else 0
+
+
+def timestep_of(settings: MoveRequest) -> float:
+    """fs between two steps of dynamics; 0 of what has none."""
+    return (settings.timestep or 1.0) if isinstance(settings, potential_pb2.SimulateRequest) else 0.0
 
 
 def pieces_of(request: MoveRequest, start: int) -> Iterator[Piece]:
@@ -255,8 +263,11 @@ def room_for(request: MoveRequest, n_bytes: int) -> int:
         results, observations = frames + 1, 0
         if request.observe_every:
             observations = request.steps // request.observe_every + 1
-    by_structure = RESULT_BYTES * results + OBSERVATION_BYTES * observations
-    return n_bytes + by_structure * n_structures + (VECTOR_BYTES * vectors + NUMBER_BYTES) * results * n_atoms
+    by_result, by_atom = RESULT_BYTES, VECTOR_BYTES * vectors + NUMBER_BYTES
+    if request.HasField("uncertainty"):
+        by_result, by_atom = by_result + CERTAINTY_BYTES, by_atom + CERTAINTY_ATOM_BYTES
+    by_structure = by_result * results + OBSERVATION_BYTES * observations
+    return n_bytes + by_structure * n_structures + by_atom * results * n_atoms
 
 
 def _ranges(arrays: StructureArrays) -> Iterator[tuple[int, int]]:

@@ -289,6 +289,7 @@ class JobServicer:
             bytes=record.size,
             n_steps_moving=sum(run.steps.values()) if run is not None else 0,
             n_steps_asked=kinds.steps_of(settings) * record.n_structures,
+            timestep=kinds.timestep_of(settings),
         )
 
     def _state(self, record: JobRecord, run: Run | None) -> tuple[jpb.JobState.ValueType, str]:

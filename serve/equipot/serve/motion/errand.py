@@ -152,4 +152,5 @@ def question(request: pb.RelaxRequest | pb.SimulateRequest, *, stress: bool) -> 
         level_of_theory=request.level_of_theory,
         session=request.session,
         priority=request.priority,
+        uncertainty=request.uncertainty if request.HasField("uncertainty") else None,
     )

@@ -66,10 +66,7 @@ class RelaxErrand:
         Raises:
             CallError: the request as a whole cannot be done.
         """
-        asked = question(request, stress=request.cell in _CELLS)
-        if request.HasField("uncertainty"):
-            asked.uncertainty.CopyFrom(request.uncertainty)
-        work = potential.understand(asked, model, None)
+        work = potential.understand(question(request, stress=request.cell in _CELLS), model, None)
         defaults = Relaxing()
         how = Relaxing(
             optimizer=_OPTIMIZERS.get(word(pb.Optimizer, "optimizer", request.optimizer), "fire"),
@@ -166,6 +163,8 @@ class RelaxErrand:
         )
         if member.fault is not None:
             result.failure.CopyFrom(failure_of(member))
+            if progress.steps:
+                result.failure.message = f"after {progress.steps} steps: {result.failure.message}"
         elif progress.last is not None:
             result.energy = progress.last.energy
             result.forces = as_bytes(progress.last.forces)

@@ -35,6 +35,7 @@ from equipot.serve.motion.state import BadState, FloatArray, Origin, unseal
 from equipot.serve.motion.walker import Halt, Walker
 from equipot.serve.servicer import PotentialServicer
 from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.certainty import UncertaintyArrays, encode_uncertainty
 from equipot.wire.v1.codec import CodecError, decode_flags, decode_floats
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,8 @@ class SimulateErrand:
         for note in notes:
             match note:
                 case Frame():
-                    yield pb.SimulateReply(frame=_frame(member.index, note))
+                    # Its step is that of the last answer: no other is asked for before this is told.
+                    yield pb.SimulateReply(frame=_frame(member.index, note, member.certainty))
                 case Observation():
                     yield pb.SimulateReply(observation=_observation(member.index, note))
                 case Kept():
@@ -205,6 +207,11 @@ class SimulateErrand:
             if member.fault is not None:
                 result.failure.CopyFrom(failure_of(member))
                 result.failure.message = f"after {progress.steps} steps: {result.failure.message}"
+                atoms = member.walker.atoms
+                finite = np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell[:]).all()
+                # What failed before anything was computed has not moved.
+                if finite and progress.last is not None:
+                    result.positions, result.cell = as_bytes(atoms.positions), as_bytes(atoms.cell[:])
             yield pb.SimulateReply(result=result)
 
     def _atoms(self, index: int) -> Atoms:
@@ -237,7 +244,7 @@ def standard_masses(atomic_numbers: npt.NDArray[np.int32]) -> FloatArray:
     return masses
 
 
-def _frame(index: int, frame: Frame) -> pb.MotionFrame:
+def _frame(index: int, frame: Frame, certainty: UncertaintyArrays | None) -> pb.MotionFrame:
     return pb.MotionFrame(
         index=index,
         step=frame.step,
@@ -249,6 +256,7 @@ def _frame(index: int, frame: Frame) -> pb.MotionFrame:
         temperature=frame.temperature,
         forces=b"" if frame.forces is None else as_bytes(frame.forces),
         stress=b"" if frame.stress is None else as_bytes(frame.stress),
+        uncertainty=None if certainty is None else encode_uncertainty(certainty),
     )
 
 
