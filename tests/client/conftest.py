@@ -216,7 +216,9 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
                         )
                     )  # fmt: skip
                 if request.observe_every and step % request.observe_every == 0:
-                    seen = pb.MotionObservation(index=index, step=step, energy=-1.0 * step)
+                    seen = pb.MotionObservation(
+                        index=index, step=step, energy=-1.0 * step, kinetic_energy=0.5, temperature=300.0
+                    )
                     yield pb.SimulateReply(observation=seen)
                 if request.token_every and step and step % request.token_every == 0:
                     token = pb.MotionToken(index=index, step=step, token=str(step).encode())

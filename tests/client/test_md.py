@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 from ase import Atoms, units
 from ase.io import read, write
 
+from equipot.client import MotionFrame, Observation
+from equipot.client.observation_file import ObservationFile, summary_of
 from equipot.client.open_files import OpenFiles
+from equipot.client.recording import Recording
 from equipot.client.trajectory_file import TrajectoryFile
 
 Run = Callable[..., Any]
@@ -97,3 +101,86 @@ def test_a_token_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.extxyz.token").write_text("something else")
     with pytest.raises(Exception, match="is no restart token"):
         TrajectoryFile(tmp_path / "a.extxyz", OpenFiles(), resume=True)
+
+
+def test_a_run_that_was_stopped_before_its_first_token_goes_on_by_its_seed(
+    server: Any, words: list[Any], tmp_path: Path, run_equipot: Run
+) -> None:
+    out = tmp_path / "out.extxyz"
+    server.interruptions = [60]
+    server.fatal = True
+    assert run_equipot(*words, "--out", out, "--timeout", 2).returncode == 2
+    assert not Path(f"{out}.token").exists()
+    table = Path(f"{out}.csv")
+    with table.open("a") as torn:
+        torn.write("61,30")
+    again = run_equipot(*words, "--out", out, "--resume")
+    assert again.returncode == 0, again.stderr
+    first, last = server.simulated[0], server.simulated[-1]
+    assert list(last.seeds) == list(first.seeds)
+    assert [frame.info["equipot_step"] for frame in read(out, ":")] == list(range(0, 301, 20))
+    rows = np.genfromtxt(table, delimiter=",", names=True)
+    assert list(rows["step"]) == list(range(0, 301, 10))
+    np.testing.assert_allclose(rows["time_fs"], rows["step"])
+    np.testing.assert_allclose(rows["total_energy_eV"], rows["energy_eV"] + rows["kinetic_energy_eV"])
+    assert "temperature 300.0 ± 0.0 K" in again.stdout
+    assert "(31 observations)" in again.stdout
+    assert f"observations: {table}" in again.stdout
+
+
+def test_drift_and_fluctuation_are_those_of_a_line(tmp_path: Path) -> None:
+    wave = np.resize([0.001, -0.001], 1000)
+    with OpenFiles() as files:
+        table = ObservationFile(tmp_path / "a.csv", files, timestep=2.0, resume=False)
+        for step in range(1000):
+            table.write(
+                Observation(
+                    step=step,
+                    energy=-1.0 + 0.03 * 2e-3 * step + wave[step],
+                    kinetic_energy=1.0,
+                    temperature=300.0 + 10 * np.sign(wave[step]),
+                    volume=0.0,
+                    pressure=np.nan,
+                    largest_force=0.1,
+                )
+            )
+    assert "nan" not in table.path.read_text()
+    found = summary_of(table.path)
+    assert found is not None
+    assert found.drift == pytest.approx(0.03, rel=1e-3)
+    assert found.fluctuation == pytest.approx(0.001, rel=1e-3)
+    assert (found.temperature, found.temperature_spread) == pytest.approx((300.0, 10.0))
+    assert found.words(10).startswith("temperature 300.0 ± 10.0 K, total energy drifts by +3 meV/atom/ps")
+    assert "pressure" not in found.words(10)
+
+
+@pytest.mark.parametrize("suffix", ["extxyz", "traj"])
+def test_of_many_trajectories_a_few_are_open(cluster: Any, tmp_path: Path, suffix: str) -> None:
+    count, most = 12, 3
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # names are not wanted
+    with OpenFiles(most) as files:
+        recording = Recording(
+            [tmp_path / f"{place}.{suffix}" for place in range(count)], files, timestep=1.0, resume=False
+        )
+        for step in range(4):
+            for place in range(count):
+                frame = cluster(2 + place)
+                moved = MotionFrame(
+                    step=step,
+                    positions=frame.positions + step,
+                    velocities=0 * frame.positions,
+                    cell=frame.cell[:],
+                    energy=1.0 * place,
+                    kinetic_energy=0.0,
+                    temperature=0.0,
+                    forces=None,
+                    stress=None,
+                )
+                recording.take(place, frame, moved, "model@sha256:1", 7)
+                assert len(os.listdir("/proc/self/fd")) <= before + most + 1  # noqa: PTH208
+    for place in range(count):
+        found = read(tmp_path / f"{place}.{suffix}", ":")
+        assert [frame.info["equipot_step"] for frame in found] == [0, 1, 2, 3]
+        assert {frame.get_potential_energy() for frame in found} == {1.0 * place}
+        again = TrajectoryFile(tmp_path / f"{place}.{suffix}", OpenFiles(), resume=True)
+        assert (again.reached, again.seed, again.model) == (3, 7, "model@sha256:1")
