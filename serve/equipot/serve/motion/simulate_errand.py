@@ -207,11 +207,10 @@ class SimulateErrand:
             if member.fault is not None:
                 result.failure.CopyFrom(failure_of(member))
                 result.failure.message = f"after {progress.steps} steps: {result.failure.message}"
-                atoms = member.walker.atoms
-                finite = np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell[:]).all()
+                positions, cell = member.course.positions, member.course.cell
                 # What failed before anything was computed has not moved.
-                if finite and progress.last is not None:
-                    result.positions, result.cell = as_bytes(atoms.positions), as_bytes(atoms.cell[:])
+                if progress.last is not None and np.isfinite(positions).all() and np.isfinite(cell).all():
+                    result.positions, result.cell = as_bytes(positions), as_bytes(cell)
             yield pb.SimulateReply(result=result)
 
     def _atoms(self, index: int) -> Atoms:
