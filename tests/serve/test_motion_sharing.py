@@ -157,7 +157,7 @@ class TestIdleReaders:
         async def test() -> None:
             config = ServeConfig(
                 bundles=(bundles.tiny,), port=0, metrics_port=None, threads=1,
-                limits=RequestLimits(request_atoms=1_200), sessions=SessionLimits(idle_seconds=4.0),
+                limits=RequestLimits(request_atoms=1_200), sessions=SessionLimits(idle_seconds=10.0),
             )  # fmt: skip
             async with inside(config) as at:
                 many = [molecule(seed, 100) for seed in range(11)]
