@@ -34,7 +34,7 @@ def answers(
     yield "A better network with a quarter of the compute?", next(of_quarter(rivals, fits.base))
     if paper:
         yield (
-            f"Against the paper's network ({paper[0].label})?",
+            "Against the paper's network?",
             " ".join(line for each in paper[1:2] for line in verdict(each, "it")),
         )
     else:

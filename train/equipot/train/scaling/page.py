@@ -17,7 +17,7 @@ figure{margin:1rem 0}figure img{max-width:100%;width:auto}
 .short td{white-space:normal;text-align:left;vertical-align:top}
 .short td:first-child{font-weight:600;width:13rem}
 table.short{font-size:.95rem;background:#f6f8fa;margin:1rem 0}
-td{font-variant-numeric:tabular-nums}td.long{white-space:normal;min-width:22rem;text-align:left}
+th{white-space:normal}td{font-variant-numeric:tabular-nums}td.long{white-space:normal;min-width:22rem;text-align:left}
 nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem}nav a{white-space:nowrap}
 """
 

@@ -112,7 +112,7 @@ class _Findings:
             rivals=contests(rows, fits.base),
             paper=paper,
             against_paper=against,
-            standings=standings.standings(against, paper.label(fits.base), fits.base) if paper else [],
+            standings=standings.standings(against, "the paper's network", fits.base) if paper else [],
             series=figures_depth.depth_series(rows, fits.base),
         )
 
@@ -264,14 +264,15 @@ def _parts(results: StudyResults, fits: Fits, said: _Findings, album: _Album) ->
 
 
 def _against_the_paper(fits: Fits, said: _Findings, album: _Album) -> Part:
-    name = "the paper's network" if said.paper is None else said.paper.label(fits.base)
+    quarter = [each for each in said.against_paper if each.share < 1 and each.reached]
+    words = "it" if said.paper is None else said.paper.label(fits.base)
     return Part(
         "Against the paper's network",
         "On the same structures and with the same compute, what is its network (raw coordinates, no "
         "residuals, no normalisation) worth, on held-out frames and on sources never trained on?",
         [
             *(line for each in said.standings[1:] for line in standings.verdict(each, "the paper's network")),
-            *verdicts.of_contests(said.against_paper, name, fits.base),
+            *verdicts.of_contests(quarter[:2] or said.against_paper[:1], "the paper's network", fits.base),
         ],
         album.draw(
             "paper",
@@ -279,7 +280,8 @@ def _against_the_paper(fits: Fits, said: _Findings, album: _Album) -> Part:
             lambda: figures_compare.of_contests(said.against_paper, fits.base),
         ),
         [tables.standings(said.standings)] if said.standings else [],
-        "The paper's data, size and optimiser were others; what is compared here is the function. Of each "
+        f"The paper's network here: {words}. Its data, size and optimiser were others; what is "
+        "compared here is the function. Of each "
         "network's widths that of least validation loss is shown; one rule of learning rates serves all. "
         "Silicon's energies are so much larger than those of molecules that plain means of energy errors are "
         "those of silicon: read the mean of sources.",

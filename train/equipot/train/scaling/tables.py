@@ -298,7 +298,8 @@ def _seeds(standing: Standing, place: Place, key: str, factor: float) -> str:
     values = np.array(standing.values(place, key)) * factor
     if not len(values):
         return "–"
-    spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    spread = f" ± {deviation:.2g}" if deviation > 1e-9 else ""
     found = standing.against(place, key) if key in TRIVIAL else None
     if found is None:
         return f"{values.mean():.3g}{spread}"
