@@ -77,6 +77,12 @@ class Chunk:
     firsts: tuple[int, ...]
 
     @property
+    def fresh(self) -> list[int]:
+        """Places of those that have not moved before."""
+        tokens = self.request.tokens
+        return [place for index, place in enumerate(self.places) if not (tokens and tokens[index])]
+
+    @property
     def n_atoms(self) -> int:
         """In all of them."""
         return len(self.structures.positions)

@@ -35,6 +35,10 @@ class JobMetrics:
         """Counts what comes of a job from here on."""
         self._seen[record.key] = (record.n_done, record.n_failed)
 
+    def gone(self, key: int) -> None:
+        """Nothing more comes of a job that is forgotten."""
+        self._seen.pop(key, None)
+
     def written(self, record: JobRecord) -> None:
         """Notes how far a job has come."""
         done, failed = self._seen.get(record.key, (record.n_done, record.n_failed))

@@ -18,6 +18,7 @@ from equipot.serve.call import Call, enter
 from equipot.serve.errors import CallError, NotReady, NotServed, OverQuota, QueueFull
 from equipot.serve.jobs import kinds
 from equipot.serve.jobs.desk import Desk, wait_for
+from equipot.serve.jobs.headway import Headway
 from equipot.serve.jobs.kinds import Chunk, MoveRequest
 from equipot.serve.jobs.records import JobRecord, JobState, Piece, StoreDamaged, StoreError
 from equipot.serve.jobs.settings import JobSettings
@@ -78,8 +79,7 @@ class Run:
         lanes: tasks that move chunks.
         moving: atoms of these.
         structures: of these that have not come to their end.
-        steps: that these have taken, by place, as far as they have told.
-        since: when it began to move here, and how many were done then.
+        headway: how fast these move on.
         failed: times that the server failed on it, one after the other.
         held: keeps its bundle in memory.
     """
@@ -96,8 +96,7 @@ class Run:
     lanes: set[asyncio.Task[None]] = field(default_factory=set)
     moving: int = 0
     structures: int = 0
-    steps: dict[int, int] = field(default_factory=dict)
-    since: tuple[float, int] | None = None
+    headway: Headway = field(default_factory=Headway)
     failed: int = 0
     held: ExitStack = field(default_factory=ExitStack)
 
@@ -110,12 +109,7 @@ class Run:
     @property
     def remaining_seconds(self) -> float:
         """Until it is done at the pace it has had here; 0 if that is not known."""
-        if self.since is None:
-            return 0.0
-        begun, before = self.since
-        done = self.record.n_done - before
-        left = self.record.n_structures - self.record.n_done
-        return left * (time.monotonic() - begun) / done if done else 0.0
+        return self.headway.remaining_seconds(self.record, kinds.steps_of(self.settings))
 
     def has_failed(self) -> bool:
         """Notes that the server failed on it; returns whether it is to be given up."""
@@ -139,6 +133,7 @@ class Runner:
         find: the model of a name.
         quotas: of the identities.
         on_written: told each job when something of it was written.
+        on_gone: told the key of each job that is forgotten.
 
     Attributes:
         desk: where jobs are read and written.
@@ -153,6 +148,7 @@ class Runner:
         find: FindModel,
         quotas: Quotas,
         on_written: Callable[[JobRecord], None],
+        on_gone: Callable[[int], None],
     ) -> None:
         self._store = store
         self._settings = settings
@@ -160,6 +156,7 @@ class Runner:
         self._find = find
         self._quotas = quotas
         self._on_written = on_written
+        self._on_gone = on_gone
         self._runs: dict[int, Run] = {}
         self._changed = asyncio.Event()
         self._steering: asyncio.Task[None] | None = None
@@ -233,6 +230,7 @@ class Runner:
                 run.pause(RETRY_FAILED, str(error))
             raise
         self._drop(key)
+        self._on_gone(key)
         self.desk.changed(key)
 
     async def close(self) -> None:
@@ -285,6 +283,7 @@ class Runner:
         for record in await self.desk.do(
             self._store.sweep, keep_seconds=limits.keep_seconds, most_bytes=limits.most_bytes
         ):
+            self._on_gone(record.key)
             self.desk.changed(record.key)
         for key, run in list(self._runs.items()):
             idle = time.time() - run.record.changed
@@ -344,7 +343,7 @@ class Runner:
         if chunk is None or key not in self._runs:
             return
         run.reason = ""
-        run.since = run.since or (time.monotonic(), run.record.n_done)
+        run.headway.begins(run.record, chunk.fresh)
         run.moving += chunk.n_atoms
         run.structures += len(chunk.places)
         assert run.model is not None
@@ -414,12 +413,11 @@ class Runner:
                     move = listener.move_of(reply)
                     if move is None:
                         continue
+                    run.headway.moved(move.place, move.steps)
                     if move.ended:
                         left.discard(move.place)
                         run.structures -= 1
-                        run.steps.pop(move.place, None)
-                    else:
-                        run.steps[move.place] = move.steps
+                        run.headway.steps.pop(move.place, None)
                     await self.desk.note(record.key, move)
                     run.failed = 0
         except (NotReady, QueueFull, OverQuota) as error:
@@ -436,7 +434,7 @@ class Runner:
             run.moving -= chunk.n_atoms
             run.structures -= len(left)
             for place in left:
-                run.steps.pop(place, None)
+                run.headway.steps.pop(place, None)
             if left:
                 run.again.extend(chunk.firsts)
             self._changed.set()

@@ -104,7 +104,13 @@ class JobServicer:
         )
         self._store = Store(settings.folder)
         self._runner = Runner(
-            self._store, settings, move=move, find=find, quotas=quotas, on_written=self._written
+            self._store,
+            settings,
+            move=move,
+            find=find,
+            quotas=quotas,
+            on_written=metrics.written,
+            on_gone=metrics.gone,
         )
         self._desk = self._runner.desk
         self._opening: asyncio.Task[None] | None = None
@@ -287,7 +293,7 @@ class JobServicer:
             ended=record.ended,
             expires=record.ended + self._settings.keep_seconds if record.ended else 0.0,
             bytes=record.size,
-            n_steps_moving=sum(run.steps.values()) if run is not None else 0,
+            n_steps_moving=sum(run.headway.steps.values()) if run is not None else 0,
             n_steps_asked=kinds.steps_of(settings) * record.n_structures,
             timestep=kinds.timestep_of(settings),
         )
@@ -302,9 +308,6 @@ class JobServicer:
         if run.lanes:
             return jpb.JOB_STATE_RUNNING, ""
         return (jpb.JOB_STATE_WAITING, run.reason) if run.reason else (jpb.JOB_STATE_QUEUED, "")
-
-    def _written(self, record: JobRecord) -> None:
-        self._metrics.written(record)
 
     async def _count(self) -> None:
         while True:
