@@ -81,12 +81,12 @@ def test_what_one_size_says_of_a_machine_under_load_holds_for_others() -> None:
     quick = batch(1, 5, 20)
     for _ in range(20):
         pace.learn(quick, 0.0005)
-        pace.learn(small, 0.01)
-        pace.learn(large, 0.4)
-    for _ in range(20):
+        pace.learn(small, 0.02)
         pace.learn(large, 0.8)
-    assert 0.013 < pace.seconds(small) < 0.021
-    assert pace.seconds(large) == pytest.approx(0.8, rel=0.05)
+    for _ in range(20):
+        pace.learn(large, 1.6)
+    assert 0.026 < pace.seconds(small) < 0.042
+    assert pace.seconds(large) == pytest.approx(1.6, rel=0.05)
     # What is over before the scheduler looks round is as fast as ever.
     assert pace.seconds(quick) == pytest.approx(0.0005, rel=0.05)
 

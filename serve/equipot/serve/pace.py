@@ -24,9 +24,9 @@ MEMORY = 0.1
 MACHINE_MEMORY = 0.2
 """Weight of the newest batch in how fast the machine is now."""
 
-QUICK = 0.005
-"""Batches that take no longer, in seconds, are done in one go of the system's scheduler: others who compute
-may put them off now and then, and slow them down no more than that."""
+QUICK = 0.01
+"""Batches that take no longer, in seconds, are done in one go or two of the system's scheduler: others who
+compute may put them off now and then, and slow most of them down by nothing."""
 
 SURPRISE = 0.3
 """Logarithm of the factor by which the machine counts at most as faster or slower after one batch."""
