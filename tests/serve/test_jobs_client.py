@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -17,8 +18,20 @@ from ase import Atoms
 from ase.constraints import FixAtoms
 from ase.io import read, write
 from tests.serve.conftest import Bundles, Process, molecule, running
+from tests.serve.unreliable import links
 
-from equipot.client import Client, InvalidRequest, JobFailed, JobNotFound, Refused, RetryPolicy
+from equipot.client import (
+    AsyncClient,
+    Client,
+    Ended,
+    InvalidRequest,
+    JobFailed,
+    JobInfo,
+    JobNotFound,
+    JobResult,
+    Refused,
+    RetryPolicy,
+)
 
 
 def frames_of(count: int, n_atoms: int = 0) -> list[Atoms]:
@@ -53,6 +66,42 @@ def check(found: Sequence[Atoms], frames: Sequence[Atoms]) -> None:
         assert ("equipot_failure" in frame.info) != (frame.calc is not None)
     moved = [not np.allclose(*pair) for pair in zip(positions(found), positions(frames), strict=True)]
     assert sum(moved) > len(frames) / 2
+
+
+def test_the_client_for_asyncio_has_jobs_too(jobs_server: Process) -> None:
+    frames = [*frames_of(6), Atoms()]
+
+    async def test() -> None:
+        retry = RetryPolicy(attempts=50, max_delay=0.2)
+        async with links(jobs_server.address, 1) as (link,), AsyncClient(link.address, retry=retry) as client:
+            sent: list[int] = []
+            info = await client.jobs.relax(frames, id="aio-r", fmax=1e-3, on_sent=sent.append)
+            again = await client.jobs.relax(frames, id="aio-r", fmax=1e-3)
+            assert (info.id, again.n_structures, sent) == ("aio-r", 7, [7])
+            with pytest.raises(JobNotFound):
+                await client.jobs.get("nobodys")
+            told: list[JobInfo] = []
+            found: list[JobResult] = []
+            async for result in client.jobs.attach("aio-r", on_progress=told.append):
+                found.append(result)
+                if result.number in (1, 4):
+                    link.cut()
+            assert [one.number for one in found] == list(range(1, 8))
+            assert (await client.jobs.wait("aio-r")).state == told[-1].state == "done"
+            await client.jobs.simulate(frames[:2], steps=30, id="aio-m", frame_every=10, temperature=50.0)
+            ended = [one.found async for one in client.jobs.attach("aio-m")]
+            assert [one.steps for one in ended if isinstance(one, Ended)] == [30, 30]
+            assert (await client.jobs.cancel("aio-m")).state == "done"
+            await client.jobs.delete("aio-m")
+            ids = {info.id for info in await client.jobs.list()}
+            assert "aio-r" in ids
+            assert "aio-m" not in ids
+        with Client(jobs_server.address) as other:
+            both = {one.index: one.relaxed for one in other.jobs.attach("aio-r")}
+        for one in found:
+            np.testing.assert_array_equal(one.relaxed.positions, both[one.index].positions)
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 class TestClient:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from equipot.client.aio import AsyncClient
+from equipot.client.aio_jobs import AsyncJobs
 from equipot.client.aio_session import AsyncSession
 from equipot.client.certainty import Certainty, DomainVerdict, Uncertainty
 from equipot.client.channel import Health
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncClient",
+    "AsyncJobs",
     "AsyncSession",
     "Begun",
     "Certainty",

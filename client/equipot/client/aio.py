@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast
 import grpc
 import grpc.aio
 
+from equipot.client.aio_jobs import AsyncJobs, AsyncLine
 from equipot.client.aio_motions import AsyncMotions
 from equipot.client.aio_session import AsyncSession
 from equipot.client.batches import Part, Priority, Wish, cut, gone_meanwhile
@@ -189,6 +190,13 @@ class AsyncClient(AsyncMotions):
             timeout=self._settings.seconds(timeout),
         )
 
+    @property
+    def jobs(self) -> AsyncJobs:
+        """As `Client.jobs`."""
+        return AsyncJobs(
+            AsyncLine(self._settings, self._open_channel, self._token, self.model, self._understand)
+        )
+
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         """As `Client.models`."""
         stub = self._connected()
@@ -288,6 +296,11 @@ class AsyncClient(AsyncMotions):
                     raise problem from error
             await asyncio.sleep(delay)
             attempt += 1
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        self._connected()
+        assert self._channel is not None
+        return self._channel
 
     def _connected(self) -> PotentialServiceAsyncStub:
         if self._closed:

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any, TypeVar, Unpack
-from uuid import uuid4
 
 import grpc
-import numpy as np
 
 from equipot.client.attempts import persist
-from equipot.client.batches import PRIORITIES, Part, Priority, Wish, cut
+from equipot.client.batches import Priority
 from equipot.client.certainty import Uncertainty
 from equipot.client.credentials import TokenSource
-from equipot.client.dynamics import SimulateSettings, SimulateWords
+from equipot.client.dynamics import SimulateWords
 from equipot.client.errors import ClientError, Refused, ServerError
 from equipot.client.job_info import JobInfo, JobResult
-from equipot.client.moving import fixed_of, flags
-from equipot.client.relax import RelaxSettings, RelaxWords
+from equipot.client.job_requests import Submission, relaxing, simulating
+from equipot.client.relax import RelaxWords
 from equipot.client.results import ModelInfo
 from equipot.client.retry import Deadline
 from equipot.client.settings import Asked, Settings
-from equipot.client.starts import masses_of, put_start, velocities_of
-from equipot.client.structures import StructuresLike, each_structure, pack
+from equipot.client.structures import StructuresLike
 from equipot.wire.v1 import jobs_pb2 as jpb
-from equipot.wire.v1 import potential_pb2 as pb
-from equipot.wire.v1.codec import StructureArrays, decode_structures, encode_failures, encode_structures
 from equipot.wire.v1.jobs_pb2_grpc import JobServiceStub
-
-ATOMS_PER_PART = 65_536
-"""A job travels in parts of about so many atoms: each is on the server's disk before the next one leaves."""
 
 _Reply = TypeVar("_Reply")
 
@@ -103,23 +93,11 @@ class Jobs:
             LimitExceeded: the server has no room for it.
             Refused: another job has this id already.
         """
-        settings = RelaxSettings(**how)
-        asked = Asked(
-            model=model,
-            level_of_theory=level_of_theory,
-            stress=settings.cell != "fixed",
-            uncertainty=uncertainty,
+        asked = Asked(model=model, level_of_theory=level_of_theory, uncertainty=uncertainty)
+        return self._submit(
+            relaxing(self._line.settings, structures, asked, how, id=id, label=label, priority=priority),
+            on_sent,
         )
-        wish = replace(self._line.settings.wish(asked), priority=priority)
-        items = list(each_structure(structures))
-
-        def add(request: jpb.SubmitJobRequest, part: Part, start: int) -> None:
-            relax = settings.request(wish, part.structures, fixed_of(items, part, start))
-            relax.priority = _explicit(priority)
-            relax.structures.CopyFrom(_with_refused(relax.structures, part))
-            request.relax.CopyFrom(relax)
-
-        return self._submit(id or _new("relax"), label, items, wish, add, on_sent)
 
     def simulate(
         self,
@@ -159,38 +137,20 @@ class Jobs:
             LimitExceeded: the server has no room for it; see frame_every.
             Refused: another job has this id already.
         """
-        settings, id = SimulateSettings(steps=steps, **how), id or _new("simulate")
-        if settings.seed is None:
-            # Not drawn: what is submitted once more must be the same.
-            first = int.from_bytes(sha256(id.encode()).digest()[:6], "little")
-            settings = replace(settings, seed=first)
-        asked = Asked(
-            model=model, level_of_theory=level_of_theory, stress=settings.stress, uncertainty=uncertainty
+        asked = Asked(model=model, level_of_theory=level_of_theory, uncertainty=uncertainty)
+        return self._submit(
+            simulating(
+                self._line.settings,
+                structures,
+                asked,
+                how,
+                steps=steps,
+                id=id,
+                label=label,
+                priority=priority,
+            ),
+            on_sent,
         )
-        wish = replace(self._line.settings.wish(asked), priority=priority)
-        items = list(each_structure(structures))
-        seeds = settings.seeds(len(items))
-
-        def add(request: jpb.SubmitJobRequest, part: Part, start: int) -> None:
-            simulate, sent = settings.request(wish), [items[start + place] for place in part.places]
-            simulate.priority = _explicit(priority)
-            packed = encode_structures(pack(part.structures))
-            simulate.structures.CopyFrom(_with_refused(packed, part))
-            simulate.fixed = flags(fixed_of(items, part, start))
-            put_start(
-                simulate,
-                [velocities_of(item) for item in sent],
-                masses_of(sent, [structure.atomic_numbers for structure in part.structures]),
-                [len(structure) for structure in part.structures],
-            )
-            if simulate.drawn:
-                drawn = np.ones(len(part.n_atoms), dtype=np.uint8)
-                drawn[part.places] = np.frombuffer(simulate.drawn, dtype=np.uint8)
-                simulate.drawn = drawn.tobytes()
-            simulate.seeds.extend(seeds[start : start + len(part.n_atoms)])
-            request.simulate.CopyFrom(simulate)
-
-        return self._submit(id, label, items, wish, add, on_sent)
 
     def get(self, id: str) -> JobInfo:
         """How far a job is."""
@@ -259,41 +219,12 @@ class Jobs:
             pass
         return last[-1]
 
-    def _submit(
-        self,
-        id: str,
-        label: str,
-        items: Sequence[Any],
-        wish: Wish,
-        add: Callable[[jpb.SubmitJobRequest, Part, int], None],
-        on_sent: Callable[[int], None] | None,
-    ) -> JobInfo:
-        """Sends items part by part; `add` writes what is to be done with a part that begins there."""
-        limits = self._line.model(wish.model).limits
-        parts = cut(
-            items,
-            limits,
-            atoms_per_request=min(limits.max_atoms_per_request or ATOMS_PER_PART, ATOMS_PER_PART),
-            max_message_bytes=self._line.settings.max_message_bytes,
-        )
-        start = 0
-        # An empty job is one, too.
-        for part, following in (
-            itertools.pairwise(itertools.chain(parts, (None,))) if items else ((Part(), None),)
-        ):
-            assert part is not None
-            request = jpb.SubmitJobRequest(
-                id=id,
-                label=label,
-                start=start,
-                last=following is None,
-                refused=encode_failures(part.failures),
-            )
-            add(request, part, start)
+    def _submit(self, submission: Submission, on_sent: Callable[[int], None] | None) -> JobInfo:
+        limits = self._line.model(submission.wish.model).limits
+        for request, n_sent in submission.requests(limits, self._line.settings):
             info = JobInfo.from_wire(self._ask(lambda stub: stub.SubmitJob, request))
-            start += len(part.n_atoms)
             if on_sent is not None:
-                on_sent(start)
+                on_sent(n_sent)
         return info
 
     def _attached(self, request: jpb.AttachJobRequest) -> Generator[jpb.AttachJobReply, None, None]:
@@ -317,44 +248,13 @@ class Jobs:
         return JobServiceStub(self._line.channel())
 
     def _understand(self, error: grpc.RpcError) -> ClientError:
-        problem = self._line.understand(error)
-        if isinstance(problem, ServerError) and problem.code == "UNIMPLEMENTED":
-            return Refused(
-                f"{self._line.settings.address} keeps no jobs: start it with `equipot serve --jobs DIR`, or"
-                " ask without a job"
-            )
-        return problem
+        return of_jobs(self._line.understand(error), self._line.settings.address)
 
 
-def _explicit(priority: Priority) -> pb.Priority.ValueType:
-    """On the wire; a job's unspecified one is low."""
-    return pb.PRIORITY_NORMAL if priority == "normal" else PRIORITIES[priority]
-
-
-def _new(kind: str) -> str:
-    return f"{kind}-{uuid4().hex[:12]}"
-
-
-def _with_refused(structures: pb.Structures, part: Part) -> pb.Structures:
-    """A part's structures with those of it that are refused, which have no atoms."""
-    if len(part.places) == len(part.n_atoms):
-        return structures
-    return encode_structures(_spaced(decode_structures(structures), part.places, len(part.n_atoms)))
-
-
-def _spaced(arrays: StructureArrays, places: Sequence[int], count: int) -> StructureArrays:
-    """The structures at these places of so many, and nothing at the others."""
-
-    def spaced(values: Any) -> Any:  # noqa: ANN401  # any of the arrays by structure
-        wide = np.zeros((count, *values.shape[1:]), dtype=values.dtype)
-        wide[places] = values
-        return wide
-
-    return replace(
-        arrays,
-        n_atoms=spaced(arrays.n_atoms),
-        cell=spaced(arrays.cell),
-        pbc=spaced(arrays.pbc),
-        charge=spaced(arrays.charge),
-        spin_multiplicity=spaced(arrays.spin_multiplicity),
-    )
+def of_jobs(problem: ClientError, address: str) -> ClientError:
+    """The same, where a server keeps no jobs in words that help."""
+    if isinstance(problem, ServerError) and problem.code == "UNIMPLEMENTED":
+        return Refused(
+            f"{address} keeps no jobs: start it with `equipot serve --jobs DIR`, or ask without a job"
+        )
+    return problem
