@@ -250,7 +250,7 @@ def by_engine(engine: LocalEngine, systems: list[System], steps: int) -> tuple[i
     for start in range(0, len(systems), size):
         batch = systems[start : start + size]
         some = [begun(how, one.positions, one.cell, np.zeros(len(one.positions), bool)) for one in batch]
-        neighbors = [SkinnedNeighbors(engine.card.cutoff or 0.0, skin=0.3) for _ in batch]
+        neighbors = [SkinnedNeighbors(engine.card.cutoff or 0.0) for _ in batch]
         while all(one.goes_on for one in some):
             now = [moved(system, one.positions) for system, one in zip(batch, some, strict=True)]
             results, _ = compute(engine, now, neighbors)

@@ -68,8 +68,8 @@ def check_supported(system: System, config: ModelConfig) -> System:
         StructureError: reason ``unsupported``: an element, charge, spin multiplicity or level of theory that
             the model does not know.
     """
-    unknown = np.flatnonzero(~np.isin(system.atomic_numbers, config.elements))
-    if len(unknown):
+    if not set(config.elements).issuperset(system.atomic_numbers.tolist()):
+        unknown = np.flatnonzero(~np.isin(system.atomic_numbers, config.elements))
         known = " ".join(symbol(number) for number in config.elements)
         raise StructureError(
             field="atomic_numbers",

@@ -34,8 +34,6 @@ LARGEST_PREPARED = 1024
 there, and is prepared where those of single points are."""
 
 CREWS = 2
-SKIN = 0.3
-"""Å around the cutoff within which neighbours are kept: relaxing atoms move little from step to step."""
 
 
 class Course(Protocol):
@@ -178,7 +176,7 @@ class Party:
         for index in joining:
             member = self._movement.begin(index)
             if cutoff := self._work.key.model.card.cutoff:
-                member.neighbors = SkinnedNeighbors(cutoff, skin=SKIN)
+                member.neighbors = SkinnedNeighbors(cutoff)
             crew.append(member)
             self._members.add(member)
             yield
