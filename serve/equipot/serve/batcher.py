@@ -66,29 +66,23 @@ class Batch:
     Attributes:
         key: what they share.
         items: the structures, the one that led first.
+        n_edges: of the whole batch.
+        n_atoms: of the whole batch.
         limit: what the batch might hold at most.
         price: of its key's work.
     """
 
     key: Hashable
     items: tuple[Item, ...]
+    n_edges: int
+    n_atoms: int
     limit: BatchLimit
     price: float
 
     @property
-    def n_edges(self) -> int:
-        """Edges of the whole batch."""
-        return sum(item.n_edges for item in self.items)
-
-    @property
-    def n_atoms(self) -> int:
-        """Atoms of the whole batch."""
-        return sum(item.n_atoms for item in self.items)
-
-    @property
     def cost(self) -> int:
         """Work of the whole batch in edges, atoms included."""
-        return sum(item.cost for item in self.items)
+        return self.n_edges + self.n_atoms
 
     @property
     def work(self) -> float:
@@ -352,7 +346,7 @@ class Batcher:
             request = line.next_after(request, again=goes and bool(request.items))
         self._edges -= edges
         self._atoms -= atoms
-        batch = Batch(leader.key, tuple(taken), limit, leader.price)
+        batch = Batch(leader.key, tuple(taken), edges, atoms, limit, leader.price)
         self._running = batch.work
         self._started = now
         self._virtual += batch.work / sum(flow.share.weight for flow in flows)

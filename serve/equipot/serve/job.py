@@ -97,16 +97,19 @@ class Work:
         return judged(prepared, domain, refuse_outside=self.certainty.refuse_outside)
 
     def _systems(self, start: int, stop: int) -> Iterator[System]:
-        arrays = self.structures
-        for index in range(start, stop):
-            atoms = slice(self.offsets[index], self.offsets[index + 1])
+        arrays, first = self.structures, self.offsets[start]
+        numbers = arrays.atomic_numbers[first : self.offsets[stop]].astype(np.int64)
+        charges = arrays.charge[start:stop].tolist()
+        spins = arrays.spin_multiplicity[start:stop].tolist()
+        for index, charge, spin in zip(range(start, stop), charges, spins, strict=True):
+            begin, end = self.offsets[index], self.offsets[index + 1]
             yield System(
-                atomic_numbers=arrays.atomic_numbers[atoms].astype(np.int64),
-                positions=arrays.positions[atoms],
+                atomic_numbers=numbers[begin - first : end - first],
+                positions=arrays.positions[begin:end],
                 cell=arrays.cell[index],
                 pbc=arrays.pbc[index],
-                charge=int(arrays.charge[index]),
-                spin_multiplicity=int(arrays.spin_multiplicity[index]),
+                charge=charge,
+                spin_multiplicity=spin,
                 level_of_theory=self.level,
             )
 

@@ -179,10 +179,12 @@ class Line:
         """Whose turn it is once this one has had its own; with `again` it queues up once more."""
         flow = request.flow
         if again:
-            heapq.heappush(
-                self._requests[self._level, flow.identity],
-                (request.place(self._now, self._seconds_of), request.ticket),
-            )
+            waiting = self._requests[self._level, flow.identity]
+            place = request.place(self._now, self._seconds_of), request.ticket
+            if not self._turns and (not waiting or place < waiting[0]):
+                # It would be the first again.
+                return request
+            heapq.heappush(waiting, place)
         self._queue_up(flow)
         return self.first()
 

@@ -80,8 +80,9 @@ class Member:
 
 @dataclass(slots=True, eq=False)
 class _Question:
-    """What a crew asks at one step, and its structures if they are prepared already."""
+    """What these members ask at one step, and their structures if they are prepared already."""
 
+    members: list[Member]
     work: Work
     ready: Ready | None = None
 
@@ -155,12 +156,13 @@ class Party:
 
     async def _crew(self) -> None:
         crew: list[Member] = []
+        asked: list[_Question] = []
         while True:
             joining = self._joining(crew)
             if not crew and not joining:
                 return
-            asked: list[_Question] = []
-            strides = self._strides(crew, joining, asked)
+            before, asked = asked, []
+            strides = self._strides(crew, joining, before, asked)
             await self._mover.move(self._errands, strides)
             for member in crew:
                 if member.course.progress.notes or not member.goes_on:
@@ -171,7 +173,9 @@ class Party:
             for question in asked:
                 await self._ask(crew, question)
 
-    def _strides(self, crew: list[Member], joining: list[int], asked: list[_Question]) -> Iterator[None]:
+    def _strides(
+        self, crew: list[Member], joining: list[int], before: list[_Question], asked: list[_Question]
+    ) -> Iterator[None]:
         """In the thread that moves: takes the crew, and those that join it, to their next question."""
         for index in joining:
             member = self._movement.begin(index)
@@ -192,14 +196,24 @@ class Party:
             else:
                 member.course.close()
         if going:
-            yield from self._prepare(going, asked)
+            yield from self._prepare(going, before, asked)
 
-    def _prepare(self, going: list[Member], asked: list[_Question]) -> Iterator[None]:
+    def _prepare(
+        self, going: list[Member], before: list[_Question], asked: list[_Question]
+    ) -> Iterator[None]:
         """Puts together what is asked of them now, and their neighbours if that does not take long."""
-        kept = [member.neighbors for member in going if member.neighbors is not None]
-        neighbors = kept if len(kept) == len(going) else None
-        structures = _pack(self._work.structures, going)
-        question = _Question(replace(self._work, structures=structures, neighbors=neighbors))
+        if before and before[0].members == going:
+            structures, neighbors = before[0].work.structures, before[0].work.neighbors
+        else:
+            structures = _those_of(self._work.structures, going)
+            kept = [member.neighbors for member in going if member.neighbors is not None]
+            neighbors = kept if len(kept) == len(going) else None
+        structures = replace(
+            structures,
+            positions=np.concatenate([member.course.positions for member in going]),
+            cell=np.concatenate([member.course.cell for member in going]).reshape(-1, 3, 3),
+        )
+        question = _Question(going, replace(self._work, structures=structures, neighbors=neighbors))
         asked.append(question)
         if structures.n_atoms.max() > LARGEST_PREPARED:
             return
@@ -260,16 +274,16 @@ class Party:
                 member.certainty = predicted.uncertainty.of(place, atoms)
 
 
-def _pack(like: StructureArrays, crew: list[Member]) -> StructureArrays:
-    """The members where they are now."""
+def _those_of(like: StructureArrays, crew: list[Member]) -> StructureArrays:
+    """The members, where they began."""
     places = np.array([member.index for member in crew])
     offsets = like.offsets
     atoms = np.concatenate([np.arange(offsets[place], offsets[place + 1]) for place in places])
     return StructureArrays(
         n_atoms=like.n_atoms[places],
         atomic_numbers=like.atomic_numbers[atoms],
-        positions=np.concatenate([member.course.positions for member in crew]),
-        cell=np.stack([member.course.cell for member in crew]),
+        positions=like.positions[atoms],
+        cell=like.cell[places],
         pbc=like.pbc[places],
         charge=like.charge[places],
         spin_multiplicity=like.spin_multiplicity[places],
