@@ -13,9 +13,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from ase import Atoms, units
+from ase import Atoms
 from ase.io import read, write
 from tests.serve.conftest import Process, ask, molecule, running, write_tiny
+from tests.serve.strange import STRICT, is_outside, thrown_together
 from tests.serve.test_inference_protocol import as_tensors, request, tensor, texts
 
 from equipot.cli.main import main
@@ -305,26 +306,6 @@ def test_a_relaxed_structure_is_told_where_it_came_to_rest(client: Client, frame
         assert call.domain is not None
         assert one.uncertainty.domain.score == pytest.approx(call.domain.score, rel=1e-6)
     assert client.relax([frames[0]], steps=1)[0].uncertainty is None
-
-
-STRICT = Uncertainty(refuse_outside=True)
-
-
-def thrown_together(frame: Atoms) -> Atoms:
-    """An atom flies at its neighbour."""
-    frame = frame.copy()
-    distances = frame.get_all_distances() + 9 * np.eye(len(frame))
-    one, other = np.unravel_index(distances.argmin(), distances.shape)
-    way = np.zeros((len(frame), 3))
-    way[one] = 0.05 / distances[one, other] * (frame.positions[other] - frame.positions[one])
-    frame.set_velocities(way / units.fs)
-    return frame
-
-
-def is_outside(client: Client, frame: Atoms, positions: Any) -> bool:
-    there = Atoms(frame.numbers, positions)
-    failure = client.predict(there, uncertainty=STRICT)[0].failure
-    return failure is not None and failure.reason is FailureReason.OUTSIDE_DOMAIN
 
 
 def test_frames_of_dynamics_tell_it_in_calls_and_jobs(client: Client, frames: list[Atoms]) -> None:
