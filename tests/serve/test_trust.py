@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -474,36 +473,3 @@ def test_nothing_of_a_structure_is_logged(guarded: Process, stub: PotentialServi
     entry(guarded, "secret-1")
     assert str(float(system.positions[0, 0]))[:8] not in guarded.log()
     assert ANN not in guarded.log()
-
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-PING = bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"12345678"
-GOAWAY = 7
-
-
-def frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
-    """What the server sends, until it closes."""
-    buffer = b""
-    while piece := connection.recv(65_536):
-        buffer += piece
-        while len(buffer) >= 9 and len(buffer) >= 9 + int.from_bytes(buffer[:3], "big"):
-            length = int.from_bytes(buffer[:3], "big")
-            yield buffer[3], buffer[9 : 9 + length]
-            buffer = buffer[9 + length :]
-
-
-def test_a_caller_who_pings_too_often_is_sent_away(server: Process) -> None:
-    host, _, port = server.address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(PREFACE + 8 * PING)
-        goodbyes = [payload for kind, payload in frames(connection) if kind == GOAWAY]
-    assert any(b"too_many_pings" in payload for payload in goodbyes)
-
-
-def test_headers_of_any_size_are_not_taken(server: Process) -> None:
-    with grpc.insecure_channel(server.address, options=[("grpc.max_metadata_size", 2**22)]) as channel:
-        stub = PotentialServiceStub(channel)
-        with pytest.raises(grpc.RpcError) as error:
-            stub.Predict(ask([molecule(1)]), timeout=20, metadata=(("x-large", "x" * 200_000),))
-        assert error.value.code() in {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL}
-        stub.Predict(ask([molecule(1)]), timeout=20)
