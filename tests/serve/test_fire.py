@@ -78,6 +78,7 @@ def test_what_is_beyond_capacity_is_refused_and_the_rest_is_answered_in_time(sub
             assert part >= 0.8, f"at {load} of the capacity {part:.3f} of it was answered"
 
 
+@pytest.mark.timeout(300 + MUTATED / 100)
 def test_nonsense_neither_ends_nor_fills_nor_holds_up_a_server(subject: Subject) -> None:
     chance = np.random.default_rng(1)
     valid = [request([crystal(chance, n, ELEMENTS) for n in sizes]) for sizes in ((2, 8), (64,), (20, 20))]
@@ -92,6 +93,7 @@ def test_nonsense_neither_ends_nor_fills_nor_holds_up_a_server(subject: Subject)
     assert subject.resident_bytes() - before < 48 * MIB
 
 
+@pytest.mark.timeout(60 * SOAK_MINUTES + 300)
 def test_memory_stays_flat_under_mixed_load(subject: Subject) -> None:
     seen = asyncio.run(soak(subject, ELEMENTS, seconds=60 * SOAK_MINUTES))
     assert subject.alive
