@@ -16,10 +16,10 @@ from equipot.client.batches import Priority
 from equipot.client.certainty import Uncertainty
 from equipot.client.credentials import TokenSource
 from equipot.client.dynamics import SimulateWords
-from equipot.client.errors import ClientError, ServerError
+from equipot.client.errors import ClientError
 from equipot.client.job_info import JobInfo, JobResult
 from equipot.client.job_requests import Submission, relaxing, simulating
-from equipot.client.jobs import of_jobs
+from equipot.client.jobs import of_jobs, told
 from equipot.client.relax import RelaxWords
 from equipot.client.results import ModelInfo
 from equipot.client.retry import Deadline
@@ -121,13 +121,9 @@ class AsyncJobs:
                 async with aclosing(self._attached(request)) as replies:
                     async for reply in replies:
                         attempt = 1
-                        if reply.HasField("result"):
-                            if reply.result.number != after + 1:
-                                raise ServerError(f"result {reply.result.number} came behind result {after}")
+                        if (result := told(reply, after, on_progress)) is not None:
                             after += 1
-                            yield JobResult.from_wire(reply.result)
-                        elif on_progress is not None:
-                            on_progress(JobInfo.from_wire(reply.job))
+                            yield result
                 return
             except grpc.RpcError as error:
                 problem = await self._understand(error)

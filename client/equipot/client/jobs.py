@@ -195,13 +195,9 @@ class Jobs:
             try:
                 for reply in self._attached(jpb.AttachJobRequest(id=id, after=after, now=not follow)):
                     attempt = 1
-                    if reply.HasField("result"):
-                        if reply.result.number != after + 1:
-                            raise ServerError(f"result {reply.result.number} came behind result {after}")
+                    if (result := told(reply, after, on_progress)) is not None:
                         after += 1
-                        yield JobResult.from_wire(reply.result)
-                    elif on_progress is not None:
-                        on_progress(JobInfo.from_wire(reply.job))
+                        yield result
                 over = True
             except grpc.RpcError as error:
                 problem = self._understand(error)
@@ -249,6 +245,23 @@ class Jobs:
 
     def _understand(self, error: grpc.RpcError) -> ClientError:
         return of_jobs(self._line.understand(error), self._line.settings.address)
+
+
+def told(
+    reply: jpb.AttachJobReply, after: int, on_progress: Callable[[JobInfo], None] | None
+) -> JobResult | None:
+    """The result in a reply; None of one that says how far the job is, which `on_progress` is told.
+
+    Raises:
+        ServerError: it is not the result that comes behind this one.
+    """
+    if reply.HasField("result"):
+        if reply.result.number != after + 1:
+            raise ServerError(f"result {reply.result.number} came behind result {after}")
+        return JobResult.from_wire(reply.result)
+    if on_progress is not None:
+        on_progress(JobInfo.from_wire(reply.job))
+    return None
 
 
 def of_jobs(problem: ClientError, address: str) -> ClientError:

@@ -75,6 +75,15 @@ def simulate_request(body: Mapping[str, Any]) -> pb.SimulateRequest:
     )
 
 
+def _geometry(told: pb.RelaxProgress | pb.RelaxResult | pb.MotionFrame) -> Json:
+    """Where atoms and cell are, and the forces there."""
+    return {
+        "positions": matrix(told.positions),
+        "cell": matrix(told.cell),
+        "forces": matrix(told.forces),
+    }
+
+
 def relax_json(reply: pb.RelaxReply) -> Json | None:
     """A line of a relaxation; None for what the page does not need."""
     match reply.WhichOneof("kind"):
@@ -87,9 +96,7 @@ def relax_json(reply: pb.RelaxReply) -> Json | None:
                 "step": told.step,
                 "energy": finite(told.energy),
                 "fmax": finite(told.largest_force),
-                "positions": matrix(told.positions),
-                "cell": matrix(told.cell),
-                "forces": matrix(told.forces),
+                **_geometry(told),
             }
         case "result":
             result = reply.result
@@ -99,9 +106,7 @@ def relax_json(reply: pb.RelaxReply) -> Json | None:
                 "converged": result.converged,
                 "steps": result.steps,
                 "energy": finite(result.energy),
-                "positions": matrix(result.positions),
-                "cell": matrix(result.cell),
-                "forces": matrix(result.forces),
+                **_geometry(result),
                 "stress": matrix(result.stress),
                 "failure": failure_json(result.failure) if failed else None,
             }
@@ -126,9 +131,7 @@ def simulate_json(reply: pb.SimulateReply) -> Json | None:
                 "energy": finite(frame.energy),
                 "kinetic": finite(frame.kinetic_energy),
                 "temperature": finite(frame.temperature),
-                "positions": matrix(frame.positions),
-                "cell": matrix(frame.cell),
-                "forces": matrix(frame.forces),
+                **_geometry(frame),
             }
         case "result":
             result = reply.result
