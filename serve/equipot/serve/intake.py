@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from equipot.serve.errors import CallError, InvalidRequest, QueueFull
+from equipot.serve.operation import to_its_end
 from equipot.serve.status import Context, bare, refuse
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -162,7 +163,7 @@ class _Taken:
 async def _received(taken: _Taken, room: Room, context: Context) -> bytes:
     if room.has(room.largest):
         taken.change(room.largest)
-        raw: Any = await context.read()
+        raw: Any = await to_its_end(context.read())
     else:
         # Who sends little must not wait for those who send much, and nobody can tell before it is read:
         # what has not come within a moment is much.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -33,12 +34,19 @@ from equipot.serve.errors import (
     SessionIdle,
     Unauthenticated,
 )
+from equipot.serve.operation import to_its_end
 
 REQUEST_ID = "x-request-id"
 """The header by which a caller may name a call, and by which every answer does."""
 
 DOMAIN = "equipot"
 """ErrorInfo's domain: whose reasons these are."""
+
+LAST_MOMENT = 0.01
+"""Seconds before a call's deadline in which nobody is told any more why it was refused."""
+
+GOES_BY_ITSELF = 0.1
+"""Seconds in which gRPC has ended a call whose deadline has passed."""
 
 LONGEST_MESSAGE = 2_000
 """Characters of a status message that travel: it goes in a header, and headers are limited to 8 kB."""
@@ -102,7 +110,12 @@ async def refuse(context: Context, error: CallError) -> NoReturn:
     call.outcome = error.reason.lower()
     status = rpc_status.to_status(to_status(error, call.request_id))
     named = ((REQUEST_ID, call.request_id),) if call.request_id else ()
-    await context.abort(status.code, status.details, (*status.trailing_metadata, *named))
+    remaining = context.time_remaining()
+    if remaining is not None and remaining <= LAST_MOMENT:
+        # gRPC ends the call now by itself, and cancels this. A status could not be sent, and what grpc.aio
+        # took of the core to send it would stay for ever.
+        await asyncio.sleep(max(remaining, 0.0) + GOES_BY_ITSELF)
+    await to_its_end(context.abort(status.code, status.details, (*status.trailing_metadata, *named)))
 
 
 def bare(error: CallError) -> CallError:
