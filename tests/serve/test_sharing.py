@@ -50,7 +50,7 @@ def slowly(compute: Compute) -> Compute:
     """As an engine with a large model: a tiny one is done before the next call is read."""
 
     def delayed(self: LocalEngine, graphs: Sequence[Graph], **wanted: bool) -> list[Result | Fault]:
-        time.sleep(0.01)
+        time.sleep(0.03)
         return compute(self, graphs, **wanted)
 
     return delayed
