@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -120,6 +122,15 @@ def test_a_run_is_less_certain_than_the_law_and_both_less_beyond_the_points() ->
     assert (band.run_high - band.run_low > band.high - band.low).all()
     widths = (band.high - band.low) / band.fitted
     assert widths[1] > 2 * widths[0]
+
+
+def test_bands_are_numbers_however_little_is_known_of_the_noise() -> None:
+    x = np.repeat(SIZES, 2)
+    fit = fit_law(x[:, None], noisy(x, 0), replicates=50)
+    with np.errstate(over="raise", invalid="raise"):
+        band = replace(fit, noise=np.full(50, 1e4)).band(np.array([[1e5]]))
+    assert np.isfinite([band.run_low, band.run_high]).all()
+    assert band.run_high > 1e100 * band.run_low
 
 
 def test_what_the_points_do_not_determine_is_said() -> None:

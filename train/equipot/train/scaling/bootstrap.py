@@ -35,6 +35,7 @@ _AT_BOUND = 0.02  # in log α
 _RUNS = 8
 _FREE = 2  # degrees of freedom at least
 _NO_MISFIT = 0.25  # a greater probability of settings that deviate so by their seeds alone: one level
+_LARGE = 700.0  # in logarithms: few degrees of freedom leave spreads open that no number holds
 
 
 class TooFewPointsError(Exception):
@@ -152,7 +153,7 @@ class LawFit:
         random = np.random.default_rng(1)
         # the same deviate at every x, several for each replicate: smooth bands
         deviates = random.standard_normal((_RUNS, len(curves), 1)) * self.noise[:, None]
-        runs = (curves * np.exp(deviates)).reshape(-1, curves.shape[1])
+        runs = (curves * np.exp(np.clip(deviates, -_LARGE, _LARGE))).reshape(-1, curves.shape[1])
         tail = (1 - self.level) / 2
         low, high = np.quantile(curves, (tail, 1 - tail), axis=0)
         run_low, run_high = np.quantile(runs, (tail, 1 - tail), axis=0)
@@ -170,7 +171,7 @@ class LawFit:
     def _interval(self, kind: str, k: Any) -> Interval:  # noqa: ANN401 - an index of an array
         def values(of: Parameters) -> Array:
             column: Array = getattr(of, kind)[:, k] if kind != "offset" else of.offset
-            return np.exp(np.clip(column, -700, 700)) if kind == "log_scale" else column
+            return np.exp(np.clip(column, -_LARGE, _LARGE)) if kind == "log_scale" else column
 
         tail = (1 - self.level) / 2
         mine, pairs = values(self.replicates), values(self.by_pairs)
