@@ -153,7 +153,7 @@ class LawFit:
         random = np.random.default_rng(1)
         # the same deviate at every x, several for each replicate: smooth bands
         deviates = random.standard_normal((_RUNS, len(curves), 1)) * self.noise[:, None]
-        runs = (curves * np.exp(np.clip(deviates, -_LARGE, _LARGE))).reshape(-1, curves.shape[1])
+        runs = np.exp(np.clip(np.log(curves) + deviates, -_LARGE, _LARGE)).reshape(-1, curves.shape[1])
         tail = (1 - self.level) / 2
         low, high = np.quantile(curves, (tail, 1 - tail), axis=0)
         run_low, run_high = np.quantile(runs, (tail, 1 - tail), axis=0)
