@@ -42,9 +42,6 @@ REQUEST_ID = "x-request-id"
 DOMAIN = "equipot"
 """ErrorInfo's domain: whose reasons these are."""
 
-LAST_MOMENT = 0.01
-"""Seconds before a call's deadline in which nobody is told any more why it was refused."""
-
 GOES_BY_ITSELF = 0.1
 """Seconds in which gRPC has ended a call whose deadline has passed."""
 
@@ -111,10 +108,10 @@ async def refuse(context: Context, error: CallError) -> NoReturn:
     status = rpc_status.to_status(to_status(error, call.request_id))
     named = ((REQUEST_ID, call.request_id),) if call.request_id else ()
     remaining = context.time_remaining()
-    if remaining is not None and remaining <= LAST_MOMENT:
+    if remaining is not None and remaining <= 0:
         # gRPC ends the call now by itself, and cancels this. A status could not be sent, and what grpc.aio
         # took of the core to send it would stay for ever.
-        await asyncio.sleep(max(remaining, 0.0) + GOES_BY_ITSELF)
+        await asyncio.sleep(GOES_BY_ITSELF)
     await to_its_end(context.abort(status.code, status.details, (*status.trailing_metadata, *named)))
 
 
