@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from equipot.serve.operation import to_its_end
 from equipot.serve.status import Context
 
 LIVENESS = "equipot.liveness"
@@ -53,7 +54,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated
     ) -> health_pb2.HealthCheckResponse:
         """The state now."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service[:200]!r} here")
+            message = f"no service {request.service[:200]!r} here"
+            await to_its_end(context.abort(grpc.StatusCode.NOT_FOUND, message))
         return self._response(request)
 
     async def Watch(

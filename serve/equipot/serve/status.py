@@ -105,13 +105,13 @@ async def refuse(context: Context, error: CallError) -> NoReturn:
     """Ends the call with this error."""
     call = current_call()
     call.outcome = error.reason.lower()
-    status = rpc_status.to_status(to_status(error, call.request_id))
-    named = ((REQUEST_ID, call.request_id),) if call.request_id else ()
     remaining = context.time_remaining()
     if remaining is not None and remaining <= 0:
         # gRPC ends the call now by itself, and cancels this. A status could not be sent, and what grpc.aio
         # took of the core to send it would stay for ever.
         await asyncio.sleep(GOES_BY_ITSELF)
+    status = rpc_status.to_status(to_status(error, call.request_id))
+    named = ((REQUEST_ID, call.request_id),) if call.request_id else ()
     await to_its_end(context.abort(status.code, status.details, (*status.trailing_metadata, *named)))
 
 
