@@ -61,6 +61,7 @@ def write_tiny(
     seed: int = 7,
     more_seeds: Sequence[int] = (),
     uncertain: bool = False,
+    width: int = 16,
 ) -> Path:
     """A bundle of random weights, which the seed decides; with more seeds an ensemble.
 
@@ -69,7 +70,7 @@ def write_tiny(
     config = ModelConfig.from_json(
         {
             **ModelConfig(elements=ELEMENTS, levels_of_theory=levels).to_json(),
-            "width": 16,
+            "width": width,
             "layers": 2,
             "radial": 6,
             "cutoff": 4.0,

@@ -48,19 +48,29 @@ def subject(tmp_path: Path) -> Iterator[Subject]:
         yield subject
 
 
-def test_what_is_beyond_capacity_is_refused_and_the_rest_is_answered_in_time(subject: Subject) -> None:
+@pytest.fixture
+def slower(tmp_path: Path) -> Iterator[Subject]:
+    """Of a width that potentials have: what it can answer is bounded by its computing, not by its reading."""
+    with served(write_tiny(tmp_path / "wide", "wide", width=64), ["--threads", "1"]) as subject:
+        yield subject
+
+
+ANSWERED_OR_REFUSED = {OK, "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+
+
+def test_what_is_beyond_capacity_is_refused_and_the_rest_is_answered_in_time(slower: Subject) -> None:
     random = np.random.default_rng(0)
     requests = [request([crystal(random, 64, ELEMENTS) for _ in range(16)]) for _ in range(16)]
 
     async def capacity() -> float:
-        outcomes = await closed_load(subject.address, requests, callers=8, seconds=LEVEL_SECONDS)
+        outcomes = await closed_load(slower.address, requests, callers=8, seconds=LEVEL_SECONDS)
         return outcomes.structures / outcomes.elapsed / 16
 
     async def level(load: float) -> tuple[Outcomes, float]:
         """Of the load, and its goodput as part of the capacity; the lesser one of before and after."""
         before = await capacity()
         outcomes = await open_load(
-            subject.address, requests, rate=load * before, seconds=LEVEL_SECONDS, deadline=DEADLINE
+            slower.address, requests, rate=load * before, seconds=LEVEL_SECONDS, deadline=DEADLINE
         )
         goodput = outcomes.structures / 16 / outcomes.elapsed
         return outcomes, goodput / min(before, await capacity())
@@ -68,7 +78,7 @@ def test_what_is_beyond_capacity_is_refused_and_the_rest_is_answered_in_time(sub
     for load in (0.5, 1.0, 2.0, 10.0):
         outcomes, part = asyncio.run(level(load))
         assert not outcomes.hung
-        assert set(outcomes.statuses) <= {OK, "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+        assert set(outcomes.statuses) <= ANSWERED_OR_REFUSED
         assert outcomes.quantile(0.99) <= DEADLINE
         if load < 1.0:
             # What comes is all that can be answered: its rate is chance.
@@ -76,6 +86,21 @@ def test_what_is_beyond_capacity_is_refused_and_the_rest_is_answered_in_time(sub
         else:
             # Nine tenths are `equipot bench serve`'s to measure, where nothing else runs.
             assert part >= 0.8, f"at {load} of the capacity {part:.3f} of it was answered"
+
+
+def test_more_calls_than_can_be_looked_at_end_in_time_and_leave_a_server_that_answers(
+    subject: Subject,
+) -> None:
+    random = np.random.default_rng(0)
+    requests = [request([crystal(random, 64, ELEMENTS) for _ in range(4)]) for _ in range(16)]
+    outcomes = asyncio.run(
+        open_load(subject.address, requests, rate=1_500.0, seconds=LEVEL_SECONDS, deadline=DEADLINE)
+    )
+    assert not outcomes.hung
+    assert set(outcomes.statuses) <= ANSWERED_OR_REFUSED
+    assert outcomes.statuses[OK] < 0.9 * outcomes.statuses.total(), "it was no flood"
+    after = asyncio.run(open_load(subject.address, requests, rate=5.0, seconds=4.0, deadline=DEADLINE))
+    assert set(after.statuses) == {OK}
 
 
 @pytest.mark.timeout(300 + MUTATED / 100)

@@ -22,7 +22,11 @@ from equipot.serve.batcher import Budget
 from equipot.serve.config import ServeConfig
 from equipot.serve.engine import LocalEngine, Result
 from equipot.serve.errors import Fault
+from equipot.serve.servicer import PotentialServicer
+from equipot.serve.status import Context
+from equipot.serve.trust import STREAMS
 from equipot.wire.v1 import potential_pb2 as pb
+from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
 Compute = Callable[..., list[Result | Fault]]
 
@@ -272,5 +276,50 @@ def test_an_only_caller_is_answered_in_the_loop_and_callers_that_meet_share_batc
             where.clear()
             await there.stub.Predict(ask([molecule(1)]))
             assert where == [True]
+
+    run(test())
+
+
+def test_calls_that_nobody_looked_at_in_time_are_not_read(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = 50
+    seen: list[pb.PredictRequest] = []
+    predict = PotentialServicer.Predict
+
+    async def noted(self: PotentialServicer, request: pb.PredictRequest, context: Context) -> Any:  # noqa: ANN401
+        seen.append(request)
+        return await predict(self, request, context)
+
+    monkeypatch.setattr(PotentialServicer, "Predict", noted)
+
+    async def test() -> None:
+        async with inside(config(bundles.tiny, ROOMY)) as there:
+            with grpc.insecure_channel(there.address) as channel:
+                # Threads of gRPC's own send them while this loop, which is the server's, does not turn.
+                grpc.channel_ready_future(channel).result(10)
+                stub = PotentialServiceStub(channel)
+                calls = [stub.Predict.future(ask([molecule(1)]), timeout=0.2) for _ in range(late)]
+                time.sleep(0.5)
+                assert {call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+            await there.until(
+                lambda: there.value("requests_total", model="", outcome="deadline_passed") == late
+            )
+            assert seen == []
+            await there.stub.Predict(ask([molecule(1)]), timeout=20)
+            assert len(seen) == 1
+
+    run(test())
+
+
+def test_more_callers_than_a_connection_has_calls_wait_and_are_all_answered(bundles: Bundles) -> None:
+    async def test() -> None:
+        async with inside(config(bundles.tiny, ROOMY)) as there:
+
+            async def caller() -> None:
+                for _ in range(3):
+                    await there.stub.ListModels(pb.ListModelsRequest(), timeout=50)
+
+            await asyncio.gather(*(caller() for _ in range(STREAMS + 100)))
 
     run(test())

@@ -18,7 +18,7 @@ import grpc
 from prometheus_client import Gauge
 
 from equipot.serve.call import ANONYMOUS, Call, current_call, enter
-from equipot.serve.errors import CallError, Unauthenticated
+from equipot.serve.errors import CallError, DeadlinePassed, Unauthenticated
 from equipot.serve.logs import write
 from equipot.serve.open_streams import OpenStreams
 from equipot.serve.patience import Patience
@@ -218,6 +218,9 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         if self._certificates_name and call.identity == ANONYMOUS:
             call.identity = _certified(context)
         try:
+            # What waited so long to be looked at is not even read: a flood leaves no time for the dead.
+            if (remaining := context.time_remaining()) is not None and remaining <= 0:
+                raise DeadlinePassed("the deadline had passed when the server came to look at the call")
             return call, self._admit(call, of_many=of_many)
         except CallError as error:
             call.peer = context.peer()

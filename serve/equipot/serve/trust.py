@@ -39,6 +39,10 @@ HANDSHAKE = 20.0
 STREAMS = 1_024
 """Calls under way on one connection; the next ones wait at the caller."""
 
+PENDING = 4_096
+"""Calls that have come and that nobody has looked at yet, on all connections; far beyond it gRPC ends some of
+them as CANCELLED, which is the one word it has for that."""
+
 LARGEST_HEADERS = 16 * 1024
 """Bytes of a call's headers; a larger one is refused."""
 
@@ -138,6 +142,11 @@ def server_options(config: ServeConfig) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", LARGEST_HEADERS),
         ("grpc.absolute_max_metadata_size", LARGEST_HEADERS),
         ("grpc.max_concurrent_streams", STREAMS),
+        # It counts calls that were answered and are not yet forgotten here, too: who keeps to the limit and
+        # asks again at once would be refused, though nothing is overloaded.
+        ("grpc.http.overload_protection", 0),
+        ("grpc.server.max_pending_requests", PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * PENDING),
         # Else a connection sends megabytes ahead of what is read. What is read has its window opened anyway.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.server_handshake_timeout_ms", _ms(HANDSHAKE)),
