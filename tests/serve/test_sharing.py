@@ -287,7 +287,7 @@ def test_calls_that_nobody_looked_at_in_time_are_not_read(
     seen: list[pb.PredictRequest] = []
     predict = PotentialServicer.Predict
 
-    async def noted(self: PotentialServicer, request: pb.PredictRequest, context: Context) -> Any:  # noqa: ANN401
+    async def noted(self: PotentialServicer, request: pb.PredictRequest, context: Context) -> Any:
         seen.append(request)
         return await predict(self, request, context)
 

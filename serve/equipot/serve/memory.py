@@ -10,18 +10,23 @@ import torch
 
 
 def give_back() -> None:
-    """Frees what only cycles hold, and lets glibc return the pages of tensors that are gone.
+    """Frees what only cycles hold, and returns the pages of tensors that are gone.
 
     Takes some ten milliseconds, so it is for a model that leaves and for no request.
     """
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+    trim()
+
+
+def trim() -> None:
+    """Lets glibc return pages that nothing lies on, for a few milliseconds or some ten if they are many."""
     if sys.platform == "linux":
-        # Tensors below glibc's sliding threshold lie on a heap that keeps its size by itself.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        # Tensors below its sliding threshold lie on heaps that keep their size by themselves.
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -30,6 +31,7 @@ from equipot.serve.inference_protocol import InferenceServicer
 from equipot.serve.jobs import servicer as jobs
 from equipot.serve.jobs.metrics import JobMetrics
 from equipot.serve.jobs.servicer import JobServicer
+from equipot.serve.memory import trim
 from equipot.serve.metrics import Metrics
 from equipot.serve.motion.servicer import MotionServicer
 from equipot.serve.opening import Opened, open_models
@@ -46,6 +48,10 @@ LAST_ANSWERS_SECONDS = 2.0
 
 WATCH_SECONDS = 0.5
 """How often health asks the engines whether they can compute."""
+
+TRIM_SECONDS = 60.0
+"""How often the gaps that batches of all sizes leave in memory are given back: they would grow for days, and
+a container's limit counts them, too."""
 
 OPEN_TO_ALL = (
     f"/{health.SERVICE}/",
@@ -255,10 +261,14 @@ class GrpcServer:
         self._health.set(serving=opened.registry.ready)
 
     async def watch(self, registry: Registry) -> None:
-        """Says by health whether every model can compute, until cancelled."""
+        """Says by health whether every model can compute, and gives back memory, until cancelled."""
+        trimmed = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             self._health.set(serving=registry.ready)
+            if time.monotonic() >= trimmed + TRIM_SECONDS:
+                await asyncio.to_thread(trim)
+                trimmed = time.monotonic()
 
     async def drain(self, seconds: float, *, linger: float = 0.0) -> None:
         """Says NOT_SERVING at once, refuses new calls after `linger` s, ends those open `seconds` later.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from equipot.train.metrics import Row, read_rows
 
@@ -38,8 +40,18 @@ EXACT = [name for name in DIVIDED if not name.startswith("bf16")]
 @pytest.fixture(scope="module")
 def two_ranks(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs of two ranks under torchrun, by name; one launch, because launching is what takes time."""
-    home = tmp_path_factory.mktemp("two-ranks")
+    home = tmp_path_factory.getbasetemp()
+    # Tests of this file may go to both workers, which have folders of their own in that of the session.
+    home = (home.parent if "PYTEST_XDIST_WORKER" in os.environ else home) / "two-ranks"
     runs = {name: home / name for name in DIVIDED}
+    with FileLock(f"{home}.lock"):
+        if not (home / "done").exists():
+            launch_all(recipe_file, runs)
+            (home / "done").touch()
+    return runs
+
+
+def launch_all(recipe_file: Path, runs: dict[str, Path]) -> None:
     jobs = json.dumps([(str(run), DIVIDED[name]) for name, run in runs.items()])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     program = str(Path(__file__).with_name("ranks_program.py"))
@@ -47,7 +59,6 @@ def two_ranks(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         [*torchrun, program, str(recipe_file), jobs], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return runs
 
 
 @pytest.fixture(scope="module")
