@@ -12,8 +12,9 @@ import pytest
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from equipot.serve import intake
 from equipot.serve.config import RequestLimits, ServeConfig
-from equipot.serve.intake import LARGEST_AT_ONCE
+from equipot.serve.intake import LARGEST_AT_ONCE, Intake
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
@@ -87,6 +88,88 @@ def retry_delay(error: grpc.aio.AioRpcError) -> float:
         if detail.Unpack(retry):
             return cast("float", retry.retry_delay.ToMilliseconds() / 1000)
     return 0.0
+
+
+async def silent_calls(
+    channel: grpc.aio.Channel, method: str, count: int
+) -> list[grpc.aio.StreamUnaryCall[bytes, bytes]]:
+    """Calls of headers alone, once these have left."""
+    ask = channel.stream_unary(method, None, None)
+    calls = [ask(None) for _ in range(count)]
+    for call in calls:
+        await call.wait_for_connection()
+    return calls
+
+
+def test_strangers_who_send_nothing_take_no_room_of_others_and_have_a_second(bundles: Bundles) -> None:
+    async def test() -> None:
+        config = ServeConfig(bundles=(bundles.tiny,), port=0, limits=RequestLimits(message_bytes=MIB))
+        async with inside(config) as served, grpc.aio.insecure_channel(served.address) as channel:
+            silent = await silent_calls(channel, "/grpc.health.v1.Health/Check", LARGEST_AT_ONCE)
+            await served.until(lambda: served.server.held_bytes > 0)
+            assert served.server.held_bytes <= MIB
+            # For what it holds, so it was read.
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await served.stub.Predict(large(MIB - 4096), timeout=20)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            ended = {await call.code() for call in silent}
+            assert ended <= {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED}
+            await served.until(lambda: served.server.held_bytes == 0)
+
+    run(test())
+
+
+def test_who_sends_headers_alone_holds_room_for_a_time(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "ARRIVES_SECONDS", 0.5)
+
+    async def test() -> None:
+        config = ServeConfig(bundles=(bundles.tiny,), port=0, limits=RequestLimits(message_bytes=MIB))
+        async with inside(config) as served, grpc.aio.insecure_channel(served.address) as channel:
+            silent = await silent_calls(channel, "/equipot.wire.v1.PotentialService/Predict", 3)
+            await served.until(lambda: served.server.held_bytes == 3 * MIB)
+            for call in silent:
+                assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert "did not come within 0.5 s" in (await call.details() or "")
+            await served.until(lambda: served.server.held_bytes == 0)
+
+    run(test())
+
+
+def test_replies_that_nobody_reads_count_as_long_as_they_are_held() -> None:
+    async def test() -> None:
+        reading = Intake(MIB, open_to_all=(), on_refusal=lambda reason: None)
+
+        async def answer(request: bytes, context: object) -> bytes:
+            return bytes(16 * MIB)
+
+        unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        server = grpc.aio.server(interceptors=[reading], options=unlimited)
+        behaviours = {"Ask": grpc.unary_unary_rpc_method_handler(answer)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", behaviours),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+
+        async def held(n_bytes: int) -> None:
+            async with asyncio.timeout(20):
+                while reading.held != n_bytes:
+                    await asyncio.sleep(0.01)
+
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=unlimited) as channel:
+                # As streams: of these a client reads what it asks for.
+                calls = [channel.unary_stream("/test/Ask", None, None)(bytes(1_000)) for _ in range(5)]
+                await held(5_000)
+                await asyncio.sleep(0.3)
+                assert reading.held == 5_000
+                assert await calls[0].read() == bytes(16 * MIB)
+                await held(4_000)
+            await held(0)
+        finally:
+            await server.stop(0)
+
+    run(test())
 
 
 def test_slow_senders_shut_out_no_small_call_and_large_ones_are_told_when_to_come_again(

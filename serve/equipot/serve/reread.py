@@ -26,7 +26,7 @@ class Refreshable(Protocol):
 
 
 class Reread(Generic[T]):
-    """The last good value of some files. A bad new one is logged once, and the old one stays.
+    """The last good value of some files. A bad new one is logged once, tried again, and the old one stays.
 
     Args:
         what: they are, for the log.
@@ -46,21 +46,32 @@ class Reread(Generic[T]):
         self._read = read
         # Looked at before they are read: what changes meanwhile is read again.
         self._seen = self._look()
+        self._told = ""
         self.value = read()
 
     def refresh(self) -> bool:
-        """Reads again if a file has changed; returns whether there is a new value."""
+        """Reads again what has changed since it was read well; returns whether there is a new value."""
         seen = self._look()
         if seen == self._seen:
             return False
-        self._seen = seen
         try:
             self.value = self._read()
-        except ServeError as error:
-            logger.error("the new %s cannot be used, the old one stays: %s", self._what, error)
+        except Exception as error:
+            # Tried again at the next look: a certificate may begin in a second, a disk may answer again.
+            self._tell(error)
             return False
+        self._seen, self._told = seen, ""
         logger.info("%s read again", self._what)
         return True
+
+    def _tell(self, error: Exception) -> None:
+        if self._told == (told := f"{type(error).__name__}: {error}"):
+            return
+        self._told = told
+        words = "the new %s cannot be used, the old one stays: %s"
+        # What is no ServeError nobody expected: the log says where it came from.
+        unexpected = None if isinstance(error, ServeError) else error
+        logger.error(words, self._what, error, exc_info=unexpected)
 
     def _look(self) -> tuple[tuple[int, ...] | None, ...]:
         return tuple(_signature(path) for path in self._paths)
@@ -72,7 +83,11 @@ async def keep_current(values: Iterable[Refreshable]) -> None:
     while values:
         await asyncio.sleep(POLL_SECONDS)
         for value in values:
-            value.refresh()
+            try:
+                value.refresh()
+            except Exception:
+                # Else nothing would be looked at any more, and nobody would know.
+                logger.exception("what has changed in files could not be put into force")
 
 
 def read_bytes(path: Path, flag: str) -> bytes:

@@ -178,7 +178,12 @@ def _check_pair(chain: list[x509.Certificate], pem: bytes, files: TlsFiles) -> N
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ServeError(f"--tls-key {files.key} holds no private key in PEM form") from error
     public = key.public_key()
-    owners = [certificate.public_key() == public for certificate in chain]
+    try:
+        owners = [certificate.public_key() == public for certificate in chain]
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ServeError(
+            f"--tls-cert {files.certificate} has a certificate whose key is of no kind known here ({error})"
+        ) from error
     if not any(owners):
         raise ServeError(
             f"--tls-key {files.key} is not the key of --tls-cert {files.certificate}: give the pair that was"

@@ -86,7 +86,7 @@ class Trust:
             method = call.method.rpartition("/")[2].lower()
             metrics.of(call.model, call.version).stream_ended(method, call.outcome, call.seconds)
 
-        self.intake = Intake(config.limits.message_bytes, on_refusal=refused)
+        self.intake = Intake(config.limits.message_bytes, open_to_all=open_to_all, on_refusal=refused)
         metrics.watch_intake(lambda: self.intake.held)
         self.door = Door(
             tokens=tokens,
