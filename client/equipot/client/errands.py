@@ -81,7 +81,7 @@ def run(errand: Errand[RequestT, ReplyT, OutcomeT], way: Way[RequestT, ReplyT]) 
         try:
             with closing(way.ask(errand.request())) as replies:
                 for reply in replies:
-                    attempt = 1
+                    attempt = 1 if _gets_on(reply) else attempt
                     yield from errand.take(reply)
             _complete(errand)
             return
@@ -105,7 +105,7 @@ async def run_async(
         try:
             async with aclosing(way.ask(errand.request())) as replies:
                 async for reply in replies:
-                    attempt = 1
+                    attempt = 1 if _gets_on(reply) else attempt
                     for outcome in errand.take(reply):
                         yield outcome
             _complete(errand)
@@ -117,6 +117,11 @@ async def run_async(
             raise problem from cause
         await asyncio.sleep(delay)
         attempt += 1
+
+
+def _gets_on(reply: Any) -> bool:  # noqa: ANN401  # protobuf's messages
+    """Whether it tells of headway; that the request was let in is none."""
+    return bool(reply.WhichOneof("kind") != "begun")
 
 
 def _complete(errand: Errand[Any, Any, Any]) -> None:

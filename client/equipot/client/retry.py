@@ -51,7 +51,10 @@ class RetryPolicy:
         if isinstance(error, LimitExceeded) and error.retry_after is None:
             # Too much at once is too much later, too.
             return None
-        backoff = min(self.initial_delay * self.multiplier ** (attempt - 1), self.max_delay)
+        try:
+            backoff = min(self.initial_delay * self.multiplier ** (attempt - 1), self.max_delay)
+        except OverflowError:
+            backoff = self.max_delay if self.initial_delay else 0.0
         delay = backoff * random.uniform(0.5, 1.0) + (error.retry_after or 0.0)
         return delay if delay < remaining else None
 

@@ -23,7 +23,7 @@ from ase.md.verlet import VelocityVerlet
 from equipot.serve.errors import Fault, InvalidRequest
 from equipot.serve.motion.notes import Frame, Observation
 from equipot.serve.motion.progress import Progress
-from equipot.serve.motion.state import Origin, capture, digest_of, restore
+from equipot.serve.motion.state import BadState, Origin, State, capture, digest_of, restore
 from equipot.serve.motion.walker import Algorithm, Halt, keep
 
 IntegratorName = Literal["velocity_verlet", "langevin", "nose_hoover", "bussi", "mtk_isotropic", "mtk"]
@@ -205,6 +205,10 @@ class Dynamics:
 
         def simulate(atoms: Atoms, progress: Progress) -> None:
             _check(atoms)
+            if self.moves_cell and atoms.cell.rank < 3:
+                raise Halt(
+                    _bad("cell", "has no volume, so it cannot move", "give three vectors that span one")
+                )
             rng = np.random.default_rng(start.seed)
             begun = progress.steps
             if progress.resumed is None:
@@ -213,7 +217,7 @@ class Dynamics:
             if progress.resumed is not None:
                 restore(integrator, _STATE[self.integrator], progress.resumed)
                 if self.integrator in _RANDOM:
-                    rng.bit_generator.state = progress.resumed.words["rng"]
+                    _wind(rng, progress.resumed)
                 integrator.nsteps = begun
             for _ in integrator.irun(max(0, self.steps - begun)):
                 progress.steps = step = integrator.nsteps
@@ -312,6 +316,13 @@ class Dynamics:
                     largest_force=float(np.linalg.norm(last.forces, axis=1).max()),
                 )
             )
+
+
+def _wind(rng: np.random.Generator, state: State) -> None:
+    try:
+        rng.bit_generator.state = state.words["rng"]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise BadState("lacks rng", "begin this structure without a token") from error
 
 
 def _pressure(atoms: Atoms) -> float:

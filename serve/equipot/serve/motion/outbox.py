@@ -13,19 +13,37 @@ from equipot.serve.errors import NotReady
 UNREAD_BYTES = 8 * 2**20
 """That wait for one caller; then its structures wait, too, and nobody else's."""
 
+MOST_UNREAD_BYTES = 64 * UNREAD_BYTES
+"""That wait for all callers together; then nobody new is let in."""
+
 MessageT = TypeVar("MessageT", bound=Message)
+
+
+class Unread:
+    """What waits in all outboxes together, in bytes."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that no outbox had better be opened."""
+        return self.bytes >= MOST_UNREAD_BYTES
 
 
 class Outbox(Generic[MessageT]):
     """What one caller is to read. Whoever writes waits while it is full; a message alone fits always."""
 
-    def __init__(self, *, patience: float, most_bytes: int = UNREAD_BYTES) -> None:
-        """An empty one; `patience` is for how many seconds a writer waits for a reader who takes nothing."""
+    def __init__(self, unread: Unread, *, patience: float, most_bytes: int = UNREAD_BYTES) -> None:
+        """An empty one, counted in `unread`; a writer waits `patience` s for a reader."""
+        self._unread = unread
         self._messages: deque[tuple[MessageT, int]] = deque()
         self._patience = patience
         self._most = most_bytes
         self._bytes = self._taken = 0
-        self._closed = False
+        self._closed = self._left = False
         self._changed = asyncio.Condition()
 
     async def put(self, message: MessageT) -> None:
@@ -37,14 +55,24 @@ class Outbox(Generic[MessageT]):
         size = message.ByteSize()
         if self._messages and self._bytes + size > self._most:
             await self._room_for(size)
+        if self._left:
+            return
         self._messages.append((message, size))
         self._bytes += size
+        self._unread.bytes += size
         await self._tell()
 
     async def close(self) -> None:
         """Says that nothing more comes; what is there already is read before."""
         self._closed = True
         await self._tell()
+
+    def leave(self) -> None:
+        """Drops what is there and what still comes: the reader has gone."""
+        self._left = True
+        self._unread.bytes -= self._bytes
+        self._bytes = 0
+        self._messages.clear()
 
     async def get(self) -> MessageT | None:
         """The next message; None if no more come."""
@@ -54,6 +82,7 @@ class Outbox(Generic[MessageT]):
             return None
         message, size = self._messages.popleft()
         self._bytes -= size
+        self._unread.bytes -= size
         self._taken += 1
         await self._tell()
         return message

@@ -8,7 +8,7 @@ from typing import Any
 
 from equipot.serve.errors import Fault
 from equipot.serve.motion.notes import Kept, Note
-from equipot.serve.motion.state import BadState, FloatArray, State
+from equipot.serve.motion.state import BadState, FloatArray, State, number_of
 
 SMALLEST_VOLUME, LARGEST_VOLUME = 0.2, 5.0
 """Of a cell that moves, as parts of what it began with: beyond it has collapsed or blown up."""
@@ -68,7 +68,7 @@ class Progress:
                 raise BadState(f"has no {name} of shape {shape}", "begin this structure without a token")
         self.resumed, self.steps = state, state.step
         arrays = state.arrays
-        self.last = Given(float(state.words["energy"]), arrays["forces"].copy(), arrays.get("stress"))
+        self.last = Given(number_of(state, "energy"), arrays["forces"].copy(), arrays.get("stress"))
 
 
 def not_finite(steps: int) -> Fault:

@@ -17,7 +17,7 @@ from equipot.serve.models import ServedModel
 from equipot.serve.motion.crew import Member, Party
 from equipot.serve.motion.errand import Errand
 from equipot.serve.motion.mover import Mover
-from equipot.serve.motion.outbox import Outbox
+from equipot.serve.motion.outbox import MOST_UNREAD_BYTES, Outbox, Unread
 from equipot.serve.motion.relax_errand import RelaxErrand
 from equipot.serve.motion.simulate_errand import SimulateErrand
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, PotentialServicer
@@ -63,6 +63,7 @@ class MotionServicer:
         self._most_atoms = most_atoms
         self._patience = patience
         self._atoms = 0
+        self._unread = Unread()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the methods, beside those of the same service that are registered elsewhere."""
@@ -139,7 +140,13 @@ class MotionServicer:
                 f" the limit is {self._most_atoms}",
                 retry_after=RETRY_MOVING,
             )
-        outbox: Outbox[MessageT] = Outbox(patience=self._patience)
+        if self._unread.full:
+            raise QueueFull(
+                f"{self._unread.bytes} bytes of results wait to be read; the limit is {MOST_UNREAD_BYTES}:"
+                " read those of your requests first",
+                retry_after=RETRY_MOVING,
+            )
+        outbox: Outbox[MessageT] = Outbox(self._unread, patience=self._patience)
 
         async def tell(member: Member) -> None:
             nonlocal unfinished
@@ -172,6 +179,7 @@ class MotionServicer:
         finally:
             self._parties.discard(marching)
             marching.cancel()
+            outbox.leave()
 
 
 async def _march(party: Party, outbox: Outbox[MessageT]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -25,6 +26,10 @@ _VERSION = 1
 _DIGEST = hashlib.sha256().digest_size
 _HEAD = len(_MAGIC) + 1 + _DIGEST
 _WORDS = "/words"
+_NO_STATE = (
+    *(SafetensorError, KeyError, TypeError, ValueError),
+    *(AttributeError, OverflowError, RecursionError),
+)
 
 
 class BadState(ValueError):
@@ -115,9 +120,11 @@ def unseal(raw: bytes, origin: Origin) -> State:
         told = json.loads(arrays.pop(_WORDS).tobytes())
         found = Origin(**told["origin"])
         state = State(step=int(told["step"]), words=dict(told["words"]), arrays=arrays)
-        if state.step < 0 or any(array.dtype != np.float64 for array in arrays.values()):
+        if state.step < 0 or any(
+            array.dtype != np.float64 or not np.isfinite(array).all() for array in arrays.values()
+        ):
             raise ValueError("numbers of another kind")
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except _NO_STATE as error:
         raise BadState(f"holds no state ({type(error).__name__})", again) from error
     for field in fields(Origin):
         there, here = getattr(found, field.name), getattr(origin, field.name)
@@ -146,10 +153,11 @@ def number_of(state: State, name: str) -> float:
     """One of its numbers.
 
     Raises:
-        BadState: it has none of this name.
+        BadState: it has none of this name that is finite.
     """
     value = state.words.get(name)
-    if not isinstance(value, int | float):
+    # A count of hundreds of digits is none, either.
+    if not isinstance(value, int | float) or not abs(value) < sys.float_info.max:
         raise _missing(name)
     return value
 
@@ -187,7 +195,7 @@ def restore(thing: object, paths: Sequence[str], state: State) -> None:
         if isinstance(there, list):
             count = state.words.get(path)
             array = state.arrays.get(path, np.zeros(0))
-            if count != len(array):
+            if array.ndim == 0 or count != len(array):
                 raise _missing(path)
             scalars = array.ndim == 1
             value: object = [float(one) if scalars else one.copy() for one in array]
