@@ -253,6 +253,8 @@ class TestRelaxing:
             ({"optimizer": "magic"}, "optimizer is 'magic'"),
             ({"cell": "full"}, "periodic"),
             ({"fmax": -1}, "fmax"),
+            ({"fmax": 10**400}, "fmax"),
+            ({"model": "\ud800"}, "model is no text"),
             ({"max_steps": 10**9}, "max_steps"),
             ({"integrator": "magic"}, "integrator is 'magic'"),
             ({"timestep": "long"}, "timestep is no time above 0 in fs"),
@@ -287,6 +289,38 @@ class TestRelaxing:
             until(lambda: server.sample("equipot_moving_structures") == 1)
             assert relax_lines(server, frame, fmax=0.002, max_steps=1000)[-1]["steps"] > 0
         until(lambda: server.sample("equipot_moving_structures") == 0)
+
+    def test_who_never_reads_is_cut_off_and_a_withdrawn_token_ends_the_lines(
+        self, bundles: Bundles, tmp_path: Path, frame: dict[str, Any]
+    ) -> None:
+        (tokens := tmp_path / "tokens").write_text("ann: ann's-secret-token-1\n")
+        words = ("--tokens", tokens, "--session-idle", 0.5, "--log-format", "json")
+        body = json.dumps({"model": "tiny", "structures": [frame], "fmax": 1e-12, "max_steps": 100_000})
+        headers = {**MARK, "Authorization": "Bearer ann's-secret-token-1"}
+
+        def outcomes() -> list[str]:
+            lines = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
+            return [line["outcome"] for line in lines if line.get("message") == "Relax"]
+
+        with running(bundles.tiny, *words, stderr=tmp_path / "log") as server:
+            place = urlsplit(server.page)
+            with socket.create_connection((place.hostname, place.port), timeout=20) as silent:
+                marks = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+                head = f"POST /ui/api/relax HTTP/1.1\r\nHost: {place.netloc}\r\n{marks}"
+                silent.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+                until(lambda: outcomes() == ["cancelled"])
+                assert server.sample("equipot_calls") == 0
+            connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=20)
+            connection.request("POST", "/ui/api/relax", body, headers)
+            reply = connection.getresponse()
+            assert json.loads(reply.readline())["kind"] == "begun"
+            tokens.write_text("bob: bob's-secret-token-22\n")
+            # Nothing but lines: an answer that has begun has no second head.
+            *_, last = [json.loads(line) for line in reply]
+            connection.close()
+            assert last["kind"] == "error"
+            assert last["error"]["reason"] == "UNAUTHENTICATED"
+            until(lambda: outcomes() == ["cancelled", "unauthenticated"])
 
 
 class TestLooking:
@@ -353,6 +387,7 @@ class TestStrangers:
             {},
             {**MARK, "Origin": "https://evil.example"},
             {**MARK, "Origin": "null"},
+            {**MARK, "Origin": "http://["},
             {**MARK, "Host": "evil.example", "Origin": "http://evil.example"},
         ):
             assert ask(f"{server.page}api/models", headers=headers).status == 403
@@ -386,6 +421,8 @@ class TestStrangers:
                 assert "bearer token" in reply.error
             wrong = {**MARK, "Authorization": "Bearer not-this-one-either"}
             assert ask(f"{server.page}api/read", b"1\n\nC 0 0 0\n", wrong).status == 401
+            no_text = {**MARK, "Authorization": "Bearer \xff"}
+            assert ask(f"{server.page}api/models", headers=no_text).status == 401
             right = {**MARK, "Authorization": "Bearer ann's-secret-token-1"}
             assert ask(f"{server.page}api/models", headers=right).json["models"][0]["name"] == "tiny"
             for n_atoms, status in ((2, 200), (3, 413)):

@@ -157,8 +157,11 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # at run time
         except CallError as error:
             call.outcome = error.reason.lower()
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionError):
             call.outcome = "cancelled"
+            raise
+        except Exception:
+            call.outcome = "internal"
             raise
         finally:
             self._end(call, account, of_many=of_many)

@@ -76,8 +76,8 @@ class Tokens:
 
 
 def digest_of(token: str) -> bytes:
-    """SHA-256 of a token."""
-    return hashlib.sha256(token.encode()).digest()
+    """SHA-256 of a token, or of any bytes that a header held in place of one."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
 def _entry(line: str, place: str) -> tuple[str, bytes]:

@@ -91,6 +91,7 @@ class Services:
         metrics: of the server.
         limits: of requests.
         only_here: whether only this machine reaches the page.
+        patience: seconds without a line read, after which a browser is cut off.
     """
 
     door: Door
@@ -99,6 +100,7 @@ class Services:
     metrics: Metrics
     limits: RequestLimits
     only_here: bool
+    patience: float
 
 
 class Page:
@@ -201,25 +203,41 @@ class Page:
     ) -> web.StreamResponse:
         """The replies of a call as lines of JSON, as they come."""
         response = web.StreamResponse(headers={**HEADERS, "Content-Type": "application/x-ndjson"})
-        async with self._call(request, method, of_many=True) as context:
-            data = await _body(request, LARGEST_QUESTION)
-            asked = await self._aside(lambda: understand(_question(data)))
-            async with aclosing(carry_out(asked, context)) as replies:
-                try:
+        try:
+            async with self._call(request, method, of_many=True) as context:
+                data = await _body(request, LARGEST_QUESTION)
+                asked = await self._aside(lambda: understand(_question(data)))
+                async with aclosing(carry_out(asked, context)) as replies:
                     async for reply in replies:
                         line = await self._aside(functools.partial(_line, line_of, reply))
                         if not line:
                             continue
                         if not response.prepared:
                             await response.prepare(request)
-                        # Waits while the browser does not read; the outbox behind it is bounded.
-                        await response.write(line)
-                except CallError as error:
-                    if not response.prepared:
-                        raise
-                    await response.write(_dump({"kind": "error", "error": _error_json(error)}) + b"\n")
-        await response.write_eof()
+                        await self._sent(request, response.write(line))
+        except Exception as error:
+            # Once an answer has begun, nothing but a line of it can say how it ended.
+            if not response.prepared or isinstance(error, ConnectionError):
+                raise
+            failure = error if isinstance(error, CallError) else _unexpected(request)
+            line = _dump({"kind": "error", "error": _error_json(failure)}) + b"\n"
+            await self._sent(request, response.write(line))
+        await self._sent(request, response.write_eof())
         return response
+
+    async def _sent(self, request: web.Request, writing: Awaitable[None]) -> None:
+        """Waits while the browser does not read, but not for ever; the outbox behind it is bounded.
+
+        Raises:
+            ConnectionError: the browser has left, or has not read for too long and is now cut off.
+        """
+        try:
+            async with asyncio.timeout(self._services.patience):
+                await writing
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("nothing was read for too long") from None
 
     async def _aside(self, work: Callable[[], T]) -> T:
         """What it comes to, in a thread: in the loop it would hold up everybody's batches."""
@@ -265,10 +283,15 @@ class Page:
             except web.HTTPException:
                 raise
             except Exception:
-                logger.exception("the page's %s failed", request.path)
-                return _refused(CallError("the server failed on this request; its log has the reason"))
+                return _refused(_unexpected(request))
 
         return answer
+
+
+def _unexpected(request: web.Request) -> CallError:
+    """What a browser is told of an exception that nobody expected, which is now in the log."""
+    logger.exception("the page's %s failed", request.path)
+    return CallError("the server failed on this request; its log has the reason")
 
 
 async def _to_the_page(request: web.Request) -> web.StreamResponse:

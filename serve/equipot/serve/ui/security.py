@@ -44,6 +44,13 @@ def objection(headers: Mapping[str, str], *, only_here: bool) -> str | None:
     if MARK not in headers:
         return f"the header {MARK} is missing: this is for the page at /ui"
     origin = headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _site(origin) != host:
         return "the request comes from another site"
     return None
+
+
+def _site(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None

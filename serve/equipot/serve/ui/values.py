@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ def text_of(body: Mapping[str, Any], name: str) -> str:
         InvalidRequest: it is no text.
     """
     value = body.get(name, "")
-    if not isinstance(value, str):
+    # Half of a surrogate pair is a string to Python and JSON, and text to nobody.
+    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InvalidRequest(f"{name} is no text", field=name)
     return value
 
@@ -44,8 +46,9 @@ def number_of(body: Mapping[str, Any], name: str, *, usual: float, what: str, le
         InvalidRequest: it is none; `what` says what it should be.
     """
     value = body.get(name, usual)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value <= least:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared as it is: an integer may be beyond all floats.
+    if not good or not least < value <= sys.float_info.max:
         raise InvalidRequest(f"{name} is no {what}", field=name)
     return float(value)
 
