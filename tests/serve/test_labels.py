@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,6 +271,32 @@ class TestShadow:
         run(test())
         (line,) = [one.message for one in caplog.records if one.message.startswith("shadow ")]
         assert line.startswith("shadow tiny@2 against tiny@1: 1 structures, energy differs by ")
+
+    def test_each_version_that_answers_gives_the_share_of_its_own_requests(self, model: Path) -> None:
+        shutil.copytree(model, other := model.parent / "other")
+        label(other, "stable = 1\n[shadow]\nversion = 2\nweight = 0.5")
+        put(model / "1", model / "3")
+        label(model, "stable = 1\n[canary]\nversion = 2\nweight = 0.5\n[shadow]\nversion = 3\nweight = 0.5")
+        sessions = [f"run-{number}" for number in range(20)]
+        stable = next(one for one in sessions if share("tiny", one) >= 0.5)
+        canary = next(one for one in sessions if share("tiny", one) < 0.5)
+
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                # Two by turns: one counter of all would count each second of them.
+                for _ in range(6):
+                    assert await there.version("tiny", session=stable) == "1"
+                    assert await there.version("tiny", session=canary) == "2"
+                for _ in range(6):
+                    assert await there.version("other") == "1"
+                    assert await there.version("tiny", session=canary) == "2"
+                value = functools.partial(there.inside.value, "shadow_requests_total", outcome="ok")
+                await there.inside.until(lambda: value() == 12)
+                shares = [("tiny", "1", 3), ("tiny", "2", 6), ("other", "1", 3)]
+                for name, version, taken in shares:
+                    assert value(model=name, version=version) == taken
+
+        run(test())
 
     @pytest.mark.parametrize(("bound", "most"), [("MOST_WAITING", 2), ("MOST_BYTES", 1_000)])
     def test_a_shadow_that_fails_or_lags_behind_harms_nobody(

@@ -67,7 +67,7 @@ CPU_BUDGET = default_budget("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionLimits:
-    """What sessions may hold.
+    """What sessions may hold, and how long who reads nothing is waited for.
 
     Attributes:
         most: sessions open at once.
@@ -76,6 +76,14 @@ class SessionLimits:
 
     most: int = 1_000
     idle_seconds: float = 600.0
+
+    @property
+    def unread_seconds(self) -> float:
+        """How long a reply of any call waits to be read, before the call is ended.
+
+        Twice `idle_seconds`: what moves stops after once that, and what it found may be read as long again.
+        """
+        return 2 * self.idle_seconds
 
 
 DEFAULT_SESSIONS = SessionLimits()

@@ -40,7 +40,7 @@ from equipot.serve.reread import keep_current
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
 from equipot.serve.sessions import SessionServicer
 from equipot.serve.tracing import call_tracer
-from equipot.serve.trust import READ_AGAIN, Trust, server_options
+from equipot.serve.trust import Trust, server_options
 from equipot.serve.ui.page import Page, Services
 
 LAST_ANSWERS_SECONDS = 2.0
@@ -213,7 +213,7 @@ class GrpcServer:
                 metrics=self._metrics,
                 limits=self._config.limits,
                 only_here=is_loopback(self._config.http_host),
-                patience=READ_AGAIN * self._config.sessions.idle_seconds,
+                patience=self._config.sessions.unread_seconds,
             )
         )
 

@@ -27,7 +27,7 @@ from equipot.serve.engine import Result
 from equipot.serve.errors import CallError, Fault
 from equipot.serve.job import Answer, Key, Work
 from equipot.serve.models import ServedModel
-from equipot.serve.registry import SHADOW, Registry
+from equipot.serve.registry import SHADOW, Label, Registry
 
 MOST_WAITING = 64
 """Requests that wait for the shadow; more would be answers of minutes ago."""
@@ -104,7 +104,7 @@ class Shadow:
         self._thread = ThreadPoolExecutor(1, "equipot-shadow", initializer=_lowest_priority)
         self._waiting: set[asyncio.Task[None]] = set()
         self._bytes = 0
-        self._due = 0.0
+        self._due: dict[tuple[str, str], tuple[str, float]] = {}
         self._sums: dict[tuple[str, str, str], _Sums] = {}
         self._told = -math.inf
         self._closed = False
@@ -116,11 +116,8 @@ class Shadow:
         label = None if family is None else family.labels.get(SHADOW)
         if family is None or label is None or self._closed or label.version == model.version:
             return
-        # By turns, so that the share is right over few requests, too.
-        self._due += label.weight
-        if self._due < 1.0:
+        if not self._is_due((model.name, model.version), label):
             return
-        self._due -= 1.0
         names = (model.name, model.version, label.version)
         slot = family.slots.get(label.version)
         size = _bytes_of(work, answer)
@@ -144,6 +141,7 @@ class Shadow:
 
     def forget(self, model: str, version: str) -> None:
         """Drops what was counted of a version that is served no longer, on trial or not."""
+        self._due.pop((model, version), None)
         for metric in (self._requests, self._failures, self._energy, self._force):
             for place in ("version", "shadow"):
                 metric.remove_by_labels({"model": model, place: version})
@@ -152,6 +150,18 @@ class Shadow:
         """Forgets what waits."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _is_due(self, answered: tuple[str, str], label: Label) -> bool:
+        """Whether this request of those that a model and version answered is one for the shadow.
+
+        By turns, so that the share is right over few requests, too; each pair of versions has its own, lest
+        requests that alternate give all of the one and none of the other.
+        """
+        shadow, due = self._due.get(answered, (label.version, 0.0))
+        due = label.weight + (due if shadow == label.version else 0.0)
+        taken = due >= 1.0
+        self._due[answered] = label.version, due - taken
+        return taken
 
     async def _answer(
         self, shadow: ServedModel, work: Work, answer: Answer, names: tuple[str, str, str]

@@ -20,10 +20,6 @@ from equipot.serve.reread import Refreshable, Reread
 from equipot.serve.tls import Certificates, TlsFiles
 from equipot.serve.tokens import Tokens
 
-READ_AGAIN = 2.0
-"""Times that after which a session is idle, for which replies wait for a caller who reads nothing: what moves
-stops after one of them, and what it has found may be read as long again."""
-
 AGE_GRACE = 300.0
 """Seconds that calls on a connection of full age still have."""
 
@@ -97,7 +93,7 @@ class Trust:
             on_stream=stream_ended,
             on_done=on_done,
             under_way=metrics.calls,
-            patience=Patience(READ_AGAIN * config.sessions.idle_seconds),
+            patience=Patience(config.sessions.unread_seconds),
         )
 
     @property
