@@ -179,6 +179,7 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
             part = slice(offsets[index], offsets[index + 1])
             if request.progress_every:
                 yield pb.RelaxReply(progress=pb.RelaxProgress(index=index, step=1, energy=-1.0))
+            self._interrupt(1, context)
             result = pb.RelaxResult(
                 index=index, converged=True, steps=3, positions=arrays.positions[part].tobytes(),
                 cell=arrays.cell[index].tobytes(), energy=predicted.energy[index],
@@ -223,15 +224,17 @@ class ReferenceServer(potential_pb2_grpc.PotentialServiceServicer):
                 if request.token_every and step and step % request.token_every == 0:
                     token = pb.MotionToken(index=index, step=step, token=str(step).encode())
                     yield pb.SimulateReply(token=token)
-                if step in self.interruptions:
-                    self.interruptions.remove(step)
-                    code = grpc.StatusCode.INTERNAL if self.fatal else grpc.StatusCode.UNAVAILABLE
-                    abort(context, code, [])
+                self._interrupt(step, context)
             result = pb.SimulateResult(index=index, steps=request.steps, model=reference)
             if 2 in arrays.atomic_numbers[offsets[index] : offsets[index + 1]]:
                 result.failure.message = "helium flew off"
                 result.failure.index = index
             yield pb.SimulateReply(result=result)
+
+    def _interrupt(self, step: int, context: Any) -> None:
+        if step in self.interruptions:
+            self.interruptions.remove(step)
+            abort(context, grpc.StatusCode.INTERNAL if self.fatal else grpc.StatusCode.UNAVAILABLE, [])
 
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._model()])

@@ -13,7 +13,14 @@ from ase import Atoms
 from ase.constraints import FixAtoms, FixedPlane
 from ase.io import read, write
 
-from equipot.client import Client, InvalidRequest, LimitExceeded, ModelChanged
+from equipot.client import (
+    Client,
+    InvalidRequest,
+    LimitExceeded,
+    ModelChanged,
+    RetryPolicy,
+    ServerUnavailable,
+)
 from equipot.client.frames import whole_frames
 
 Run = Callable[..., Any]
@@ -49,6 +56,17 @@ def test_only_what_has_no_result_is_asked_for_again(server: Any, cluster: Any) -
     assert [len(one.positions) for _, one in sorted(found, key=lambda pair: pair[0])] == [2, 3, 4, 5]
     assert [len(asked.structures.n_atoms) for asked in server.relaxed] == [4, 3, 2]
     assert [asked.model for asked in server.relaxed] == ["", server.pinned, server.pinned]
+
+
+@pytest.mark.parametrize("told", [None, lambda *words: None])
+def test_lost_connections_that_let_it_get_no_further_end_it(server: Any, cluster: Any, told: Any) -> None:
+    server.interruptions = [1] * 20
+    retry = RetryPolicy(attempts=3, initial_delay=0.0, max_delay=0.0)
+    with Client(server.address, retry=retry) as client:
+        relaxing = client.relax_iter(cluster(2), on_progress=told)
+        with pytest.raises(ServerUnavailable, match="3 tries in a row got no further"):
+            list(relaxing)
+    assert len(server.relaxed) == 3
 
 
 def test_other_faults_are_not_repeated(server: Any, cluster: Any) -> None:

@@ -14,7 +14,7 @@ from equipot.wire.v1 import potential_pb2 as pb
 
 THRICE = RetryPolicy(attempts=3, initial_delay=0.0, max_delay=0.0)
 BEGUN = pb.RelaxReply(begun=pb.MotionBegun())
-HEADWAY = pb.RelaxReply(progress=pb.RelaxProgress())
+RESULT = pb.RelaxReply(result=pb.RelaxResult())
 MOST = 50
 
 
@@ -25,7 +25,7 @@ class Endless:
     begun = ""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked = self.headway = 0
 
     def refused(self) -> Iterable[int]:
         return ()
@@ -36,11 +36,12 @@ class Endless:
         return self.asked
 
     def take(self, reply: pb.RelaxReply) -> Iterable[int]:
+        self.headway += reply.HasField("result")
         return ()
 
 
 def replies_to(number: int, headway_until: int) -> list[pb.RelaxReply]:
-    return [BEGUN, HEADWAY] if number <= headway_until else [BEGUN]
+    return [BEGUN, RESULT] if number <= headway_until else [BEGUN]
 
 
 @pytest.mark.parametrize(("headway_until", "tried"), [(0, 3), (5, 7)])

@@ -10,9 +10,22 @@ import numpy as np
 import pytest
 from ase import units
 
-from equipot.client import AsyncClient, Client, InvalidRequest, LimitExceeded, ModelChanged, Resumed
+from equipot.client import (
+    AsyncClient,
+    Client,
+    InvalidRequest,
+    LimitExceeded,
+    ModelChanged,
+    Resumed,
+    RetryPolicy,
+    ServerUnavailable,
+)
 from equipot.client.dynamics import Ended, MotionFrame, Observation, Restart, Trajectory
 from equipot.wire.v1 import potential_pb2 as pb
+
+THRICE = RetryPolicy(attempts=3, initial_delay=0.0, max_delay=0.0)
+MANY = 20
+"""More interruptions than a call outlives."""
 
 
 def steps_of(trajectory: Trajectory) -> list[int]:
@@ -110,6 +123,34 @@ class TestLostConnections:
         found = asyncio.run(test())
         assert [steps_of(one) for one in found] == [list(range(0, 21, 2))] * 2
         assert len(server.simulated) == 3
+
+    @pytest.mark.parametrize(
+        ("interruptions", "tried"),
+        [
+            # After the first frame and before the first token, each time.
+            ([1] * MANY, 3),
+            # A token begins the count anew; frames behind it do not.
+            ([1, 1, 8] + [10] * MANY, 5),
+        ],
+    )
+    def test_that_let_it_get_no_further_end_it(
+        self, server: Any, cluster: Any, interruptions: list[int], tried: int
+    ) -> None:
+        words: dict[str, Any] = {"steps": 20, "frame_every": 1, "token_every": 7, "on_warning": quiet}
+
+        async def test() -> None:
+            async with AsyncClient(server.address, retry=THRICE) as client:
+                await client.simulate(cluster(2), **words)
+
+        no_further = pytest.raises(ServerUnavailable, match="3 tries in a row got no further")
+        server.interruptions = list(interruptions)
+        with Client(server.address, retry=THRICE) as client, no_further:
+            client.simulate(cluster(2), **words)
+        assert len(server.simulated) == tried
+        server.interruptions = list(interruptions)
+        with no_further:
+            asyncio.run(test())
+        assert len(server.simulated) == 2 * tried
 
     def test_with_another_bundle_behind_them(self, server: Any, cluster: Any) -> None:
         server.interruptions = [5]

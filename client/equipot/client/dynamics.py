@@ -400,8 +400,7 @@ class Simulation(Moves):
                     model = ModelReference.from_wire(reply.begun.model)
                     for number, place in enumerate(self.part.places):
                         yield self.start + place, Begun(model, self._begun.seeds[number])
-            case "token":
-                self.keep(reply.token)
+            case "token" if self.keep(reply.token):
                 yield self.index_of(reply.token.index), Restart(reply.token.step, reply.token.token)
             case "frame" if self._is_new(self._begun.frames, reply.frame):
                 index = self.index_of(reply.frame.index)

@@ -12,7 +12,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
-from equipot.client.errors import ClientError, ModelChanged, ModelNotFound, ServerError
+from equipot.client.errors import (
+    ClientError,
+    LimitExceeded,
+    ModelChanged,
+    ModelNotFound,
+    ServerError,
+    ServerUnavailable,
+)
 from equipot.client.retry import RetryPolicy
 
 RequestT = TypeVar("RequestT")
@@ -29,6 +36,10 @@ class Errand(Protocol[RequestT_co, ReplyT_contra, OutcomeT_co]):
     @property
     def waits_for(self) -> int:
         """How many structures have no result yet."""
+
+    @property
+    def headway(self) -> int:
+        """How often it got further than it ever was: what came a second time is none."""
 
     @property
     def begun(self) -> str:
@@ -51,7 +62,7 @@ class Way(Generic[RequestT, ReplyT]):
     Attributes:
         ask: sends one and reads its answers.
         understand: gRPC's error in our words.
-        retry: when to ask again after the server was unavailable.
+        retry: when to ask again after the server was unavailable; counts tries in a row without headway.
     """
 
     ask: Callable[[RequestT], Generator[ReplyT, None, None]]
@@ -76,22 +87,17 @@ def run(errand: Errand[RequestT, ReplyT, OutcomeT], way: Way[RequestT, ReplyT]) 
         ClientError: the request as a whole failed.
     """
     yield from errand.refused()
-    attempt = 1
+    tries = _Tries(errand, way.retry)
     while errand.waits_for:
         try:
             with closing(way.ask(errand.request())) as replies:
                 for reply in replies:
-                    attempt = 1 if _gets_on(reply) else attempt
                     yield from errand.take(reply)
             _complete(errand)
             return
         except grpc.RpcError as error:
-            problem, cause = _in_its_words(errand, way.understand(error)), error
-        delay = way.retry.delay(problem, attempt, math.inf)
-        if delay is None:
-            raise problem from cause
+            delay = tries.delay(way.understand(error), error)
         time.sleep(delay)
-        attempt += 1
 
 
 async def run_async(
@@ -100,28 +106,44 @@ async def run_async(
     """As `run`."""
     for outcome in errand.refused():
         yield outcome
-    attempt = 1
+    tries = _Tries(errand, way.retry)
     while errand.waits_for:
         try:
             async with aclosing(way.ask(errand.request())) as replies:
                 async for reply in replies:
-                    attempt = 1 if _gets_on(reply) else attempt
                     for outcome in errand.take(reply):
                         yield outcome
             _complete(errand)
             return
         except grpc.RpcError as error:
-            problem, cause = _in_its_words(errand, await way.understand(error)), error
-        delay = way.retry.delay(problem, attempt, math.inf)
-        if delay is None:
-            raise problem from cause
+            delay = tries.delay(await way.understand(error), error)
         await asyncio.sleep(delay)
-        attempt += 1
 
 
-def _gets_on(reply: Any) -> bool:  # noqa: ANN401  # protobuf's messages
-    """Whether it tells of headway; that the request was let in is none."""
-    return bool(reply.WhichOneof("kind") != "begun")
+class _Tries:
+    """Counts those of an errand that failed in a row without headway."""
+
+    def __init__(self, errand: Errand[Any, Any, Any], retry: RetryPolicy) -> None:
+        self._errand = errand
+        self._retry = retry
+        self._failed = self._stood = 0
+
+    def delay(self, problem: ClientError, cause: grpc.RpcError) -> float:
+        """Seconds to wait after a try that failed so.
+
+        Raises:
+            ClientError: there is to be no other.
+        """
+        headway = self._errand.headway
+        self._failed = 1 if headway > self._stood else self._failed + 1
+        self._stood = headway
+        problem = _in_its_words(self._errand, problem)
+        delay = self._retry.delay(problem, self._failed, math.inf)
+        if delay is not None:
+            return delay
+        if self._failed > 1 and isinstance(problem, ServerUnavailable | LimitExceeded):
+            problem.args = (f"{problem}; {self._failed} tries in a row got no further",)
+        raise problem from cause
 
 
 def _complete(errand: Errand[Any, Any, Any]) -> None:

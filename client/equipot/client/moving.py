@@ -37,6 +37,7 @@ class Moves:
         part: the structures, and those refused at once.
         wish: what is asked; of one bundle alone once one answered.
         start: the index of the part's first item among all.
+        headway: how often one of them got further than it ever was.
     """
 
     def __init__(self, part: Part, wish: Wish, *, start: int, most_bytes: int) -> None:
@@ -46,7 +47,8 @@ class Moves:
         self._most_bytes = most_bytes
         self._open = list(range(len(part.structures)))
         self._asked = self._open
-        self._tokens: dict[int, bytes] = {}
+        self._tokens: dict[int, tuple[int, bytes]] = {}
+        self.headway = 0
 
     @property
     def waits_for(self) -> int:
@@ -68,7 +70,7 @@ class Moves:
         room = self._most_bytes - request_bytes
         tokens = []
         for number in self._asked:
-            token = self._tokens.get(number, b"")
+            _, token = self._tokens.get(number, (-1, b""))
             room -= len(token) + _BYTES_PER_TOKEN
             tokens.append(token if room >= 0 else b"")
         return tokens if any(tokens) else []
@@ -81,13 +83,19 @@ class Moves:
         """Of the structure that the last request has there."""
         return len(self.part.structures[self.number_of(index)])
 
-    def go_on_from(self, number: int, token: bytes) -> None:
-        """Begins this structure of the part from there."""
-        self._tokens[number] = token
+    def go_on_from(self, number: int, token: bytes, step: int = -1) -> None:
+        """Begins this structure of the part from there; -1: of which step that is, is not known."""
+        self._tokens[number] = step, token
 
-    def keep(self, token: pb.MotionToken) -> None:
-        """Goes on from there if it has to ask again."""
-        self.go_on_from(self.number_of(token.index), token.token)
+    def keep(self, token: pb.MotionToken) -> bool:
+        """Goes on from there if it has to ask again, unless it has been as far before; whether it does."""
+        number = self.number_of(token.index)
+        before, _ = self._tokens.get(number, (-1, b""))
+        if token.step <= before:
+            return False
+        self.go_on_from(number, token.token, token.step)
+        self.headway += 1
+        return True
 
     def finish(self, index: int) -> int:
         """Notes a result; returns the structure's number of atoms.
@@ -99,6 +107,7 @@ class Moves:
         if number not in self._open:
             raise ServerError(f"structure {self.index_of(index)} was answered twice")
         self._open.remove(number)
+        self.headway += 1
         self._tokens.pop(number, None)
         return len(self.part.structures[number])
 

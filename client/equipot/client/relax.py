@@ -162,6 +162,7 @@ class Relaxation(Moves):
         self._fixed = fixed
         self._how = how
         self._told = told
+        self._reached: dict[int, int] = {}
 
     def refused(self) -> Iterator[tuple[int, Relaxed]]:
         """What is known before anything is asked: structures that are not sent."""
@@ -196,6 +197,10 @@ class Relaxation(Moves):
                 self.keep(reply.token)
             case "progress" if self._told is not None:
                 progress = reply.progress
+                number = self.number_of(progress.index)
+                if progress.step > self._reached.get(number, -1):
+                    self._reached[number] = progress.step
+                    self.headway += 1
                 self._told(
                     self.index_of(progress.index), progress.step, progress.energy, progress.largest_force
                 )

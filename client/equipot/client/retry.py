@@ -22,7 +22,10 @@ class RetryPolicy:
     """
 
     attempts: int = 8
-    """How often a call is tried in all; 1 means never again."""
+    """How often a call is tried in all; 1 means never again.
+
+    A relaxation or simulation is tried so often in a row without getting further.
+    """
     initial_delay: float = 0.1
     """Seconds before the second attempt, at most."""
     multiplier: float = 2.0
