@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from ase import Atoms
+from tests.serve.conftest import Bundles, ask, inside, molecule, run
+from tests.serve.test_disconnects import idle, unread_frames
+from tests.serve.test_intake import retry_delay
+from tests.serve.test_simulate import asked as simulating
 
+from equipot.serve.config import ServeConfig
+from equipot.serve.motion import servicer
 from equipot.serve.motion.dynamics import Dynamics, IntegratorName, Start, Watch
-from equipot.serve.motion.outbox import MOST_UNREAD_BYTES, UNREAD_BYTES, Outbox, Unread
+from equipot.serve.motion.outbox import Outbox, Unread
 from equipot.serve.motion.relaxation import begun
 from equipot.serve.motion.relaxing import Relaxing
 from equipot.serve.motion.state import BadState, Origin, State, seal, unseal
@@ -47,12 +54,12 @@ def test_a_cell_without_volume_does_not_move(integrator: IntegratorName) -> None
 
 
 def test_what_nobody_reads_is_counted_over_all_callers_until_they_leave() -> None:
-    async def run() -> None:
-        unread = Unread()
-        message = pb.RelaxReply(progress=pb.RelaxProgress(positions=bytes(UNREAD_BYTES)))
+    async def fill() -> None:
+        unread = Unread(each=1_000, most=10_000)
+        message = pb.RelaxReply(progress=pb.RelaxProgress(positions=bytes(1_000)))
         boxes: list[Outbox[pb.RelaxReply]] = []
         while not unread.full:
-            assert len(boxes) <= MOST_UNREAD_BYTES // UNREAD_BYTES
+            assert len(boxes) <= 10
             boxes.append(Outbox(unread, patience=1.0))
             await boxes[-1].put(message)
         assert await boxes[0].get() is message
@@ -62,4 +69,40 @@ def test_what_nobody_reads_is_counted_over_all_callers_until_they_leave() -> Non
             await box.put(message)
         assert unread.bytes == 0
 
-    asyncio.run(run())
+    run(fill())
+
+
+def test_nobody_is_let_in_while_too_much_waits_unread(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two who read nothing leave room for others; three leave none, until one of them goes."""
+    monkeypatch.setattr(servicer, "Unread", lambda: Unread(each=60_000, most=150_000))
+    config = ServeConfig(bundles=(bundles.tiny,), port=0, metrics_port=None, dtype="float64", threads=1)
+
+    async def refusal(stub: Any) -> grpc.aio.AioRpcError | None:
+        """Of one who reads; None: it is let in, and sees its end."""
+        try:
+            replies = [reply async for reply in stub.Simulate(simulating([molecule(1)], steps=1))]
+        except grpc.aio.AioRpcError as error:
+            return error
+        assert replies[-1].result.steps == 1
+        return None
+
+    async def test() -> None:
+        async with inside(config) as there:
+            address = there.address
+            async with idle(address, unread_frames), idle(address, unread_frames):
+                for _ in range(20):
+                    assert await refusal(there.stub) is None
+                async with idle(address, unread_frames):
+                    while (refused := await refusal(there.stub)) is None:
+                        await asyncio.sleep(0.02)
+                    # What moves nothing is answered as ever.
+                    await there.stub.Predict(ask([molecule(1)]))
+                while await refusal(there.stub) is not None:
+                    await asyncio.sleep(0.02)
+        assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "bytes of results wait to be read; the limit is 150000" in str(refused.details())
+        assert retry_delay(refused) == servicer.RETRY_MOVING
+
+    run(test())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
@@ -19,29 +20,34 @@ MOST_UNREAD_BYTES = 64 * UNREAD_BYTES
 MessageT = TypeVar("MessageT", bound=Message)
 
 
+@dataclass(slots=True, kw_only=True)
 class Unread:
-    """What waits in all outboxes together, in bytes."""
+    """What waits in all outboxes together.
 
-    __slots__ = ("bytes",)
+    Attributes:
+        each: bytes that may wait in one outbox.
+        most: bytes in all of them, from which on no outbox had better be opened.
+        bytes: that wait now.
+    """
 
-    def __init__(self) -> None:
-        self.bytes = 0
+    each: int = UNREAD_BYTES
+    most: int = MOST_UNREAD_BYTES
+    bytes: int = 0
 
     @property
     def full(self) -> bool:
         """Whether so much waits that no outbox had better be opened."""
-        return self.bytes >= MOST_UNREAD_BYTES
+        return self.bytes >= self.most
 
 
 class Outbox(Generic[MessageT]):
     """What one caller is to read. Whoever writes waits while it is full; a message alone fits always."""
 
-    def __init__(self, unread: Unread, *, patience: float, most_bytes: int = UNREAD_BYTES) -> None:
+    def __init__(self, unread: Unread, *, patience: float) -> None:
         """An empty one, counted in `unread`; a writer waits `patience` s for a reader."""
         self._unread = unread
         self._messages: deque[tuple[MessageT, int]] = deque()
         self._patience = patience
-        self._most = most_bytes
         self._bytes = self._taken = 0
         self._closed = self._left = False
         self._changed = asyncio.Condition()
@@ -53,7 +59,7 @@ class Outbox(Generic[MessageT]):
             NotReady: the reader took nothing for too long.
         """
         size = message.ByteSize()
-        if self._messages and self._bytes + size > self._most:
+        if self._messages and self._bytes + size > self._unread.each:
             await self._room_for(size)
         if self._left:
             return
@@ -88,7 +94,7 @@ class Outbox(Generic[MessageT]):
         return message
 
     async def _room_for(self, size: int) -> None:
-        while self._messages and self._bytes + size > self._most:
+        while self._messages and self._bytes + size > self._unread.each:
             taken = self._taken
             try:
                 async with asyncio.timeout(self._patience), self._changed:

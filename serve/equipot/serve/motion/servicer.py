@@ -17,7 +17,7 @@ from equipot.serve.models import ServedModel
 from equipot.serve.motion.crew import Member, Party
 from equipot.serve.motion.errand import Errand
 from equipot.serve.motion.mover import Mover
-from equipot.serve.motion.outbox import MOST_UNREAD_BYTES, Outbox, Unread
+from equipot.serve.motion.outbox import Outbox, Unread
 from equipot.serve.motion.relax_errand import RelaxErrand
 from equipot.serve.motion.simulate_errand import SimulateErrand
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, PotentialServicer
@@ -142,7 +142,7 @@ class MotionServicer:
             )
         if self._unread.full:
             raise QueueFull(
-                f"{self._unread.bytes} bytes of results wait to be read; the limit is {MOST_UNREAD_BYTES}:"
+                f"{self._unread.bytes} bytes of results wait to be read; the limit is {self._unread.most}:"
                 " read those of your requests first",
                 retry_after=RETRY_MOVING,
             )
