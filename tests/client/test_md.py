@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,39 @@ def test_writes_the_trajectory(server: Any, cluster: Any, words: list[Any], run_
     assert frames[-1].info["equipot_model"] == server.pinned
     assert list(server.simulated[-1].seeds) == [5]
     assert not Path("in-md.extxyz.token").exists()
+
+
+def test_what_was_killed_at_its_very_end_is_ended_by_going_on(
+    server: Any, words: list[Any], tmp_path: Path, run_equipot: Run
+) -> None:
+    assert run_equipot(*words).returncode == 0
+    token = Path("in-md.extxyz.token")
+    token.write_bytes(b"equipot restart 300\n300")
+    assert run_equipot(*words, "--resume").returncode == 0
+    assert not token.exists()
+    assert len(server.simulated) == 1
+
+
+def test_observations_outlive_a_disk_that_is_full_when_they_are_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    with OpenFiles() as files:
+        table = ObservationFile(path, files, timestep=2.0, resume=False)
+        for step in range(50):
+            table.write(
+                Observation(
+                    step=step, energy=1.0, kinetic_energy=1.0, temperature=300.0, volume=0.0,
+                    pressure=np.nan, largest_force=0.1,
+                )
+            )  # fmt: skip
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"50,1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, hard))
+    try:
+        assert ObservationFile(path, OpenFiles(), timestep=2.0, resume=True).reached == 49
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("name", ["out.extxyz", "out.traj"])

@@ -154,6 +154,10 @@ def md(
         )
         ways = [recording.trajectory(place) for place in range(len(frames))]
         todo = [place for place, way in enumerate(ways) if way.reached < steps and not way.failure]
+        for way in ways:
+            if way.reached == steps:
+                # Whoever was killed at the very end has left its token.
+                way.finish()
         resumed = [recording.resumed(place) for place in todo]
         client = stack.enter_context(trust.client(address, model=model, timeout=timeout))
         how["seed"] = seeds = [_seed_of(ways[place], seed, place) for place in todo]

@@ -16,7 +16,7 @@ COLUMNS = (
     *("step", "time_fs", "energy_eV", "kinetic_energy_eV", "total_energy_eV", "temperature_K"),
     *("volume_A3", "pressure_eV_per_A3", "largest_force_eV_per_A"),
 )
-_HEAD = ",".join(COLUMNS) + "\n"
+_HEAD = (",".join(COLUMNS) + "\n").encode()
 
 
 class ObservationFile:
@@ -39,8 +39,11 @@ class ObservationFile:
         self._files = files
         self._timestep = math.nan if timestep is None else timestep
         try:
-            whole = self._whole() if resume and path.exists() else _HEAD
-            path.write_text(whole, encoding="utf-8")
+            end = self._look() if resume and path.exists() else 0
+            # What is there is never written again: the disk may be full.
+            with path.open("r+b" if end else "wb") as file:
+                file.truncate(end)
+                file.write(b"" if end else _HEAD)
         except (OSError, ValueError) as error:
             raise FileError(f"cannot go on with {path}: {error}") from error
 
@@ -65,17 +68,15 @@ class ObservationFile:
             raise FileError(f"cannot write {self.path}: {error.strerror}") from error
         self.reached = seen.step
 
-    def _whole(self) -> str:
-        """What is there but for a line that is torn."""
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if not whole:
-            return _HEAD
-        if not whole.startswith(_HEAD):
+    def _look(self) -> int:
+        """What is there already; returns where the last whole line ends."""
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole and not whole.startswith(_HEAD):
             raise ValueError("it has other columns: take it away")
-        last = whole.splitlines()[-1].partition(",")[0]
+        last = whole.splitlines()[-1].partition(b",")[0] if whole else b""
         self.reached = int(last) if last.isdigit() else -1
-        return whole
+        return len(whole)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
