@@ -201,6 +201,25 @@ class TestAdmin:
 
         run(test())
 
+    def test_labels_go_with_their_model_lest_another_of_its_name_has_them(
+        self, model: Path, three: tuple[Path, ...]
+    ) -> None:
+        put(three[2], model.parent / "other" / "1")
+
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                named = admin_pb2.Label(model="tiny", label="stable", version="1", weight=1)
+                await there.admin.SetLabel(admin_pb2.SetLabelRequest(label=named))
+                shutil.rmtree(model)
+                await there.refresh()
+                assert (await there.refused("tiny"))[0] is NOT_FOUND
+                put(three[1], model / "1")
+                put(three[2], model / "2")
+                assert not (await there.refresh()).labels
+                assert await there.version() == "2"
+
+        run(test())
+
     def test_what_cannot_be_done_says_why_and_changes_nothing(self, model: Path) -> None:
         (model / "3").mkdir()
 

@@ -31,8 +31,9 @@ class Wishes:
                 self.problems[name] = f"{name}/{FILE} is not followed: {found}"
             else:
                 self._labels[name] = dict(found)
-        for name in set(self._stamps) - set(observed.places):
-            del self._stamps[name]
+        # By an operator's word there are labels without a file, too.
+        for name in {*self._stamps, *self._labels} - set(observed.places):
+            self._stamps.pop(name, None)
             self._labels.pop(name, None)
             self.problems.pop(name, None)
 
