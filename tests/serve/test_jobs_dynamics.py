@@ -163,6 +163,19 @@ def test_room_is_set_aside_for_every_frame(bundles: Bundles, tmp_path: Path) -> 
 
 
 class TestClient:
+    def test_velocities_and_masses_have_room_in_its_messages(self, jobs_server: Process) -> None:
+        frames = frames_of(25, 60)
+        for frame in frames:
+            frame.set_masses([2.0] * 60)
+            frame.set_momenta(np.full((60, 3), 0.3))
+        # The positions alone would go in one.
+        with Client(jobs_server.address, max_message_bytes=2**16) as client:
+            sent: list[int] = []
+            client.jobs.simulate(frames, steps=10**6, timestep=0.1, id="wide", on_sent=sent.append)
+            client.jobs.delete("wide")
+        assert len(sent) > 1
+        assert sent[-1] == 25
+
     def test_submits_and_fetches(self, jobs_server: Process) -> None:
         frames = frames_of(6)
         frames[0].set_constraint(FixAtoms([0]))

@@ -21,10 +21,11 @@ from equipot.client.dynamics import (
 )
 from equipot.client.errands import AsyncWay, run_async
 from equipot.client.errors import ClientError
-from equipot.client.motions import RESUMED_SHARE, SIMULATION_SHARE, parts_of, warn
+from equipot.client.motions import parts_of, warn
 from equipot.client.relax import Progressed, Relaxed, RelaxSettings, RelaxWords, relaxations
 from equipot.client.results import ModelInfo
 from equipot.client.settings import Asked, Settings
+from equipot.client.starts import PLAIN_SHARE, RESUMED_SHARE, SIMULATION_SHARE
 from equipot.client.structures import StructuresLike, each_structure
 from equipot.wire.v1 import potential_pb2 as pb
 
@@ -75,7 +76,7 @@ class AsyncMotions(ABC):
         way = AsyncWay(self._relax, self._understand, self._settings.retry)
         for errand in relaxations(
             items,
-            parts_of(items, limits, self._settings),
+            parts_of(items, limits, self._settings, share=PLAIN_SHARE),
             wish,
             how_to,
             told=on_progress,

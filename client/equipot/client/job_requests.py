@@ -17,7 +17,7 @@ from equipot.client.moving import fixed_of, flags
 from equipot.client.relax import RelaxSettings, RelaxWords
 from equipot.client.results import Limits
 from equipot.client.settings import Asked, Settings
-from equipot.client.starts import masses_of, put_start, velocities_of
+from equipot.client.starts import PLAIN_SHARE, masses_of, put_start, share_of, velocities_of
 from equipot.client.structures import StructuresLike, each_structure, pack
 from equipot.wire.v1 import jobs_pb2 as jpb
 from equipot.wire.v1 import potential_pb2 as pb
@@ -36,6 +36,7 @@ class Submission:
         label: any text to know it by.
         items: its structures, as they were given.
         wish: what is asked of the model.
+        share: times the bytes of its positions alone that a structure takes, at most.
         add: writes what is to be done with a part that begins there.
     """
 
@@ -43,6 +44,7 @@ class Submission:
     label: str
     items: Sequence[Any]
     wish: Wish
+    share: float
     add: Callable[[jpb.SubmitJobRequest, Part, int], None]
 
     def requests(self, limits: Limits, settings: Settings) -> Iterator[tuple[jpb.SubmitJobRequest, int]]:
@@ -51,7 +53,7 @@ class Submission:
             self.items,
             limits,
             atoms_per_request=min(limits.max_atoms_per_request or ATOMS_PER_PART, ATOMS_PER_PART),
-            max_message_bytes=settings.max_message_bytes,
+            max_message_bytes=int(limits.message_bytes(settings.max_message_bytes) / self.share),
         )
         start = 0
         # An empty job is one, too.
@@ -97,7 +99,7 @@ def relaxing(
         relax.structures.CopyFrom(_with_refused(relax.structures, part))
         request.relax.CopyFrom(relax)
 
-    return Submission(id or _new("relax"), label, items, wish, add)
+    return Submission(id or _new("relax"), label, items, wish, PLAIN_SHARE, add)
 
 
 def simulating(
@@ -145,7 +147,7 @@ def simulating(
         simulate.seeds.extend(seeds[start : start + len(part.n_atoms)])
         request.simulate.CopyFrom(simulate)
 
-    return Submission(id, label, items, wish, add)
+    return Submission(id, label, items, wish, share_of(items), add)
 
 
 def _explicit(priority: Priority) -> pb.Priority.ValueType:

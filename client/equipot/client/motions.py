@@ -26,24 +26,21 @@ from equipot.client.errors import ClientError
 from equipot.client.relax import Progressed, Relaxed, RelaxSettings, RelaxWords, relaxations
 from equipot.client.results import Limits, ModelInfo
 from equipot.client.settings import Asked, Settings
+from equipot.client.starts import PLAIN_SHARE, RESUMED_SHARE, SIMULATION_SHARE
 from equipot.client.structures import StructuresLike, each_structure
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
-SIMULATION_SHARE, RESUMED_SHARE = 3, 12
-"""So many times the bytes of its positions alone does a structure take that is simulated, at most: with
-velocities and masses; with the state that it goes on from."""
-
 
 def parts_of(
-    items: Sequence[object], limits: Limits, settings: Settings, *, share: int = 1
+    items: Sequence[object], limits: Limits, settings: Settings, *, share: float
 ) -> Generator[Part, None, None]:
     """The items in requests as large as the server takes: those of one request advance together."""
     yield from cut(
         items,
         limits,
         atoms_per_request=limits.max_atoms_per_request or settings.atoms_per_request,
-        max_message_bytes=limits.message_bytes(settings.max_message_bytes) // share,
+        max_message_bytes=int(limits.message_bytes(settings.max_message_bytes) / share),
     )
 
 
@@ -120,7 +117,7 @@ class Motions(ABC):
         way = Way(self._relax, self._understand, self._settings.retry)
         for errand in relaxations(
             items,
-            parts_of(items, limits, self._settings),
+            parts_of(items, limits, self._settings, share=PLAIN_SHARE),
             wish,
             how_to,
             told=on_progress,
