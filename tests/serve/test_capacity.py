@@ -28,7 +28,7 @@ class Timed:
     def __init__(self, engine: LocalEngine, seconds: Callable[[int], float]) -> None:
         self.now = 0.0
         self.largest = 0
-        self.card, self.at_once, self.prepare = engine.card, True, engine.prepare
+        self.card, self.measurable, self.prepare = engine.card, True, engine.prepare
         self._seconds = seconds
 
     def perf_counter(self) -> float:
@@ -114,6 +114,29 @@ class TestCalibration:
         found, _ = measured(engine, failing, monkeypatch)
         assert found.limit.edges == CPU_BUDGET.batch_edges
         assert "no such element" in caplog.text
+
+    def test_where_nothing_is_measured_the_price_follows_what_batches_take(
+        self, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engine, "measurable", False)
+        found = measure(engine, CPU_BUDGET, calibrate=True, device="cpu")
+        small, large = Size(1, 2, 2), Size(1, 64, 3_000)
+        found.learn(small, 0.5, forces=True, stress=False)
+        for _ in range(100):
+            found.learn(large, 0.1, forces=True, stress=False)
+        assert found.price == pytest.approx(0.1 / 3_064, rel=0.05)
+        # What is small is dear, but it is the large ones that take the time.
+        for size, seconds in 50 * [(small, 0.001), (large, 0.1)]:
+            found.learn(size, seconds, forces=True, stress=False)
+        assert found.price == pytest.approx(0.101 / 3_068, rel=0.05)
+
+    def test_what_was_measured_is_the_price_whatever_batches_take(
+        self, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found, _ = measured(engine, lambda edges: 1e-6 * edges, monkeypatch)
+        before = found.price
+        found.learn(Size(1, 2, 2), 0.5, forces=True, stress=False)
+        assert found.price == before
 
     def test_a_real_engine_is_measured_in_no_time(self, engine: LocalEngine) -> None:
         found = measure(engine, CPU_BUDGET, calibrate=True, device="cpu")

@@ -31,6 +31,7 @@ from equipot.serve.errors import Fault, NotReady, ServeError
 from equipot.serve.foreign import process as foreign_process
 from equipot.serve.foreign.engine import ForeignEngine
 from equipot.serve.foreign.spec import CalculatorSpec, calculators
+from equipot.serve.foreign.words import Answered
 from equipot.serve.mapping import read
 
 HERE = Path(__file__).parent
@@ -188,6 +189,50 @@ class TestOnBadDays:
         (one,) = answers(there, [system(Atoms("H"))])
         assert isinstance(one, Result)
         there.close()
+
+    def test_in_its_place_comes_only_what_is_served(self, tmp_path: Path) -> None:
+        program = tmp_path / "odd.py"
+        program.write_text(Path(ODD).read_text())
+        there = engine(CalculatorSpec(calculator=f"{program}:Moody"))
+        (before,) = answers(there, [system(Atoms("H", [[1.0, 2.0, 0.0]]))])
+
+        def kill() -> None:
+            process = there._process._process
+            assert process is not None
+            process.kill()
+            process.wait()
+
+        program.write_text(Path(ODD).read_text().replace('"spring": 1.0', '"spring": 2.0'))
+        kill()
+        with pytest.raises(NotReady, match="is being started again"):
+            answers(there, [system(Atoms("H", [[1.0, 2.0, 0.0]]))])
+        program.write_text(Path(ODD).read_text())
+        there._process._not_before = 0.0
+        (after,) = answers(there, [system(Atoms("H", [[1.0, 2.0, 0.0]]))])
+        assert isinstance(before, Result)
+        assert isinstance(after, Result)
+        assert after.energy == before.energy
+        there.close()
+
+    @pytest.mark.parametrize("guilty", [0, 150, 299])
+    def test_of_many_that_are_computed_together_the_one_at_fault_is_found(
+        self, moody: ForeignEngine, monkeypatch: pytest.MonkeyPatch, guilty: int
+    ) -> None:
+        """That the potential computes together, and how it ends, is simulated: none here is of that kind."""
+        process = moody._process
+        computed = Answered(0.0, b"", b"")
+
+        def ask(part: list[int], structures: object, found: dict[int, Any], **wanted: bool) -> None:
+            if guilty in part:
+                raise foreign_process._DeadError("ended by signal 11")
+            found |= dict.fromkeys(part, computed)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(process, "facts", process.facts._replace(batched=True))
+            for name, stand_in in (("_ask", ask), ("_end", lambda: None), ("_revive", lambda: None)):
+                patch.setattr(process, name, stand_in)
+            found = process.compute([None] * 300, forces=True, stress=False)  # type: ignore[list-item]
+        assert [index for index, one in enumerate(found) if one is not computed] == [guilty]
 
     def test_a_batch_that_keeps_ending_it_is_given_up(self, moody: ForeignEngine) -> None:
         neon = system(Atoms("Ne"))

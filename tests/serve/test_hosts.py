@@ -117,7 +117,7 @@ def hosts(key: Path) -> Iterator[Hosts]:
     hosts.close()
 
 
-CONFIG = rank.RankConfig(Path("/bundle"), "float64", "cpu", 1, 2, 1234, 1, 0)
+CONFIG = rank.RankConfig(Path("/bundle"), "sha256:0", "float64", "cpu", 1, 2, 1234, 1, 0)
 
 
 def test_strangers_are_turned_away_and_do_not_disturb(hosts: Hosts, key: Path) -> None:

@@ -127,6 +127,33 @@ class TestShares:
             served.update(owners[item.ticket] for item in take(batcher).items)
         assert abs(served["steady"] - served["new"]) <= 4
 
+    @pytest.mark.parametrize("patient", ["other", "new"])
+    def test_work_that_waits_as_less_urgent_saves_up_nothing_for_anybody(self, patient: str) -> None:
+        batcher = Batcher(ENDLESS)
+        owners: dict[int, tuple[str, Priority]] = {}
+
+        def ask(identity: str, priority: Priority, now: float) -> None:
+            ticket = batcher.open("m", now=now, expected_edges=0, identity=identity, priority=priority)
+            batcher.add(ticket, [(0, 1, 100)], now=now, expected_edges=0)
+            owners[ticket] = identity, priority
+
+        for identity, priority in (("old", Priority.NORMAL), (patient, Priority.LOW)):
+            for _ in range(2):
+                ask(identity, priority, 0.0)
+        served = Counter[str]()
+        for batch in range(2_000):
+            now = 0.1 * batch
+            if batch == 1_000:
+                served.clear()
+                for _ in range(2):
+                    ask("new", Priority.NORMAL, now)
+            for item in take(batcher, 0.1, now).items:
+                identity, priority = owners.pop(item.ticket)
+                batcher.remove(item.ticket)
+                served[identity] += priority is Priority.NORMAL
+                ask(identity, priority, now + 0.1)
+        assert abs(served["old"] - served["new"]) <= 0.1 * served["old"]
+
     def test_identities_that_left_are_forgotten(self) -> None:
         batcher = Batcher(ENDLESS)
         for number in range(1_000):

@@ -1,6 +1,7 @@
 """A model spread over real ranks of a real process group, behind a real port."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -26,9 +27,10 @@ SYSTEMS = [molecule(1), crystal(2), molecule(3, 9), crystal(4, 12)]
 
 @pytest.fixture(scope="module")
 def spread(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    log = tmp_path_factory.mktemp("spread") / "log"
-    words = [bundles.tiny, bundles.direct, "--dtype", "float64", "--tensor-parallel", 2, *ROOMY]
-    with running(*words, stderr=log) as process:
+    folder = tmp_path_factory.mktemp("spread")
+    mine = [shutil.copytree(bundle, folder / bundle.name) for bundle in (bundles.tiny, bundles.direct)]
+    words = [*mine, "--dtype", "float64", "--tensor-parallel", 2, *ROOMY]
+    with running(*words, stderr=folder / "log") as process:
         yield process
 
 
@@ -80,7 +82,29 @@ def test_two_ranks_answer_as_one_process_does(
         np.testing.assert_allclose(two.stress, one.stress, atol=1e-10)
 
 
-def test_a_killed_rank_is_answered_for_and_comes_back(spread: Process) -> None:
+def test_a_rank_that_hangs_holds_up_its_callers_alone(spread: Process) -> None:
+    request = ask(SYSTEMS[:1], model="tiny")
+    with grpc.insecure_channel(spread.address) as channel:
+        stub, health = PotentialServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:  # an only caller, as some are answered in the server's loop
+            stub.Predict(request, timeout=60)
+        hanging = ranks(spread)[1]
+        hanging.suspend()
+        try:
+            waiting = stub.Predict.future(request, timeout=2)
+            time.sleep(0.5)
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=1)
+            assert waiting.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        finally:
+            hanging.resume()
+        assert stub.Predict(request, timeout=60).energy
+
+
+def test_a_killed_rank_is_answered_for_and_comes_back_with_what_is_served(
+    bundles: Bundles, three: tuple[Path, Path, Path], spread: Process
+) -> None:
+    folder = spread.stderr.parent / bundles.tiny.name
     with grpc.insecure_channel(spread.address) as channel:
         stub, health = PotentialServiceStub(channel), health_pb2_grpc.HealthStub(channel)
         request = ask(SYSTEMS, model="tiny")
@@ -93,6 +117,7 @@ def test_a_killed_rank_is_answered_for_and_comes_back(spread: Process) -> None:
         eventually(serving)
         old = ranks(spread)
         assert len(old) == 4
+        shutil.copytree(three[1], folder, dirs_exist_ok=True)
         for victim in old[:2]:
             victim.send_signal(signal.SIGKILL)
 
@@ -109,7 +134,9 @@ def test_a_killed_rank_is_answered_for_and_comes_back(spread: Process) -> None:
         info = error_details_pb2.RetryInfo()
         retry.Unpack(info)
         assert info.retry_delay.ToMilliseconds() > 0
-        eventually(lambda: not serving(), 10.0)
+        eventually(lambda: "is served: put that back" in spread.log())
+        assert not serving()
+        shutil.copytree(bundles.tiny, folder, dirs_exist_ok=True)
         eventually(serving)
         after = read(stub.Predict(request, timeout=60), SYSTEMS)
         np.testing.assert_array_equal(after.energy, before.energy)
@@ -137,6 +164,27 @@ def test_the_batch_with_which_a_rank_ran_out_of_memory_is_not_tried_again(spread
         answer = read(stub.Predict(request, timeout=60), many)
         assert np.isfinite(answer.energy).all()
     assert "it ran out of memory" in spread.log()
+
+
+@pytest.mark.slow
+def test_ranks_that_hang_are_ended_and_started_again(bundles: Bundles, tmp_path: Path) -> None:
+    request = ask(SYSTEMS)
+    with (
+        running(bundles.tiny, "--tensor-parallel", 2, stderr=tmp_path / "log") as process,
+        grpc.insecure_channel(process.address) as channel,
+    ):
+        stub = PotentialServiceStub(channel)
+        before = read(stub.Predict(request, timeout=60), SYSTEMS)
+        mine = ranks(process)
+        mine[1].suspend()
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Predict(request, timeout=120)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        eventually(lambda: process.sample("equipot_ranks_alive") == 2)
+        after = read(stub.Predict(request, timeout=60), SYSTEMS)
+        np.testing.assert_array_equal(after.energy, before.energy)
+        assert not psutil.pid_exists(mine[1].pid)
+    assert "no answer within" in process.log()
 
 
 @pytest.mark.slow

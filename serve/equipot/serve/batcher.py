@@ -2,7 +2,8 @@
 
 Client identities share the engine by weighted fair queueing: each has a virtual time, the work it has been
 served since it came by its weight, and the one furthest behind is next. The virtual time of all moves on
-with every batch, and whoever comes anew starts there, so that nobody saves up turns while idle.
+with every batch, and whoever comes anew starts there, so that nobody saves up turns while idle. Each level of
+urgency has its own: who waits among the less urgent saves up nothing among the urgent, and holds nothing up.
 
 Requests of one identity are served as they came, but each counts as so much later as it takes itself: a small
 one overtakes a large one that came just before, and none is overtaken for longer than its own work takes. A
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 from equipot.serve.errors import DeadlineUnreachable, QueueFull
 from equipot.serve.shares import EQUAL_SHARE, Priority, Share
-from equipot.serve.turns import BatchLimit, Flow, Item, Line, Request
+from equipot.serve.turns import BatchLimit, Clocks, Flow, Item, Line, Request
 
 RATE_MEMORY = 0.2
 """Weight of the newest batch in the running mean of the engine's speed."""
@@ -132,7 +133,7 @@ class Batcher:
         self._requests: dict[int, Request] = {}
         self._flows: dict[str, Flow] = {}
         self._next_ticket = 0
-        self._virtual = 0.0
+        self._clocks = Clocks()
         self._pace = pace
         self._running = 0.0
         self._started = 0.0
@@ -199,7 +200,7 @@ class Batcher:
             )
         flow = self._flows.get(identity)
         if flow is None:
-            flow = self._flows[identity] = Flow(identity, share, self._virtual)
+            flow = self._flows[identity] = Flow(identity, share)
         flow.share = share
         ticket = self._next_ticket
         self._next_ticket += 1
@@ -286,7 +287,7 @@ class Batcher:
         flow.change_backlog(request.priority, request.work - before)
         if request.items and not was_waiting:
             if not flow.waiting:
-                flow.virtual = max(flow.virtual, self._virtual)
+                flow.levels = set()
             flow.waiting[ticket] = request
             self._waiting += 1
 
@@ -324,7 +325,7 @@ class Batcher:
     def next_batch(self, now: float) -> Batch | None:
         """Takes the next batch out of the queue; None if nothing waits. The engine must be idle."""
         flows = [flow for flow in self._flows.values() if flow.waiting]
-        line = Line(flows, now, self._budget.ageing_seconds, self._seconds)
+        line = Line(flows, now, self._budget.ageing_seconds, self._seconds, self._clocks)
         leader = request = line.first()
         if leader is None:
             return None
@@ -337,7 +338,7 @@ class Batcher:
             # The leader goes whatever its size: a large cell would wait for ever for a batch with room.
             goes = request.key == leader.key and (fits or not taken)
             if goes:
-                self._take(request, now)
+                self._take(request, now, line)
                 edges += item.n_edges
                 atoms += item.n_atoms
                 taken.append(item)
@@ -349,7 +350,6 @@ class Batcher:
         batch = Batch(leader.key, tuple(taken), edges, atoms, limit, leader.price)
         self._running = batch.work
         self._started = now
-        self._virtual += batch.work / sum(flow.share.weight for flow in flows)
         for flow in list(self._flows.values()):
             self._forget(flow)
         return batch
@@ -405,14 +405,15 @@ class Batcher:
             return 0.0
         return self._seconds(max(request.work, min(waiting, request.limit.edges * request.price)))
 
-    def _take(self, request: Request, now: float) -> None:
-        """Charges a request's first item to it and to its identity."""
+    def _take(self, request: Request, now: float, line: Line) -> None:
+        """Charges a request's first item to it, to its identity and to all."""
         flow = request.flow
         item = request.items.popleft()
         request.queued_edges -= item.n_edges
         flow.change_backlog(request.priority, -item.n_edges * request.price)
         work = item.cost * request.price
-        flow.virtual += work / flow.share.weight
+        flow.virtual[line.level] += work / flow.share.weight
+        self._clocks.move(line.level, work / line.weights[line.level])
         request.served += work
         if request.served >= request.quantum:
             request.take_turn(now, self._seconds)
@@ -422,7 +423,7 @@ class Batcher:
 
     def _forget(self, flow: Flow) -> None:
         # One that was served ahead of the others is remembered until they have caught up.
-        if not flow.requests and flow.virtual <= self._virtual:
+        if not flow.requests and self._clocks.has_caught_up(flow):
             self._flows.pop(flow.identity, None)
 
     def _retry_after(self, work: float) -> float:

@@ -49,6 +49,9 @@ FEWEST_NEIGHBORS = 12.0
 FORCES_COST = 2.0
 """Energies with forces take about twice as long as energies alone: what holds until one was seen."""
 
+PRICE_MEMORY = 0.95
+"""Weight that a batch keeps with each later one, where the price follows them."""
+
 UNKNOWN_PRICE = 1e-6
 """Seconds for an edge of a small model on one core."""
 
@@ -60,7 +63,8 @@ class Capacity:
 
     Attributes:
         limit: of its batches.
-        price: seconds for each edge of a full batch: how dear its edges are beside other models'.
+        price: seconds for each edge of a full batch: how dear its edges are beside other models'. Where that
+            was not measured it follows what batches take.
         bytes_per_edge: of working memory at its peak; 0 while it is not known.
         neighbors: edges of an atom, in what was asked for lately.
     """
@@ -69,6 +73,7 @@ class Capacity:
         self.limit = limit
         self.neighbors = neighbors
         self.price = UNKNOWN_PRICE
+        self._spent: tuple[float, float] | None = (0.0, 0.0)
         self.bytes_per_edge = 0.0
         self._paces: dict[tuple[bool, bool], Pace] = {}
         self._around = Pace()
@@ -78,8 +83,21 @@ class Capacity:
         self._paces.setdefault((forces, stress), Pace()).learn(size, seconds)
         if size.atoms:
             self.neighbors += MEMORY * (size.edges / size.atoms - self.neighbors)
-        if self.price == UNKNOWN_PRICE:
-            self.price = seconds / max(1, size.edges + size.atoms)
+        if self._spent is not None:
+            self._follow(size, seconds)
+
+    def _follow(self, size: Size, seconds: float) -> None:
+        """Lets the price be what edges took lately, on the whole: the first batch may have been cold."""
+        assert self._spent is not None
+        whole_seconds, whole_work = (PRICE_MEMORY * past for past in self._spent)
+        self._spent = whole_seconds + seconds, whole_work + size.edges + size.atoms
+        if self._spent[1]:
+            self.price = self._spent[0] / self._spent[1]
+
+    def settle(self, *, price: float, bytes_per_edge: float) -> None:
+        """Notes what was measured; batches do not change it any more."""
+        self.price, self.bytes_per_edge = price, bytes_per_edge
+        self._spent = None
 
     def seconds(self, size: Size, *, forces: bool, stress: bool) -> float:
         """How long a batch of this size would take; infinite while nothing is known."""
@@ -115,8 +133,7 @@ def measure(engine: Engine, budget: Budget, *, calibrate: bool, device: str) -> 
     """
     limit = BatchLimit(edges=budget.batch_edges, atoms=budget.batch_atoms)
     capacity = Capacity(limit, neighbors=engine.card.mean_neighbors)
-    if not engine.at_once:
-        # Somebody else's code: nobody knows how long made-up atoms take it.
+    if not engine.measurable:
         return capacity
     meter = MemoryMeter(device)
     measured: list[tuple[Size, float]] = []
@@ -153,8 +170,7 @@ def measure(engine: Engine, budget: Budget, *, calibrate: bool, device: str) -> 
             1e3 * capacity.seconds(_scaled(chosen, edges), forces=True, stress=False),
             1.0 / price,
         )
-    capacity.price = price
-    capacity.bytes_per_edge = most_bytes
+    capacity.settle(price=price, bytes_per_edge=most_bytes)
     return capacity
 
 

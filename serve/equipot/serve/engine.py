@@ -77,6 +77,10 @@ class Engine(Protocol):
         """Whether a short batch may be computed in the event loop: nothing in it can hang."""
 
     @property
+    def measurable(self) -> bool:
+        """Whether made-up structures tell how long real ones take it, and soon."""
+
+    @property
     def tensor_parallel(self) -> int:
         """Over how many ranks the model is spread."""
 
@@ -137,7 +141,8 @@ class LocalEngine:
         self.card = ModelCard.of_bundle(card, text)
         self._place = place or device
         self.dtype = dtype
-        self.at_once = True
+        self.at_once = not isinstance(potential, Ranks)
+        self.measurable = True
         self.uncertainty = uncertainty or Uncertainty()
         self._config = card.config
         self._potential = potential
@@ -203,7 +208,13 @@ class LocalEngine:
             here = tensor_parallel // (workers.hosts + 1 if workers else 1)
             each = max(1, (threads or torch.get_num_threads()) // here)
             potential = Ranks(
-                path, size=tensor_parallel, dtype=dtype, device=device, threads=each, workers=workers
+                path,
+                digest=card.digest,
+                size=tensor_parallel,
+                dtype=dtype,
+                device=device,
+                threads=each,
+                workers=workers,
             )
         else:
             members = (

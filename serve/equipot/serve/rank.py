@@ -36,6 +36,7 @@ class RankConfig:
 
     Attributes:
         bundle: what to load.
+        digest: that it must have: the folder may hold another one by the time a rank starts again.
         dtype: what to compute in, as `equipot.serve.engine` names it; None is as stored.
         device: as torch names its kind; of several GPUs each rank takes its own.
         rank, size: its place.
@@ -46,6 +47,7 @@ class RankConfig:
     """
 
     bundle: Path
+    digest: str
     dtype: str | None
     device: str
     rank: int
@@ -117,9 +119,12 @@ def main(config: RankConfig, pipe: Connection) -> None:
     group = _join(device)
     try:
         dtype = getattr(torch, config.dtype) if config.dtype else None
-        potential, _ = load_potential(config.bundle, dtype=dtype, device=device, group=group)
+        potential, card = load_potential(config.bundle, dtype=dtype, device=device, group=group)
     except (BundleError, ModelError) as error:
         pipe.send(Refused(str(error)))
+        return
+    if card.digest != config.digest:
+        pipe.send(Refused(_another(config, card.digest)))
         return
     pipe.send(Ready(sum(parameter.numel() for parameter in potential.parameters())))
     while True:
@@ -133,6 +138,13 @@ def main(config: RankConfig, pipe: Connection) -> None:
             raise
         if config.rank == 0:
             pipe.send(outcome)
+
+
+def _another(config: RankConfig, digest: str) -> str:
+    return (
+        f"{config.bundle}: rank {config.rank} found {digest} there, and {config.digest} is served: "
+        "put that back, or load the model anew"
+    )
 
 
 def _outcome(potential: Potential, job: Job, device: torch.device) -> Outcome:

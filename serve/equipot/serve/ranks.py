@@ -2,6 +2,7 @@
 
 A rank that dies takes the others with it, as they would wait for it; what they computed is lost, and callers
 are told when to come back. Whether it died for want of memory is found out: the same is not tried again.
+Ranks that hang, far beyond what such a batch takes, are ended as if one had died.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from equipot.serve.errors import NotReady, RanksExhausted, ServeError
 from equipot.serve.free import free_port
 from equipot.serve.hosts import Hosts, RemoteRank
 from equipot.serve.machine import memory_kills
+from equipot.serve.pace import Pace, Size
 
 LONGEST_PAUSE = 30.0
 """Seconds between two attempts to start ranks that keep dying."""
@@ -38,6 +40,11 @@ STEADY_SECONDS = 60.0
 
 VERDICT_SECONDS = 10.0
 """Until a loss that broke a batch is looked into."""
+
+PATIENCE_SECONDS = 30.0
+"""A batch may take this much longer than `PATIENCE` times what such a one takes; then its ranks hang."""
+
+PATIENCE = 10.0
 
 LEAVE_SECONDS = 5.0
 """Time for a rank to end by itself once its pipe is closed."""
@@ -57,6 +64,7 @@ class _Generation:
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess | RemoteRank] = []
         self._exhausted = False
+        self._hung = ""
         self._kills_before = memory_kills()
         self._looked_into = threading.Event()
         here = len(configs) // (1 if hosts is None else hosts.count + 1)
@@ -104,12 +112,15 @@ class _Generation:
                         return answer
             raise EOFError
 
-    def compute(self, job: rank.Job) -> rank.Outcome:
-        """Raises EOFError or OSError if a rank ends first."""
+    def compute(self, job: rank.Job, *, patience: float) -> rank.Outcome:
+        """Raises EOFError or OSError if a rank ends first, or if none answers within `patience` seconds."""
         # What the first has to say is worth hearing, even if it hears no more.
         with contextlib.suppress(OSError):
             for pipe in self.pipes:
                 pipe.send(job)
+        if not self.pipes[0].poll(patience):
+            self._hung = f"no answer within {patience:.0f} s: "
+            self.processes[0].kill()
         answer = self.pipes[0].recv()
         if isinstance(answer, rank.Exhausted):
             self._exhausted = True
@@ -141,7 +152,7 @@ class _Generation:
         if f"signal {signal.SIGKILL.value}" in how and memory_kills() > self._kills_before:
             self._exhausted = True
         self._looked_into.set()
-        return f"it ran out of memory: {how or 'a rank says so'}" if self._exhausted else how
+        return f"it ran out of memory: {how or 'a rank says so'}" if self._exhausted else self._hung + how
 
     def end(self) -> None:
         """Ends what still runs; `compute` in another thread returns with an error."""
@@ -181,6 +192,7 @@ class Ranks:
         self,
         bundle: Path,
         *,
+        digest: str,
         size: int,
         dtype: str | None,
         device: str,
@@ -191,6 +203,7 @@ class Ranks:
 
         Args:
             bundle: what to load.
+            digest: that it has, and must have whenever ranks are started again.
             size: how many ranks.
             dtype: what to compute in; None is as stored.
             device: as torch names its kind.
@@ -205,7 +218,7 @@ class Ranks:
         each = size // (workers.hosts + 1 if workers else 1)
         self._make: Callable[[], _Generation] = lambda: _Generation(
             [
-                rank.RankConfig(bundle, dtype, device, place, size, port, threads, place % each)
+                rank.RankConfig(bundle, digest, dtype, device, place, size, port, threads, place % each)
                 for port in [free_port()]
                 for place in range(size)
             ],
@@ -215,6 +228,7 @@ class Ranks:
         self._closing = threading.Event()
         self._asking = threading.Lock()
         self._load_seconds = 0.0
+        self._pace = Pace()
         try:
             first = self._start()
         except RankError as error:
@@ -255,12 +269,23 @@ class Ranks:
         if generation is None:
             raise self._not_ready()
         fields = {name: getattr(batch, name).numpy() for name in SystemBatch.__slots__}
+        size = Size(batch.n_systems, batch.n_atoms, batch.n_edges)
         try:
             # Answers come in the order of questions, whoever asks.
             with self._asking:
-                return generation.compute(rank.Job(fields, forces, stress))
+                begun = time.monotonic()
+                outcome = generation.compute(rank.Job(fields, forces, stress), patience=self._patience(size))
+                self._pace.learn(size, time.monotonic() - begun)
+                return outcome
         except (EOFError, OSError):
             raise self._not_ready(exhausted=generation.ran_out()) from None
+
+    def _patience(self, size: Size) -> float:
+        """Seconds after which ranks that have not answered a batch of this size hang."""
+        longest = 60.0 * rank.COLLECTIVE_MINUTES
+        if not self._pace:
+            return longest
+        return min(longest, PATIENCE_SECONDS + PATIENCE * self._pace.seconds(size))
 
     def close(self) -> None:
         """Ends the ranks."""

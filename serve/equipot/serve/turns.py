@@ -118,7 +118,9 @@ class Flow:
     """One client identity: its place among the others, and its own requests.
 
     Attributes:
-        virtual: the work that it was served, by its weight, counted from where the others were when it came.
+        virtual: at each level of urgency the work that it was served there, by its weight, counted from where
+            the others were when it came.
+        levels: at which it waited when the last batch was taken, and has waited since.
         waiting: those that have structures in the queue, by ticket.
         requests: all that are open, by ticket.
         backlog: the work that they still bring, by priority.
@@ -126,7 +128,8 @@ class Flow:
 
     identity: str
     share: Share
-    virtual: float
+    virtual: dict[int, float] = field(default_factory=dict)
+    levels: set[int] = field(default_factory=set)
     requests: dict[int, Request] = field(default_factory=dict)
     waiting: dict[int, Request] = field(default_factory=dict)
     backlog: dict[Priority, float] = field(default_factory=lambda: dict.fromkeys(Priority, 0.0))
@@ -137,8 +140,34 @@ class Flow:
         self.backlog[priority] = max(0.0, self.backlog[priority] + work) if self.requests else 0.0
 
 
+class Clocks:
+    """The virtual time of all at each level of urgency: where those begin who come anew."""
+
+    def __init__(self) -> None:
+        self._at: defaultdict[int, float] = defaultdict(float)
+
+    def admit(self, flow: Flow, levels: set[int]) -> None:
+        """Notes at which levels it waits; where it did not until now it has saved up nothing."""
+        for level in levels - flow.levels:
+            flow.virtual[level] = max(flow.virtual.get(level, 0.0), self._at[level])
+        flow.levels = levels
+
+    def move(self, level: int, work: float) -> None:
+        """So much work, by the weight of all who waited there, was done at a level."""
+        self._at[level] += work
+
+    def has_caught_up(self, flow: Flow) -> bool:
+        """Whether all are as far as this one, which may be forgotten then."""
+        return all(virtual <= self._at[level] for level, virtual in flow.virtual.items())
+
+
 class Line:
-    """The waiting requests in the order of their turns: by urgency, then identity, then request."""
+    """The waiting requests in the order of their turns: by urgency, then identity, then request.
+
+    Attributes:
+        level: of urgency, at which the one is whose turn it is.
+        weights: of all identities that wait at each level.
+    """
 
     def __init__(
         self,
@@ -146,19 +175,26 @@ class Line:
         now: float,
         ageing_seconds: float,
         seconds_of: Callable[[float], float],
+        clocks: Clocks,
     ) -> None:
         """Lines up those of these identities that wait; `seconds_of` says how long work takes."""
         self._now, self._seconds_of = now, seconds_of
         self._levels: defaultdict[int, dict[str, Flow]] = defaultdict(dict)
         self._requests: defaultdict[tuple[int, str], list[tuple[tuple[int, float], int]]] = defaultdict(list)
+        self.weights: defaultdict[int, float] = defaultdict(float)
         for flow in flows:
+            levels = set()
             for ticket, request in flow.waiting.items():
                 level = request.urgency(now, ageing_seconds)
+                levels.add(level)
                 self._levels[level][flow.identity] = flow
                 self._requests[level, flow.identity].append(
                     (request.place(self._now, self._seconds_of), ticket)
                 )
-        self._level = 0
+            clocks.admit(flow, levels)
+            for level in levels:
+                self.weights[level] += flow.share.weight
+        self.level = 0
         self._turns: list[tuple[float, int, str]] = []
 
     def first(self) -> Request | None:
@@ -166,20 +202,20 @@ class Line:
         while not self._turns:
             if not self._levels:
                 return None
-            self._level = max(self._levels)
-            self._flows = self._levels.pop(self._level)
+            self.level = max(self._levels)
+            self._flows = self._levels.pop(self.level)
             for identity, flow in self._flows.items():
-                heapq.heapify(self._requests[self._level, identity])
+                heapq.heapify(self._requests[self.level, identity])
                 self._queue_up(flow)
         _, ticket, identity = heapq.heappop(self._turns)
-        heapq.heappop(self._requests[self._level, identity])
+        heapq.heappop(self._requests[self.level, identity])
         return self._flows[identity].waiting[ticket]
 
     def next_after(self, request: Request, *, again: bool) -> Request | None:
         """Whose turn it is once this one has had its own; with `again` it queues up once more."""
         flow = request.flow
         if again:
-            waiting = self._requests[self._level, flow.identity]
+            waiting = self._requests[self.level, flow.identity]
             place = request.place(self._now, self._seconds_of), request.ticket
             if not self._turns and (not waiting or place < waiting[0]):
                 # It would be the first again.
@@ -189,5 +225,5 @@ class Line:
         return self.first()
 
     def _queue_up(self, flow: Flow) -> None:
-        if requests := self._requests[self._level, flow.identity]:
-            heapq.heappush(self._turns, (flow.virtual, requests[0][1], flow.identity))
+        if requests := self._requests[self.level, flow.identity]:
+            heapq.heappush(self._turns, (flow.virtual[self.level], requests[0][1], flow.identity))

@@ -61,6 +61,8 @@ class ForeignEngine:
             raise
         self.dtype = facts.dtype
         self.at_once = False
+        # Nobody knows how long made-up atoms take somebody else's code.
+        self.measurable = False
         self.uncertainty = Uncertainty()
         self.exhausted: tuple[int, int] | None = None
         self.tensor_parallel = 1

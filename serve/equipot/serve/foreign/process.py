@@ -29,7 +29,7 @@ CLOSE_SECONDS = 0.2
 """For what is computed to be done before its process is ended."""
 
 MOST_DEATHS = 8
-"""Deaths in one batch after which the rest of it is not tried any more."""
+"""Structures of one batch that end the calculator, after which the rest of it is not tried any more."""
 
 LONGEST_PAUSE = 30.0
 """Seconds between two attempts to start a calculator that does not start."""
@@ -90,11 +90,11 @@ class CalculatorProcess:
     ) -> list[Answered | Refused]:
         answers: dict[int, Answered | Refused] = {}
         parts = [list(range(len(structures)))]
-        deaths = 0
+        guilty = 0
         while parts:
             part = parts.pop()
-            if deaths >= MOST_DEATHS:
-                given_up = f"others of its batch ended the calculator {deaths} times: send it by itself"
+            if guilty >= MOST_DEATHS:
+                given_up = f"{guilty} others of its batch ended the calculator: send it by itself"
                 answers |= {index: Refused("internal", given_up) for index in part}
                 continue
             self._revive()
@@ -103,13 +103,13 @@ class CalculatorProcess:
             except _DeadError as death:
                 if self._closing.is_set():
                     raise self._not_ready() from None
-                deaths += 1
                 left = [index for index in part if index not in answers]
                 self._end()
                 logger.error("calculator %s: its process %s", self._spec.shown_name, death)
                 if not self.facts.batched or len(left) == 1:
-                    guilty, *left = left
-                    answers[guilty] = Refused("internal", f"the calculator {death} at this structure")
+                    guilty += 1
+                    first, *left = left
+                    answers[first] = Refused("internal", f"the calculator {death} at this structure")
                     parts += [left] if left else []
                 else:
                     middle = len(left) // 2
@@ -162,7 +162,10 @@ class CalculatorProcess:
         self.check_ready()
         self._end()
         try:
-            self._start()
+            facts = self._start()
+            if facts != self.facts:
+                self._end()
+                raise ServeError(_changes(self.facts, facts))
         except (_DeadError, ServeError) as error:
             logger.error("calculator %s does not start: %s", self._spec.shown_name, error)
             self._not_before = time.monotonic() + self._pause
@@ -254,3 +257,9 @@ class CalculatorProcess:
             f"the calculator of {self._spec.shown_name} has ended and is being started again",
             retry_after=self._load_seconds + 1.0,
         )
+
+
+def _changes(served: Facts, found: Facts) -> str:
+    other = [name for name in Facts._fields if getattr(served, name) != getattr(found, name)]
+    names = " and ".join(other)
+    return f"it is another one now, by its {names}: put back what is served, or start the server anew"
