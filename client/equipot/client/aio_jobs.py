@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from equipot.client.dynamics import SimulateWords
 from equipot.client.errors import ClientError
 from equipot.client.job_info import JobInfo, JobResult
 from equipot.client.job_requests import Submission, relaxing, simulating
-from equipot.client.jobs import of_jobs, told
+from equipot.client.jobs import Visits, of_jobs, told
 from equipot.client.relax import RelaxWords
 from equipot.client.results import ModelInfo
 from equipot.client.retry import Deadline
@@ -114,24 +113,21 @@ class AsyncJobs:
         on_progress: Callable[[JobInfo], None] | None = None,
     ) -> AsyncGenerator[JobResult, None]:
         """As `Jobs.attach`."""
-        attempt = 1
+        visits = Visits(self._line.settings.retry)
         while True:
+            visits.begin()
             try:
                 request = jpb.AttachJobRequest(id=id, after=after, now=not follow)
                 async with aclosing(self._attached(request)) as replies:
                     async for reply in replies:
-                        attempt = 1
+                        visits.heard()
                         if (result := told(reply, after, on_progress)) is not None:
                             after += 1
                             yield result
                 return
             except grpc.RpcError as error:
-                problem = await self._understand(error)
-                delay = self._line.settings.retry.delay(problem, attempt, math.inf)
-                if delay is None:
-                    raise problem from error
+                delay = visits.delay(await self._understand(error), error)
             await asyncio.sleep(delay)
-            attempt += 1
 
     async def wait(self, id: str) -> JobInfo:
         """As `Jobs.wait`."""

@@ -20,13 +20,16 @@ from equipot.client.job_info import JobInfo, JobResult
 from equipot.client.job_requests import Submission, relaxing, simulating
 from equipot.client.relax import RelaxWords
 from equipot.client.results import ModelInfo
-from equipot.client.retry import Deadline
+from equipot.client.retry import Deadline, RetryPolicy
 from equipot.client.settings import Asked, Settings
 from equipot.client.structures import StructuresLike
 from equipot.wire.v1 import jobs_pb2 as jpb
 from equipot.wire.v1.jobs_pb2_grpc import JobServiceStub
 
 _Reply = TypeVar("_Reply")
+
+LASTING_SECONDS = 10.0
+"""A call that follows a job and lasts as long was served, whether or not it brought results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,22 +193,18 @@ class Jobs:
         Raises:
             ServerUnavailable: the server was away for longer than the client tries.
         """
-        attempt, over = 1, False
+        visits, over = Visits(self._line.settings.retry), False
         while not over:
+            visits.begin()
             try:
                 for reply in self._attached(jpb.AttachJobRequest(id=id, after=after, now=not follow)):
-                    attempt = 1
+                    visits.heard()
                     if (result := told(reply, after, on_progress)) is not None:
                         after += 1
                         yield result
                 over = True
             except grpc.RpcError as error:
-                problem = self._understand(error)
-                delay = self._line.settings.retry.delay(problem, attempt, math.inf)
-                if delay is None:
-                    raise problem from error
-                time.sleep(delay)
-                attempt += 1
+                time.sleep(visits.delay(self._understand(error), error))
 
     def wait(self, id: str) -> JobInfo:
         """A job once it has ended; see `JobInfo.raise_for_failure`."""
@@ -245,6 +244,37 @@ class Jobs:
 
     def _understand(self, error: grpc.RpcError) -> ClientError:
         return of_jobs(self._line.understand(error), self._line.settings.address)
+
+
+class Visits:
+    """Counts the calls in a row that followed a job, failed, and told nothing new."""
+
+    def __init__(self, retry: RetryPolicy) -> None:
+        self._retry = retry
+        self._failed = self._replies = 0
+        self._begun = 0.0
+
+    def begin(self) -> None:
+        """Notes that a call begins."""
+        self._begun, self._replies = time.monotonic(), 0
+
+    def heard(self) -> None:
+        """Notes a reply. The first says how far the job is, and does so at once, whatever becomes of it."""
+        self._replies += 1
+
+    def delay(self, problem: ClientError, cause: grpc.RpcError) -> float:
+        """Seconds to wait after a call that failed so.
+
+        Raises:
+            ClientError: there is to be no other.
+        """
+        # Nothing new for a while is what a job that waits in a queue has to tell.
+        served = self._replies > 1 or (self._replies and time.monotonic() - self._begun >= LASTING_SECONDS)
+        self._failed = 1 if served else self._failed + 1
+        delay = self._retry.delay(problem, self._failed, math.inf)
+        if delay is None:
+            raise problem from cause
+        return delay
 
 
 def told(
