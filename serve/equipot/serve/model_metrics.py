@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -35,6 +35,13 @@ class ModelMetrics:
     def watch(self, registry: Registry) -> None:
         """Reports every version and its state from now on."""
         self._counters.register(_Models(registry))
+
+    def watch_problems(self, count: Callable[[], int]) -> None:
+        """Reports how much is wrong in the repository from now on."""
+        gauge = Gauge(
+            "equipot_repository_problems", "What is wrong in the repository now", registry=self._counters
+        )
+        gauge.set_function(count)
 
     def loaded(self, model: ServedModel, seconds: float) -> None:
         """Notes a version that answers now."""

@@ -53,6 +53,7 @@ async def open_models(config: ServeConfig, metrics: Metrics) -> Opened:
     if config.repository is None:
         return Opened(registry)
     keeper = Keeper(config.repository, registry, config, counts)
+    counts.watch_problems(lambda: len(keeper.problems))
     await keeper.start()
     shadow = Shadow(registry, metrics.registry)
     metrics.when_forgotten(shadow.forget)

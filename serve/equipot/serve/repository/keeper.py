@@ -10,9 +10,9 @@ from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
 from equipot.serve.model_metrics import ModelMetrics
 from equipot.serve.registry import STABLE, Family, Label, Registry, Slot
-from equipot.serve.repository.observe import Key, Observed, Observer
+from equipot.serve.repository.observe import Observed, Observer, completed
 from equipot.serve.repository.settings import Preload, RepositorySettings
-from equipot.serve.repository.source import Place, Source, SourceError
+from equipot.serve.repository.source import Key, Place, Source, SourceError
 from equipot.serve.repository.stock import Stock
 from equipot.serve.repository.wishes import Wishes
 
@@ -48,6 +48,7 @@ class Keeper:
         self._observer = Observer(self._source)
         self._stock = Stock(self._source, settings, config, registry, metrics, self._has_role)
         self._wishes = Wishes()
+        self._observed = Observed()
         self._places: dict[Key, Place] = {}
         self._others = frozenset(registry.families)
         self._changing = asyncio.Lock()
@@ -85,7 +86,7 @@ class Keeper:
                 raise ServeError(f"{error}; give a folder or URL that holds NAME/VERSION/ bundles") from error
             if self._others and self._settings.default:
                 raise ServeError("--default-model is for a repository alone: the first bundle is the default")
-            if clash := sorted(self._others & set(observed.places)):
+            if clash := sorted(self._others & {*observed.places, *observed.unread.names}):
                 raise ServeError(f"{clash[0]!r} is in the repository and given beside it, too: rename one")
             await self._follow(observed)
         self._stock.spawn(self._reap())
@@ -99,7 +100,7 @@ class Keeper:
     async def refresh(self) -> None:
         """Looks again, and returns when all that follows is done.
 
-        A repository that cannot be read changes nothing.
+        A repository that cannot be read changes nothing; nor does a part of it for what it held.
         """
         async with self._changing:
             try:
@@ -107,9 +108,11 @@ class Keeper:
             except SourceError as error:
                 self._tell((str(error),))
                 return
+            observed = completed(observed, self._observed)
             if not observed.places and self._places:
                 # A volume that is not mounted looks so; whoever means it can unload.
-                self._tell((f"repository {self.shown} is empty now: what it held goes on being served",))
+                empty = f"repository {self.shown} is empty now: what it held goes on being served"
+                self._tell((*observed.problems, empty))
                 return
             await self._follow(observed)
 
@@ -188,6 +191,7 @@ class Keeper:
 
     async def _follow(self, observed: Observed) -> None:
         """Does what the repository says now."""
+        self._observed = observed
         self._wishes.adopt(observed)
         self._places = {
             (name, version): place

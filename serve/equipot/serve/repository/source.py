@@ -5,13 +5,14 @@ The only room of fsspec.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -29,6 +30,9 @@ from equipot.serve.repository.versions import NAME, is_version, order
 STALE_SECONDS = 86_400.0
 """A half-fetched bundle this old belongs to a process that died."""
 
+Key = tuple[str, str]
+"""A model's name and version."""
+
 _VOLATILE = ("name", "islink", "nlink", "atime", "mode", "uid", "gid")
 
 logger = logging.getLogger(__name__)
@@ -36,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 class SourceError(Exception):
     """The repository, or a part of it, cannot be read now; the message says what and why."""
+
+
+class GoneError(SourceError):
+    """It could be read that it is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,21 @@ class Place:
     stamp: str
 
 
+@dataclass(slots=True)
+class Unread:
+    """What is there and could not be read, so that nothing is known of it now.
+
+    Attributes:
+        names: of models whose folder could not be listed.
+        versions: that could not be listed, or whose card could not be read.
+        labels: why, by the model whose labels file could not be read.
+    """
+
+    names: set[str] = field(default_factory=set)
+    versions: set[Key] = field(default_factory=set)
+    labels: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Contents:
     """What a repository holds.
@@ -60,11 +83,13 @@ class Contents:
     Attributes:
         places: by model and version, the oldest first; a model without versions is there, too.
         labels: stamps of the labels files, by model.
+        unread: what is missing from both, though it is there.
         problems: what is wrong, one sentence each.
     """
 
     places: Mapping[str, Mapping[str, Place]]
     labels: Mapping[str, str]
+    unread: Unread
     problems: tuple[str, ...]
 
 
@@ -97,6 +122,7 @@ class Source:
         places: dict[str, Mapping[str, Place]] = {}
         stamps: dict[str, str] = {}
         problems: list[str] = []
+        unread = Unread()
         entries = self._entries(self._root)
         if CARD_FILE in entries:
             raise SourceError(
@@ -112,27 +138,32 @@ class Source:
                 within = self._entries(entry["name"])
             except SourceError as error:
                 problems.append(str(error))
+                if not isinstance(error, GoneError):
+                    unread.names.add(name)
                 continue
-            places[name] = self._versions(name, within, problems)
-            if labels.FILE in within:
-                stamps[name] = self._stamp(within[labels.FILE])
-        return Contents(places, stamps, tuple(problems))
+            places[name] = self._versions(name, within, problems, unread)
+            try:
+                if stamp := self._stamps(within, labels.FILE).get(labels.FILE):
+                    stamps[name] = stamp
+            except SourceError as error:
+                unread.labels[name] = str(error)
+        return Contents(places, stamps, unread, tuple(problems))
 
-    def labels_text(self, name: str) -> str:
-        """The text of a model's labels file.
-
-        Raises:
-            SourceError: it cannot be read.
-        """
-        return self._text(f"{self._root.rstrip('/')}/{name}/{labels.FILE}")
-
-    def card_text(self, place: Place) -> str:
-        """The text of a version's model.json.
+    def labels_bytes(self, name: str) -> bytes:
+        """A model's labels file.
 
         Raises:
             SourceError: it cannot be read.
         """
-        return self._text(f"{place.path}/{CARD_FILE}")
+        return self._bytes(f"{self._root.rstrip('/')}/{name}/{labels.FILE}")
+
+    def card_bytes(self, place: Place) -> bytes:
+        """A version's model.json.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        return self._bytes(f"{place.path}/{CARD_FILE}")
 
     def fetch(self, place: Place) -> Path:
         """A local folder with the bundle, whose shards have the size and sum that its card states.
@@ -152,7 +183,7 @@ class Source:
         except OSError as error:
             raise SourceError(f"cannot keep bundles in {self._cache}: {error.strerror or error}") from error
         try:
-            (aside / CARD_FILE).write_text(self.card_text(place), encoding="utf-8")
+            (aside / CARD_FILE).write_bytes(self.card_bytes(place))
             card = read_card(aside)
             target = self._cache / card.digest.replace(":", "-")
             if not target.exists():
@@ -171,7 +202,9 @@ class Source:
         shutil.rmtree(folder, ignore_errors=True)
         return True
 
-    def _versions(self, name: str, within: Mapping[str, Any], problems: list[str]) -> dict[str, Place]:
+    def _versions(
+        self, name: str, within: Mapping[str, Any], problems: list[str], unread: Unread
+    ) -> dict[str, Place]:
         if CARD_FILE in within:
             problems.append(f"{name} holds a bundle itself: move it to {name}/1")
         found = {}
@@ -186,9 +219,11 @@ class Source:
             path = entry["name"].rstrip("/")
             try:
                 files = {file: info for file, info in self._entries(path).items() if info["type"] == "file"}
-                stamps = {file: self._stamp(info) for file, info in files.items()}
+                stamps = self._stamps(files, *files)
             except SourceError as error:
                 problems.append(str(error))
+                if not isinstance(error, GoneError):
+                    unread.versions.add((name, version))
                 continue
             found[version] = Place(path, stamps.get(CARD_FILE, ""), repr(sorted(stamps.items())))
         return {version: found[version] for version in sorted(found, key=order)}
@@ -197,10 +232,8 @@ class Source:
         """What lies in a folder, by its last name; hidden and private things are left out."""
         try:
             listed = self._fs.ls(path, detail=True)
-        except FileNotFoundError as error:
-            raise SourceError(f"repository {self.shown}: {self._relative(path)} does not exist") from error
         except Exception as error:  # every storage raises what its own library does
-            raise self._unreadable(path, error) from error
+            raise self._fault(path, error) from error
         inside = path.rstrip("/") + "/"
         entries = {}
         for info in listed:
@@ -212,21 +245,30 @@ class Source:
                 entries[name] = info
         return entries
 
+    def _stamps(self, entries: Mapping[str, Any], *files: str) -> dict[str, str]:
+        """Of those files that are there."""
+        stamps = {}
+        for file in files:
+            if file in entries:
+                with contextlib.suppress(GoneError):
+                    stamps[file] = self._stamp(entries[file])
+        return stamps
+
     def _stamp(self, info: Mapping[str, Any]) -> str:
         """Changes when the file does, as far as the storage can tell."""
         try:
             # A folder over HTTP lists names alone.
             known = info if info.get("size") is not None else self._fs.info(info["name"])
         except Exception as error:
-            raise self._unreadable(str(info["name"]), error) from error
+            raise self._fault(str(info["name"]), error) from error
         return repr(sorted((key, str(value)) for key, value in known.items() if key not in _VOLATILE))
 
-    def _text(self, path: str) -> str:
+    def _bytes(self, path: str) -> bytes:
         try:
             raw: bytes = self._fs.cat_file(path)
-            return raw.decode("utf-8")
         except Exception as error:
-            raise self._unreadable(path, error) from error
+            raise self._fault(path, error) from error
+        return raw
 
     def _fetch_shard(self, folder: str, shard: Shard, into: Path) -> None:
         try:
@@ -234,10 +276,10 @@ class Source:
                 copy_shard(remote, shard, into)
         except BundleError:
             raise
-        except FileNotFoundError as error:
-            raise BundleError(f"{shard.file}: shard is missing; {AGAIN}") from error
         except Exception as error:
-            raise self._unreadable(f"{folder}/{shard.file}", error) from error
+            if _is_gone(error):
+                raise BundleError(f"{shard.file}: shard is missing; {AGAIN}") from error
+            raise self._fault(f"{folder}/{shard.file}", error) from error
 
     def _name(self, aside: Path, target: Path) -> None:
         try:
@@ -255,9 +297,27 @@ class Source:
     def _relative(self, path: str) -> str:
         return path.removeprefix(self._root).strip("/") or "it"
 
-    def _unreadable(self, path: str, error: Exception) -> SourceError:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return SourceError(f"repository {self.shown}: {self._relative(path)} cannot be read ({what})")
+    def _fault(self, path: str, error: Exception) -> SourceError:
+        where = f"repository {self.shown}: {self._relative(path)}"
+        if _is_gone(error):
+            return GoneError(f"{where} does not exist")
+        shown = error.__cause__ if isinstance(error, FileNotFoundError) else error
+        what = " ".join(f"{type(shown).__name__}: {shown}".split())[:300]
+        return SourceError(f"{where} cannot be read ({what})")
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether a storage says that something is not there, and not only that it could not look."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    if cause is None or isinstance(cause, FileNotFoundError):
+        return True
+    # fsspec calls a file not found whatever befalls its `info` over HTTP: 503, or no connection.
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return status in (404, 410)
+    return not isinstance(cause, OSError) and not type(cause).__module__.startswith("aiohttp")
 
 
 def _without_secrets(url: str) -> str:

@@ -90,7 +90,7 @@ class Stock:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def still_failed(self, slot: Slot, place: Place) -> bool:
-        """Whether it failed to load with the very files that are there now."""
+        """Whether the very files that are there now are at fault, so that trying again does not help."""
         return self._failed.get((slot.name, slot.version)) == place.stamp
 
     async def bring(self, slot: Slot, place: Place) -> None:
@@ -110,7 +110,8 @@ class Stock:
             if not isinstance(error, BundleError | ServeError | SourceError):
                 logger.exception("%s@%s: loading failed", *key)
             slot.reason = " ".join(str(error).split())[:600] or type(error).__name__
-            self._failed[key] = place.stamp
+            if _by_its_files(error):
+                self._failed[key] = place.stamp
             self._metrics.load_failed(slot.name)
             logger.error("%s@%s is not served from %s: %s", *key, place.path, slot.reason)
             return
@@ -215,3 +216,10 @@ class Stock:
             self._metrics.gone(model)
         del model
         await asyncio.to_thread(give_back)
+
+
+def _by_its_files(error: Exception) -> bool:
+    """Whether a bundle is at fault, and not the storage, a disk or the memory."""
+    cause = error.__cause__
+    unread = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    return isinstance(error, BundleError) and not unread

@@ -16,11 +16,13 @@ class Wishes:
 
     def __init__(self) -> None:
         self.problems: dict[str, str] = {}
+        self._unread: dict[str, str] = {}
         self._stamps: dict[str, str] = {}
         self._labels: dict[str, dict[str, Label]] = {}
 
     def adopt(self, observed: Observed) -> None:
         """Takes over labels files that have changed; one that cannot be read leaves things as they are."""
+        self._unread = observed.unread.labels
         for name in observed.places:
             stamp, found = observed.labels.get(name, ("", {}))
             if stamp == self._stamps.get(name, ""):
@@ -29,8 +31,13 @@ class Wishes:
             self.problems.pop(name, None)
             if isinstance(found, LabelError):
                 self.problems[name] = f"{name}/{FILE} is not followed: {found}"
+            elif found is None and self._labels.get(name):
+                # Whoever writes a file over begins with an empty one.
+                self.problems[name] = (
+                    f"{name}/{FILE} is empty, so it is not followed: remove it for no labels"
+                )
             else:
-                self._labels[name] = dict(found)
+                self._labels[name] = dict(found or {})
         # By an operator's word there are labels without a file, too.
         for name in {*self._stamps, *self._labels} - set(observed.places):
             self._stamps.pop(name, None)
@@ -43,7 +50,9 @@ class Wishes:
 
     def blocked(self, name: str) -> str:
         """Why it cannot be known what is stable; empty if it can."""
-        return self.problems.get(name, "") if name not in self._labels else ""
+        if name in self._labels:
+            return ""
+        return self.problems.get(name, "") or self._unread.get(name, "")
 
     def stable(self, name: str) -> bool:
         """Whether the plain name is settled by a label, or by one that cannot be read."""

@@ -1,0 +1,294 @@
+"""Storage that fails for a moment takes no answering model and no label with it, and is asked again."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from tests.serve.conftest import run
+from tests.serve.repository_helpers import label, put, serving
+
+from equipot.serve.models import load_bundle
+from equipot.serve.repository import stock
+from equipot.wire.v1 import admin_pb2
+from equipot.wire.v1 import potential_pb2 as pb
+
+EIO = OSError(5, "Input/output error")
+
+
+class Faults:
+    """What the file systems of this process fail at now: the end of a path, and how."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at: dict[str, Exception] = {}
+        self.met = 0
+        for system, method in (
+            (LocalFileSystem, "ls"),
+            (LocalFileSystem, "cat_file"),
+            (MemoryFileSystem, "ls"),
+            (MemoryFileSystem, "_open"),
+        ):
+            monkeypatch.setattr(system, method, self._failing(getattr(system, method)))
+
+    def _failing(self, method: Any) -> Any:
+        @functools.wraps(method)
+        def call(system: Any, path: str, *arguments: Any, **options: Any) -> Any:
+            for end, error in self.at.items():
+                if str(path).rstrip("/").endswith(end):
+                    self.met += 1
+                    raise error
+            return method(system, path, *arguments, **options)
+
+        return call
+
+    @contextlib.contextmanager
+    def fail(self, end: str, error: Exception = EIO) -> Iterator[None]:
+        self.at[end], before = error, self.met
+        try:
+            yield
+        finally:
+            del self.at[end]
+        assert self.met > before, f"nobody read {end}"
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    return Faults(monkeypatch)
+
+
+class TestUnread:
+    @pytest.mark.parametrize("end", ["/repository", "/repository/tiny", "/tiny/2"])
+    def test_a_listing_that_fails_takes_nothing_with_it(
+        self, model: Path, three: tuple[Path, ...], faults: Faults, end: str
+    ) -> None:
+        put(three[2], model.parent / "other" / "1")
+        put(three[0], model.parent / "third" / "1")
+
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                named = admin_pb2.Label(model="tiny", label="best", version="2", weight=1)
+                await there.admin.SetLabel(admin_pb2.SetLabelRequest(label=named))
+                before = await there.energy()
+                loads = there.inside.value("model_loads_total")
+                with faults.fail(end):
+                    problems = (await there.refresh()).problems
+                    assert "cannot be read (OSError: [Errno 5]" in "".join(problems)
+                    assert there.inside.value("repository_problems") == len(problems)
+                    assert await there.energy() == await there.energy("tiny@best") == before
+                    # What could be read is followed.
+                    shutil.rmtree(model.parent / "third")
+                    await there.refresh()
+                    gone = end != "/repository"
+                    assert ("third@1" not in await there.listed()) is gone
+                assert not (await there.refresh()).problems
+                assert there.inside.value("repository_problems") == 0
+                assert await there.energy() == await there.energy("tiny@best") == before
+                assert there.inside.value("model_loads_total") == loads
+                # And what is not there any more goes, as ever.
+                shutil.rmtree(model / "1")
+                await there.refresh()
+                assert "tiny@1" not in await there.listed()
+
+        run(test())
+
+    @pytest.mark.parametrize("end", ["/repository/tiny", "/tiny/2"])
+    def test_what_was_found_not_to_be_there_is_gone(self, model: Path, faults: Faults, end: str) -> None:
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                put(model / "1", model.parent / "other" / "1")
+                await there.refresh()
+                with faults.fail(end, FileNotFoundError(2, "No such file")):
+                    assert f"{end.removeprefix('/repository').strip('/')} does not exist" in "".join(
+                        (await there.refresh()).problems
+                    )
+                    assert "tiny@2" not in await there.listed()
+
+        run(test())
+
+    def test_a_card_that_cannot_be_read_is_as_it_was(self, model: Path, faults: Faults) -> None:
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                card = model / "1" / "model.json"
+                card.write_bytes(card.read_bytes())
+                with faults.fail("/1/model.json"):
+                    assert "1/model.json cannot be read" in "".join((await there.refresh()).problems)
+                    assert (await there.listed())["tiny@1"].state == pb.MODEL_STATE_AVAILABLE
+                assert not (await there.refresh()).problems
+
+        run(test())
+
+    def test_the_start_goes_without_what_cannot_be_read(self, model: Path, faults: Faults) -> None:
+        put(model / "1", model.parent / "other" / "1")
+
+        async def test() -> None:
+            with faults.fail("/tiny/2"), faults.fail("/other"):
+                there = await stack.enter_async_context(serving(model.parent))
+                assert await there.version() == "1"
+                assert set(await there.listed()) == {"tiny@1"}
+            await there.refresh()
+            assert await there.version() == "2"
+            assert (await there.energy("other"))[1].version == "1"
+
+        async def all_of_it() -> None:
+            async with stack:
+                await test()
+
+        stack = contextlib.AsyncExitStack()
+        run(all_of_it())
+
+
+class TestLabels:
+    def test_a_file_that_cannot_be_read_changes_nothing_and_is_read_again(
+        self, model: Path, faults: Faults
+    ) -> None:
+        label(model, "stable = 1")
+
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                named = admin_pb2.Label(model="tiny", label="best", version="2", weight=1)
+                await there.admin.SetLabel(admin_pb2.SetLabelRequest(label=named))
+                label(model, "stable = 2")
+                with faults.fail("/labels.toml"):
+                    for _ in range(2):
+                        assert "labels.toml cannot be read" in "".join((await there.refresh()).problems)
+                        assert await there.version() == "1"
+                        assert await there.version("tiny@best") == "2"
+                # The file is the same one now; it was only not read.
+                assert not (await there.refresh()).problems
+                assert await there.version() == "2"
+
+        run(test())
+
+    def test_at_the_start_no_unproved_version_answers_until_it_is_read(
+        self, model: Path, faults: Faults
+    ) -> None:
+        label(model, "stable = 1")
+
+        async def test() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                with faults.fail("/labels.toml"):
+                    there = await stack.enter_async_context(serving(model.parent))
+                    code, message = await there.refused("tiny")
+                    assert code is grpc.StatusCode.NOT_FOUND
+                    assert "labels.toml cannot be read" in message
+                await there.refresh()
+                assert await there.version() == "1"
+
+        run(test())
+
+    def test_an_empty_file_is_one_that_is_being_written(self, model: Path) -> None:
+        label(model, "stable = 1")
+
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                label(model, "")
+                assert "labels.toml is empty" in "".join((await there.refresh()).problems)
+                assert await there.version() == "1"
+                (model / "labels.toml").unlink()
+                assert not (await there.refresh()).problems
+                assert await there.version() == "2"
+
+        run(test())
+
+
+class TestLoading:
+    def test_a_fetch_that_failed_for_the_storages_sake_is_tried_again_once_a_look(
+        self, three: tuple[Path, ...], tmp_path: Path, faults: Faults
+    ) -> None:
+        memory, root = MemoryFileSystem(), f"/{tmp_path.name}"
+        for version in (1, 2):
+            memory.put(str(three[version]), f"{root}/tiny/{version}", recursive=True)
+        (shard,) = (file.name for file in three[2].glob("*.safetensors"))
+
+        async def test() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                end = f"/tiny/2/{shard}"
+                with faults.fail(end, TimeoutError("read timed out")):
+                    there = await stack.enter_async_context(
+                        serving(f"memory:/{root}", cache=tmp_path / "cache")
+                    )
+                    for looks in range(1, 4):
+                        assert await there.version() == "1"
+                        assert "read timed out" in (await there.listed())["tiny@2"].reason
+                        assert faults.met == looks
+                        await there.refresh()
+                await there.refresh()
+                assert await there.version() == "2"
+                assert not (await there.listed())["tiny@2"].reason
+
+        try:
+            run(test())
+        finally:
+            memory.rm(root, recursive=True)
+
+    def test_what_the_files_say_is_not_asked_again(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tried: list[str] = []
+        load = load_bundle
+
+        def counted(*arguments: Any, version: str, **options: Any) -> Any:
+            tried.append(version)
+            if version == "2" and len(tried) == 1:
+                raise MemoryError
+            return load(*arguments, version=version, **options)
+
+        monkeypatch.setattr(stock, "load_bundle", counted)
+        (shard,) = (model / "1").glob("*.safetensors")
+        shard.write_bytes(bytes(shard.stat().st_size))
+
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                assert tried == ["2", "1"]
+                assert "sha256 differs" in (await there.listed())["tiny@1"].reason
+                await there.refresh()
+                assert await there.version() == "2"
+                assert "sha256 differs" in (await there.listed())["tiny@1"].reason
+                assert tried == ["2", "1", "2"]
+
+        run(test())
+
+
+def test_a_server_that_is_busy_for_a_moment_is_believed_to_hold_what_it_held(
+    tmp_path: Path, three: tuple[Path, ...]
+) -> None:
+    pytest.importorskip("aiohttp", reason="fsspec reads http with it")
+    folder, busy = tmp_path / "served", set[str]()
+    put(three[0], folder / "tiny" / "1")
+    put(three[1], folder / "tiny" / "2")
+    label(folder / "tiny", "stable = 1")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def send_head(self) -> Any:
+            if any(self.path.rstrip("/").endswith(end) for end in busy):
+                return self.send_error(503)
+            return super().send_head()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    async def test(url: str) -> None:
+        async with serving(url, cache=tmp_path / "cache") as there:
+            for end in ("/tiny", "/tiny/1", "/1/model.json", "/tiny/labels.toml"):
+                busy.add(end)
+                assert "503" in "".join((await there.refresh()).problems)
+                assert await there.version() == "1"
+                busy.clear()
+                assert not (await there.refresh()).problems
+                assert await there.version() == "1"
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run(test(f"http://127.0.0.1:{server.server_port}/"))
+        server.shutdown()
