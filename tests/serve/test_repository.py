@@ -220,6 +220,42 @@ class TestVersions:
 
         run(test())
 
+    def test_links_are_followed_and_it_is_seen_where_they_lead(
+        self, tmp_path: Path, three: tuple[Path, ...]
+    ) -> None:
+        """As Kubernetes mounts files, and as caches of models keep them."""
+        model = tmp_path / "elsewhere" / "tiny"
+        model.mkdir(parents=True)
+        (tmp_path / "repository").mkdir()
+        (tmp_path / "repository" / "tiny").symlink_to(model)
+
+        def lead(link: str, target: Path) -> None:
+            (model / ".link").symlink_to(target)
+            (model / ".link").rename(model / link)
+
+        for number in (1, 2):
+            lead(str(number), three[number - 1])
+            (model / f"..{number}").mkdir()
+            (model / f"..{number}" / "labels.toml").write_text(f'stable = "{number}"\n')
+        lead("..data", model / "..1")
+        lead("labels.toml", Path("..data/labels.toml"))
+        lead("3", tmp_path / "nowhere")
+
+        async def test() -> None:
+            async with serving(tmp_path / "repository") as there:
+                assert await there.version() == "1"
+                lead("..data", model / "..2")
+                problems = (await there.refresh()).problems
+                assert any("tiny/3 is a link that leads nowhere" in problem for problem in problems)
+                energy, old = await there.energy()
+                lead("2", three[2])
+                await there.refresh()
+                newer, new = await there.energy()
+                assert (old.version, new.version, new.digest != old.digest) == ("2", "2", True)
+                assert newer != energy
+
+        run(test())
+
     def test_a_half_copied_version_is_refused_with_the_reason_until_it_is_whole(
         self, model: Path, three: tuple[Path, ...]
     ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -130,6 +131,7 @@ class Source:
             )
         for name, entry in entries.items():
             if entry["type"] != "directory":
+                problems += _astray(name, entry)
                 continue
             if not NAME.fullmatch(name):
                 problems.append(f"{name!r} is no name for a model, so its folder is left out")
@@ -210,6 +212,7 @@ class Source:
         found = {}
         for version, entry in within.items():
             if entry["type"] != "directory":
+                problems += _astray(f"{name}/{version}", entry)
                 continue
             if not is_version(version):
                 problems.append(
@@ -242,8 +245,20 @@ class Source:
             if full + "/" == inside and info["type"] != "directory":
                 raise SourceError(f"repository {self.shown}: {self._relative(path)} is a file, not a folder")
             if f"{inside}{name}" == full and re.match(r"[^._?]", name):
-                entries[name] = info
+                entries[name] = self._followed(info)
         return entries
+
+    def _followed(self, info: dict[str, Any]) -> dict[str, Any]:
+        """What a local link leads to, under its own name; itself if that is nowhere."""
+        if not info.get("islink"):
+            return info
+        path = str(info["name"])
+        try:
+            return {**self._fs.info(os.path.realpath(path)), "name": path}
+        except FileNotFoundError:
+            return info
+        except OSError as error:
+            raise self._fault(path, error) from error
 
     def _stamps(self, entries: Mapping[str, Any], *files: str) -> dict[str, str]:
         """Of those files that are there."""
@@ -318,6 +333,10 @@ def _is_gone(error: Exception) -> bool:
     if isinstance(status, int):
         return status in (404, 410)
     return not isinstance(cause, OSError) and not type(cause).__module__.startswith("aiohttp")
+
+
+def _astray(name: str, entry: Mapping[str, Any]) -> list[str]:
+    return [f"{name} is a link that leads nowhere, so it is left out"] if entry.get("islink") else []
 
 
 def _without_secrets(url: str) -> str:
