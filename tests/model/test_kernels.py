@@ -126,6 +126,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason_and_no_error(tmp_path: Path)
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_a_killed_build_keeps_nobody_waiting(tmp_path: Path) -> None:
     # What such a build leaves: a lock file that nobody holds, and a folder with torch's own lock in it.
     cache = tmp_path / kernels.cache_folder().name

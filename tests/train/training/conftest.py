@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.io import write
+from filelock import FileLock
 
 from equipot.train.checkpoint import read_weights
 from equipot.train.importer import ImportOptions, import_files
@@ -21,6 +24,8 @@ from equipot.train.launch import free_port, rank_environment
 from equipot.train.recipe import Recipe, load_recipe
 from equipot.train.worker import Job, StopRequest, work
 from equipot.train.world import World
+
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
 
 RECIPE = """
 seed = 3
@@ -73,21 +78,45 @@ def frames() -> list[Atoms]:
 
 
 @pytest.fixture(scope="session")
-def store(frames: list[Atoms], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The frames as a packed store."""
-    home = tmp_path_factory.mktemp("store")
-    write(home / "emt.extxyz", frames)
-    options = ImportOptions(level_of_theory="EMT", licence="CC0-1.0", name="emt", group_by="frame")
-    import_files([home / "emt.extxyz"], home / "store", options)
-    return home / "store"
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """A folder of a name, filled by the first worker that asks for it, for all of them to read."""
+    home = tmp_path_factory.getbasetemp()
+    # Tests of one file may go to all workers, which have folders of their own in that of the session.
+    home = home.parent if "PYTEST_XDIST_WORKER" in os.environ else home
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, done = home / name, home / f"{name}.done"
+        with FileLock(home / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def recipe_file(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(frames: list[Atoms], made_once: MadeOnce) -> Path:
+    """The frames as a packed store."""
+
+    def fill(home: Path) -> None:
+        write(home / "emt.extxyz", frames)
+        options = ImportOptions(level_of_theory="EMT", licence="CC0-1.0", name="emt", group_by="frame")
+        import_files([home / "emt.extxyz"], home / "store", options)
+
+    return made_once("emt", fill) / "store"
+
+
+@pytest.fixture(scope="session")
+def recipe_file(store: Path, made_once: MadeOnce) -> Path:
     """A recipe that trains a tiny model on the store for six steps."""
-    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text(RECIPE.format(store=store))
-    return path
+
+    def fill(home: Path) -> None:
+        (home / "tiny.toml").write_text(RECIPE.format(store=store))
+
+    return made_once("recipe", fill) / "tiny.toml"
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
+from tests.train.training.conftest import MadeOnce
 
 from equipot.train.checkpoint import committed_paths, newest_valid, read_checkpoint
 from equipot.train.metrics import read_rows
@@ -50,11 +51,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe_file: Path, equipot: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    said = finish(equipot("train", recipe_file, "--out", run, *LONG))
-    assert f"next: equipot export {run}" in said.replace("\n", " ")
-    return run
+def undisturbed(recipe_file: Path, equipot: Start, made_once: MadeOnce) -> Path:
+    def fill(home: Path) -> None:
+        said = finish(equipot("train", recipe_file, "--out", home / "run", *LONG))
+        assert f"next: equipot export {home / 'run'}" in said.replace("\n", " ")
+
+    return made_once("undisturbed", fill) / "run"
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
+from tests.train.training.conftest import MadeOnce
 
 from equipot.train.metrics import Row, read_rows
 
@@ -38,17 +37,14 @@ EXACT = [name for name in DIVIDED if not name.startswith("bf16")]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def two_ranks(recipe_file: Path, made_once: MadeOnce) -> dict[str, Path]:
     """Runs of two ranks under torchrun, by name; one launch, because launching is what takes time."""
-    home = tmp_path_factory.getbasetemp()
-    # Tests of this file may go to both workers, which have folders of their own in that of the session.
-    home = (home.parent if "PYTEST_XDIST_WORKER" in os.environ else home) / "two-ranks"
-    runs = {name: home / name for name in DIVIDED}
-    with FileLock(f"{home}.lock"):
-        if not (home / "done").exists():
-            launch_all(recipe_file, runs)
-            (home / "done").touch()
-    return runs
+
+    def fill(home: Path) -> None:
+        launch_all(recipe_file, {name: home / name for name in DIVIDED})
+
+    home = made_once("two-ranks", fill)
+    return {name: home / name for name in DIVIDED}
 
 
 def launch_all(recipe_file: Path, runs: dict[str, Path]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,15 +36,24 @@ def records(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
-def logged(run: Path) -> list[dict[str, float]]:
-    """The numbers in the run's W&B files."""
+def whole(path: Path) -> list[Any]:
+    """The records of a finished run's file; W&B's own process writes the last of them behind `finish`."""
     from wandb.proto import wandb_internal_pb2
 
+    deadline = time.monotonic() + 30
+    while True:
+        found = [wandb_internal_pb2.Record.FromString(data) for data in records(path)]
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    """The numbers in the run's W&B files."""
     found = []
     for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb")):
-        for data in records(path):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for record in whole(path):
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 names = [item.key or "/".join(item.nested_key) for item in items]
