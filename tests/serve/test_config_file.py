@@ -142,6 +142,14 @@ class TestFile:
             with pytest.raises(ServeError, match=f"--no-metrics and {other[0]} exclude each other"):
                 told(*words)
 
+    @pytest.mark.parametrize(
+        "words", [["--replicas", 2], ["--max-replicas", 2], ["--mii", "--max-replicas", 2]]
+    )
+    def test_replicas_are_refused_where_one_server_would_start(self, told: Told, words: list[object]) -> None:
+        with pytest.raises(ServeError, match=f"{words[-2]} is for servers under Ray"):
+            told(*words)
+        assert told(file=f"{FILE}\n[ray]\nreplicas = 2\n").port == 6000
+
     def test_the_log_and_the_batches_have_flags(self, told: Told) -> None:
         config = told("--log-level", "warning", "--max-batch-atoms", 99, "--ageing-seconds", 3)
         assert config.log_level == "warning"

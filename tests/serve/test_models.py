@@ -55,6 +55,7 @@ def test_two_bundles_of_one_name_are_refused(bundles: Bundles) -> None:
         Registry.load(ServeConfig(bundles=(bundles.tiny, bundles.tiny)))
 
 
-def test_a_device_that_is_not_there_is_refused(bundles: Bundles) -> None:
-    with pytest.raises(ServeError, match="device 'nonsense' cannot be used"):
-        Registry.load(ServeConfig(bundles=(bundles.tiny,), device="nonsense"))
+@pytest.mark.parametrize("device", ["nonsense", "meta"])
+def test_a_device_that_cannot_compute_is_refused(bundles: Bundles, device: str) -> None:
+    with pytest.raises(ServeError, match=f"device '{device}' cannot be used"):
+        Registry.load(ServeConfig(bundles=(bundles.tiny,), device=device))

@@ -283,7 +283,10 @@ def serve(
     """Serve bundles over gRPC, with health, reflection and Prometheus metrics, until SIGTERM."""
     if ray and mii:
         raise ServeError("--ray and --mii exclude each other")
-    mapping, base = configuration(config_file, said(context))
+    words = said(context)
+    if not ray:
+        _refuse_replicas(words, mii=mii)
+    mapping, base = configuration(config_file, words)
     # Only below: torch and Ray take seconds to import, and neither help nor a wrong word should wait for it.
     if ray:
         configure(LogStyle.TEXT.value, log_level.value)
@@ -302,6 +305,15 @@ def serve(
     from equipot.serve.server import run
 
     asyncio.run(run(config, typer.echo))
+
+
+def _refuse_replicas(words: Mapping[str, object], *, mii: bool) -> None:
+    """A file's table may be of another start of the same servers; what is typed is meant for this one."""
+    replicas = words.get(RAY, {})
+    if isinstance(replicas, Mapping) and "max_replicas" in replicas:
+        raise ServeError("--max-replicas is for servers under Ray: give --ray, too")
+    if not mii and isinstance(replicas, Mapping) and "replicas" in replicas:
+        raise ServeError("--replicas is for servers under Ray or MII: give --ray or --mii, too")
 
 
 def configuration(file: Path | None, words: Mapping[str, object]) -> tuple[dict[str, object], Path]:

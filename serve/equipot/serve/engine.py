@@ -369,13 +369,13 @@ def use_threads(count: int | None) -> None:
 
 
 def check_device(device: str) -> None:
-    """Puts one number on the device.
+    """Puts one number on the device and reads it back: "meta" takes any and holds none.
 
     Raises:
         ServeError: torch does not know it or cannot use it.
     """
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ServeError(f"device {device!r} cannot be used: {_first_line(error)}") from error
 
