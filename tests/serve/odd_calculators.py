@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import subprocess
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ class Moody(Calculator):  # type: ignore[misc]  # ASE has no types
         print("computing")  # noqa: T201  # some calculators do, and it must reach nobody
         numbers = set(self.atoms.numbers)
         if 2 in numbers:
-            time.sleep(600)
+            subprocess.run(["sleep", "600"], check=True)  # as those do that drive a program
         if 10 in numbers:
             os._exit(7)
         if 36 in numbers:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil  # type: ignore[import-untyped]
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
@@ -262,23 +263,26 @@ def test_a_calculator_without_forces_or_stress_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "unsaid"),
     [
-        (CalculatorSpec(calculator=f"{ODD}:Charged"), True),
-        (CalculatorSpec(calculator=f"{ODD}:ByInfo", charge="info"), True),
-        (CalculatorSpec(calculator=f"{ODD}:Moody"), False),
+        (CalculatorSpec(calculator=f"{ODD}:Charged"), 0.1),
+        (CalculatorSpec(calculator=f"{ODD}:ByInfo", charge="info"), 0.0),
+        (CalculatorSpec(calculator=f"{ODD}:Moody"), None),
     ],
 )
-def test_charge_and_spin_are_passed_on_or_refused_and_never_lost(spec: CalculatorSpec, told: bool) -> None:
+def test_charge_and_spin_are_passed_on_or_refused_and_never_lost_or_anothers(
+    spec: CalculatorSpec, unsaid: float | None
+) -> None:
     there = engine(spec)
     try:
         atoms = Atoms("H")
         got = answers(
             there, [system(atoms, charge=c, spin_multiplicity=m) for c, m in ((1, 2), (-2, 3), (0, 1))]
         )
-        if told:
+        if unsaid is not None:
+            got += answers(there, [system(atoms, spin_multiplicity=3), system(atoms)])
             energies = [one.energy for one in got if isinstance(one, Result)]
-            assert energies == pytest.approx([1.2, -1.7, 0.1])
+            assert energies == pytest.approx([1.2, -1.7, 0.1, 0.3, unsaid])
         else:
             assert [one.field for one in got if isinstance(one, Fault)] == [
                 "charge",
@@ -301,12 +305,35 @@ def test_a_calculator_that_hangs_is_ended_with_the_server_and_nobody_is_told_it_
 
     waiting = threading.Thread(target=compute)
     waiting.start()
-    time.sleep(0.5)
+    process = there._process._process
+    assert process is not None
+    while not (programs := psutil.Process(process.pid).children()):
+        time.sleep(0.05)
     there.close()
     waiting.join(20)
     assert not waiting.is_alive()
     assert len(caught) == 1
+    _, left = psutil.wait_procs(programs, 5)
+    assert not left
     there.close()
+
+
+def test_a_server_that_is_killed_leaves_neither_calculator_nor_its_programs_behind() -> None:
+    server = f"""if True:
+        from equipot.serve.foreign.process import CalculatorProcess
+        from equipot.serve.foreign.spec import CalculatorSpec
+        from equipot.serve.foreign.words import Structure
+
+        there = CalculatorProcess(CalculatorSpec(calculator="{ODD}:Moody"), device="cpu", threads=1)
+        helium = Structure((2).to_bytes(8, "little"), bytes(24), bytes(72), (False,) * 3, 0, 0)
+        there.compute([helium], forces=False, stress=False)
+    """
+    with subprocess.Popen([sys.executable, "-c", server]) as popen:
+        while len(left := psutil.Process(popen.pid).children(recursive=True)) < 2:
+            assert popen.poll() is None
+            time.sleep(0.05)
+        popen.kill()
+    assert not psutil.wait_procs(left, 10)[1]
 
 
 def test_the_digest_is_of_what_decides_the_numbers() -> None:

@@ -404,7 +404,9 @@ class TestStrangers:
             root = f"http://127.0.0.1:{http.port}"
             for path in ("/ui", "/ui/", "/ui/api/models", "/"):
                 assert (await asyncio.to_thread(ask, root + path)).status == 404
-            assert b"process_" in (await asyncio.to_thread(ask, f"{root}/metrics")).body
+            for accepted in ("*/*", "application/openmetrics-text; version=latest"):
+                reply = await asyncio.to_thread(ask, f"{root}/metrics", None, {"Accept": accepted})
+                assert b"process_" in reply.body
             await http.stop()
 
         run(look())

@@ -75,7 +75,10 @@ class Metrics:
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """All of it as Prometheus reads it, and of which content type; `accept` is what it asked for."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # a version that is none
+            encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
     def watch_certificate(self, expires: Callable[[], float]) -> None:

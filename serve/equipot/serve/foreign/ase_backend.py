@@ -26,6 +26,8 @@ class AseBackend:
         self._charge = charge
         self._facts = known
         self._name = factory
+        # As it was made: for those who say nothing of it, whatever others have asked for since.
+        self._multiplicity = (getattr(calculator, "parameters", None) or {}).get("multiplicity")
 
     def facts(self) -> Facts:
         """What it says of itself."""
@@ -62,7 +64,7 @@ class AseBackend:
             if multiplicity:
                 atoms.set_initial_magnetic_moments(np.full(len(atoms), (multiplicity - 1) / len(atoms)))
         elif self._charge == "parameter":
-            wanted = {"charge": charge} | ({"multiplicity": multiplicity} if multiplicity else {})
+            wanted = {"charge": charge, "multiplicity": multiplicity or self._multiplicity}
             if any(self._calculator.parameters.get(name) != value for name, value in wanted.items()):
                 self._calculator.set(**wanted)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -71,7 +72,8 @@ def _answers(backend: Backend, structures: list[Structure], forces: bool, stress
 def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(ORPHAN_SECONDS)
-    os._exit(1)
+    # With the programs that the calculator runs.
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
