@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,6 +57,20 @@ class ByInfo(Calculator):  # type: ignore[misc]
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         self.results = {"energy": self.atoms.info["charge"] + 0.1 * self.atoms.info["spin"]}
+
+
+class Slow(Calculator):  # type: ignore[misc]
+    """Takes its time."""
+
+    implemented_properties: ClassVar[list[str]] = ["energy"]
+    default_parameters: ClassVar[dict[str, Any]] = {"seconds": 1.0}
+
+    def calculate(
+        self, atoms: Any = None, properties: Any = ("energy",), system_changes: Any = all_changes
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        time.sleep(self.parameters["seconds"])
+        self.results = {"energy": 1.0}
 
 
 def nothing() -> object:

@@ -429,17 +429,22 @@ def test_the_recipe_for_a_cluster_is_understood() -> None:
 @pytest.mark.timeout(300)
 class TestCommandLine:
     def test_it_starts_answers_and_lets_accepted_calls_finish(self, bundles: Bundles, tmp_path: Path) -> None:
-        systems = [molecule(seed, 60) for seed in range(300)]
-        words = [bundles.tiny, "--ray", "--replicas", 1, "--max-batch-edges", 1000]
+        # Longer than Ray waits by itself.
+        calculator = Path(__file__).parent / "odd_calculators.py"
+        said = f'calculator = "{calculator}:Slow"\ntime_limit = 100\n[arguments]\nseconds = 70\n'
+        (tmp_path / "slow.toml").write_text(said)
+        words = [bundles.tiny, "--ray", "--calculator", tmp_path / "slow.toml", "--drain-seconds", 100]
         with running(*words, stderr=tmp_path / "log", port=free_port()) as process:
             (folder,) = [Path(line.split()[-1]) for line in process.lines if line.startswith("starting Ray")]
             started = psutil.Process(process.popen.pid).children(recursive=True)
             with stub(process.address) as service:
-                pending = service.Predict.future(ask(systems), timeout=120)
-                time.sleep(0.3)
+                request = ask([molecule(1)], model="slow")
+                request.properties[:] = [pb.PROPERTY_ENERGY]
+                pending = service.Predict.future(request, timeout=120)
+                time.sleep(2.0)
                 assert not pending.done()
                 process.popen.send_signal(signal.SIGTERM)
-                assert not pending.result(timeout=120).failures
+                assert np.frombuffer(pending.result(timeout=120).energy) == [1.0]
             assert process.popen.wait(timeout=90) == 0
         eventually(lambda: not any(child.is_running() for child in started), 20)
         assert not folder.exists()
@@ -451,3 +456,34 @@ class TestCommandLine:
         process.stdout.close()
         assert f"{tmp_path / 'none'}" in (tmp_path / "log").read_text()
         assert "Traceback" not in (tmp_path / "log").read_text()
+
+    def test_several_share_a_ray_and_who_leaves_takes_along_no_other(
+        self, cluster: Cluster, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import ray
+        from ray import serve
+
+        serve.shutdown()
+        monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        for name in ("one", "two"):
+            (tmp_path / name).write_text(f'[ray]\nname = "{name}"\ncpus = 0.1\n')
+        port = free_port()
+        with running(
+            bundles.tiny, "--ray", "--config", tmp_path / "one", stderr=tmp_path / "1", port=port
+        ) as first:
+            other = [bundles.direct, "--ray", "--config", tmp_path / "two"]
+            wrong = launch(*other, "--port", free_port(), stderr=tmp_path / "wrong")
+            assert wrong.wait(timeout=100) == 2
+            assert wrong.stdout is not None
+            wrong.stdout.close()
+            assert f"choose --port {port}" in (tmp_path / "wrong").read_text()
+            with running(*other, stderr=tmp_path / "2", port=port) as second:
+                assert "serving direct" in second.lines[-1]
+                first.popen.send_signal(signal.SIGTERM)
+                assert first.popen.wait(timeout=90) == 0
+                with stub(second.address) as service:
+                    ours = (("application", "two"),)
+                    (model,) = service.ListModels(pb.ListModelsRequest(), metadata=ours, timeout=10).models
+                assert model.name == "direct"
+                second.popen.send_signal(signal.SIGTERM)
+                assert second.popen.wait(timeout=90) == 0

@@ -402,7 +402,7 @@ def test_each_step_of_a_relaxation_counts(guarded: Process, stub: PotentialServi
 
 def test_under_ray_the_operator_hears_that_a_server_with_tokens_answers(guarded: Process) -> None:
     host, _, port = guarded.address.rpartition(":")
-    assert _names(host, int(port), threading.Event()) == "callers with a token"
+    assert _names(host, int(port), "equipot", threading.Event()) == "callers with a token"
 
 
 def test_calls_at_once_of_one_identity(guarded: Process, stub: PotentialServiceStub) -> None:

@@ -12,7 +12,7 @@ from ray.serve import Application
 from equipot.serve.config import ServeConfig
 from equipot.serve.ray_app.replica import Replica
 from equipot.serve.ray_app.scaling import ByOpenEdges
-from equipot.serve.ray_app.settings import RaySettings, split
+from equipot.serve.ray_app.settings import STOP_MARGIN, RaySettings, split
 
 MOUNT = "equipot.serve.ray_app.replica.mount"
 """What Serve's gRPC options must name as a servicer function."""
@@ -25,9 +25,6 @@ REPORT_SECONDS = 0.5
 
 LOOK_BACK_SECONDS = 2.0
 """Over how long that is averaged."""
-
-STOP_MARGIN = 60.0
-"""Seconds beyond `drain_seconds` that a replica has to leave: proxies must hear of it first."""
 
 
 def application(mapping: Mapping[str, object], *, base: Path) -> Application:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import grpc
 
@@ -25,7 +27,7 @@ from equipot.model.bundle import read_card
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
 from equipot.serve.free import free_port
-from equipot.serve.ray_app.settings import RaySettings, split
+from equipot.serve.ray_app.settings import STOP_MARGIN, RaySettings, split
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
@@ -56,9 +58,8 @@ def run(mapping: Mapping[str, object], *, base: Path, announce: Callable[[str], 
     if importlib.util.find_spec("ray") is None or importlib.util.find_spec("fastapi") is None:
         raise ServeError("--ray needs Ray Serve: pip install 'equipot[serve]'")
     config, settings = split(mapping, base=base)
-    port = config.port or free_port()
-    check_free(config.host, port)
     if not os.environ.get("RAY_ADDRESS"):
+        check_free(config.host, config.port)
         # Else replicas would be tried many times, each time in vain.
         for bundle in config.bundles:
             read_card(bundle)
@@ -69,17 +70,22 @@ def run(mapping: Mapping[str, object], *, base: Path, announce: Callable[[str], 
 
         from equipot.serve.ray_app.application import application
 
-        joined_serve = bool(serve.status().applications)
+        port = running_port(config.port)
+        starts = port is None
         try:
-            start_serve(config.host, port)
+            if port is None:
+                port = config.port or free_port()
+                check_free(config.host, port)
+                start_serve(config.host, port)
             if _deploy(application(mapping, base=base), settings, stop, announce):
-                announce(f"serving {_names(config.host, port, stop)} on {config.host}:{port}")
+                announce(f"serving {_names(config.host, port, settings.name, stop)} on {config.host}:{port}")
                 stop.wait()
         finally:
             announce("draining")
             with contextlib.suppress(Exception):
-                serve.delete(settings.name)
-            if not joined_serve:
+                _delete(settings.name, config.drain_seconds + STOP_MARGIN)
+            # Who has come since then is served by it, too.
+            if starts and not set(serve.status().applications) - {settings.name}:
                 serve.shutdown()
     announce("stopped")
 
@@ -146,6 +152,34 @@ def start_serve(host: str, port: int) -> None:
         raise ServeError(f"Ray Serve does not start: {error}") from error
 
 
+def running_port(wanted: int) -> int | None:
+    """The port of the Ray Serve that runs already, which serves all applications; None if none runs.
+
+    Raises:
+        ServeError: another one is wanted (0 wants none), or our services are not on it.
+    """
+    from ray import get
+    from ray.serve.context import _get_global_client
+
+    from equipot.serve.ray_app.application import MOUNT
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    options = get(client._controller.get_grpc_config.remote())
+    if MOUNT not in options.grpc_servicer_functions:
+        raise ServeError(
+            f"the Ray Serve that runs there was started without {MOUNT} among its"
+            " grpc_options.grpc_servicer_functions: start it with that, as serve/recipes/ray.yaml does"
+        )
+    port = int(options.port)
+    if wanted not in (0, port):
+        raise ServeError(
+            f"Ray Serve runs there already, and its port is {port}, not {wanted}: choose --port {port}"
+        )
+    return port
+
+
 def environment(folder: Path, config: ServeConfig) -> dict[str, str]:
     """What a Ray of our own is told: HAProxy before the replicas, and no file or port shared with another."""
     return {
@@ -159,6 +193,8 @@ def environment(folder: Path, config: ServeConfig) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DEREGISTER_SECONDS,
+        # HAProxy is replaced when replicas leave; the old one ends, with its calls, after so many seconds.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(120, math.ceil(config.drain_seconds + STOP_MARGIN))),
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1000",
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "1000",
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.limits.message_bytes),
@@ -182,7 +218,8 @@ def _deploy(
 
     def deploy() -> None:
         try:
-            serve.run(target, name=settings.name)
+            # A route is what Ray wants of each for HTTP, of which nobody makes use.
+            serve.run(target, name=settings.name, route_prefix="/" + quote(settings.name, safe=""))
         except BaseException as error:  # told to the operator below
             failure.append(error)
 
@@ -201,6 +238,16 @@ def _deploy(
         why = _reason(settings.name) or str(failure[0])
         raise ServeError(f"no replica could start: {why}") from failure[0]
     return True
+
+
+def _delete(name: str, seconds: float) -> None:
+    """Ends the application; returns once its replicas have left. Ray itself would wait for one minute."""
+    from ray import serve
+
+    serve.delete(name, _blocking=False)
+    end = time.monotonic() + seconds
+    while _status(name) is not None and time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)
 
 
 def _progress(name: str) -> str:
@@ -230,13 +277,14 @@ def _status(name: str) -> Any:  # noqa: ANN401  # Ray has no types here
     return serve.status().applications.get(name)
 
 
-def _names(host: str, port: int, stop: threading.Event) -> str:
+def _names(host: str, port: int, application: str, stop: threading.Event) -> str:
     """The models, asked for at the port that callers use: it answers, then. None are told without a token."""
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         while not stop.is_set():
             try:
-                models = PotentialServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5).models
-                return ", ".join(model.name for model in models)
+                service, ours = PotentialServiceStub(channel), (("application", application),)
+                answer = service.ListModels(pb.ListModelsRequest(), metadata=ours, timeout=5)
+                return ", ".join(model.name for model in answer.models)
             except grpc.RpcError as error:
                 if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
                     return "callers with a token"

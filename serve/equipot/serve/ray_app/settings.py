@@ -15,6 +15,9 @@ TABLE = "ray"
 
 MOST_REPLICAS = 1_000
 
+STOP_MARGIN = 60.0
+"""Seconds beyond `drain_seconds` that a replica has to leave: proxies must hear of it first."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaySettings:
