@@ -61,6 +61,7 @@ burst_seconds = 600
 [identities.single]
 concurrent_requests = 1
 concurrent_streams = 1
+request_edges = 400
 
 [identities.bob]
 atoms_per_second = 0.5
@@ -327,6 +328,9 @@ def test_atoms_and_edges_of_one_identity(guarded: Process, stub: PotentialServic
     error = refused(stub, bearer(BOB), n_atoms=12)
     assert re.search(r"the request has \d+ edges or more, the limit of bob is 40", error.details())
     assert dict(details(error, error_details_pb2.ErrorInfo).metadata)["request_edges"] == "40"
+    with pytest.raises(grpc.RpcError, match=r"edges or more, the limit of single is 400") as told:
+        stub.Explain(ask([molecule(1, 200)]), timeout=20, metadata=bearer(SINGLE))
+    assert told.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     # The twelve were paid for all the same, of five that were saved: now it has to wait.
     with (
         Client(guarded.address, token=BOB, retry=ONCE) as client,

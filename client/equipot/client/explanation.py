@@ -29,7 +29,7 @@ class Explanation:
         memory_bytes: working memory of the largest batch at its peak; 0: not known.
         prepare_seconds: checks and neighbour lists.
         queue_seconds: until the first structure is computed, as far as the present queue tells.
-        compute_seconds: in the engine.
+        compute_seconds: in the engine; infinite, as the total, where nothing like it was computed yet.
         total_seconds: in the server.
         round_trip_seconds: there and back on top of it, as this call measured.
         priority: what it would be treated as.

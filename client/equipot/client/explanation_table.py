@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 
@@ -46,4 +48,6 @@ def _size(n_bytes: int) -> str:
 
 
 def _time(seconds: float) -> str:
+    if math.isinf(seconds):
+        return "not known: nothing like it was computed yet"
     return f"{seconds:,.1f} s" if seconds >= 10 else f"{1000 * seconds:,.1f} ms"

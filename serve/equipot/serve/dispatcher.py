@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -140,11 +140,16 @@ class Dispatcher:
         return job.result()
 
     async def explain(self, work: Work) -> Estimate:
-        """What a request would cost; its structures are prepared and nothing is computed."""
+        """What a request would cost; its structures are prepared and nothing is computed.
+
+        Raises:
+            CallError: it asks for more than its caller may, as `submit` would say.
+        """
         seen: list[Size | Failure] = []
         spent: list[float] = []
         if work.effort <= INLINE_ATOMS:
             prepared, seconds = _timed_prepare(work, 0, len(work.structures))
+            work.call.prepared(_edges(prepared))
             seen += look_at(0, prepared)
             spent.append(seconds)
         else:
@@ -152,6 +157,7 @@ class Dispatcher:
                 prepared, seconds = await self._loop.run_in_executor(
                     self._prepare, _timed_prepare, work, start, stop
                 )
+                work.call.prepared(_edges(prepared))
                 seen += look_at(start, prepared)
                 spent.append(seconds)
         sizes = [one if isinstance(one, Size) else None for one in seen]
@@ -230,7 +236,7 @@ class Dispatcher:
         counts = self._counts(job.work.key)
         call, now = job.work.call, time.monotonic()
         call.spent("prepare", now - seconds, now, structures=len(prepared))
-        call.prepared(sum(graph.n_edges for graph in prepared if not isinstance(graph, Fault)))
+        call.prepared(_edges(prepared))
         items = []
         job.prepared(seconds)
         for index, graph in enumerate(prepared, start):
@@ -376,6 +382,10 @@ def _timed_prepare(work: Work, start: int, stop: int) -> tuple[list[Graph | Faul
     begun = time.perf_counter()
     prepared = work.prepare(start, stop)
     return prepared, time.perf_counter() - begun
+
+
+def _edges(prepared: Sequence[Graph | Fault]) -> int:
+    return sum(graph.n_edges for graph in prepared if not isinstance(graph, Fault))
 
 
 def _expected_edges(work: Work, from_structure: int = 0) -> int:

@@ -1274,7 +1274,7 @@ class ExplainResponse(google.protobuf.message.Message):
     queue_seconds: builtins.float
     """Until its first structure is computed, as far as the present queue tells."""
     compute_seconds: builtins.float
-    """In the engine."""
+    """In the engine; infinite, as the total, where nothing like it was computed yet."""
     total_seconds: builtins.float
     """In the server, from the request's arrival to its answer."""
     priority: global___Priority.ValueType
