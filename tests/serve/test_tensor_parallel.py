@@ -224,9 +224,18 @@ def test_no_rank_outlives_a_killed_server(bundles: Bundles, tmp_path: Path) -> N
     with running(bundles.tiny, "--tensor-parallel", 2, stderr=tmp_path / "log") as process:
         mine = ranks(process)
         assert len(mine) == 2
-        process.popen.kill()
-        process.popen.wait(30)
-        assert not left_of(mine)
+        mine[1].suspend()
+        with grpc.insecure_channel(process.address) as channel:
+            waiting = PotentialServiceStub(channel).Predict.future(ask(SYSTEMS), timeout=60)
+            time.sleep(0.5)
+            process.popen.kill()
+            assert waiting.code() is grpc.StatusCode.UNAVAILABLE
+        try:
+            # It waits for the other in the midst of a sum.
+            assert not left_of(mine[:1])
+        finally:
+            mine[1].resume()
+        assert not left_of(mine[1:])
 
 
 def test_a_model_that_does_not_divide_is_refused_in_one_line(bundles: Bundles, tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ see `equipot.model.sharding` for why.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
 
@@ -103,6 +106,8 @@ def main(config: RankConfig, pipe: Connection) -> None:
     """Loads, says so, and answers jobs until the pipe is closed."""
     # Ctrl-C reaches the whole group of processes; the server decides when its ranks end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ.update(
         RANK=str(config.rank),
         LOCAL_RANK=str(config.local),
@@ -138,6 +143,12 @@ def main(config: RankConfig, pipe: Connection) -> None:
             raise
         if config.rank == 0:
             pipe.send(outcome)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """Ends this process with its server's, also while it waits in a sum for a rank that hangs."""
+    parent.join()
+    os._exit(1)
 
 
 def _another(config: RankConfig, digest: str) -> str:
