@@ -425,9 +425,17 @@ def test_the_recipe_for_a_cluster_is_understood() -> None:
     assert settings.max_replicas == 8
 
 
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands do not inherit what the cluster of this file was started with: its ports are taken."""
+    for name in local.environment(tmp_path, ServeConfig(bundles=(Path("none"),))):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 class TestCommandLine:
+    @pytest.mark.usefixtures("afresh")
     def test_it_starts_answers_and_lets_accepted_calls_finish(self, bundles: Bundles, tmp_path: Path) -> None:
         # Longer than Ray waits by itself.
         calculator = Path(__file__).parent / "odd_calculators.py"
@@ -449,6 +457,7 @@ class TestCommandLine:
         eventually(lambda: not any(child.is_running() for child in started), 20)
         assert not folder.exists()
 
+    @pytest.mark.usefixtures("afresh")
     def test_a_bundle_that_is_none_is_named(self, tmp_path: Path) -> None:
         process = launch(tmp_path / "none", "--ray", "--port", free_port(), stderr=tmp_path / "log")
         assert process.wait(timeout=240) == 2
