@@ -1,17 +1,45 @@
-"""Blocking calls that are tried again while that may help."""
+"""Calls that are tried again while that may help."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import grpc
 
-from equipot.client.errors import ClientError
+from equipot.client.errors import ClientError, LimitExceeded, ServerUnavailable
 from equipot.client.retry import Deadline, RetryPolicy
 
 _Reply = TypeVar("_Reply")
+
+
+class Tries:
+    """Counts those of a long call that failed in a row and got no further."""
+
+    def __init__(self, retry: RetryPolicy) -> None:
+        self._retry = retry
+        self._failed = 0
+
+    def delay(self, problem: ClientError, cause: grpc.RpcError, *, got_on: bool) -> float:
+        """Seconds to wait after a try that failed so.
+
+        Args:
+            problem: why it failed, in our words.
+            cause: and in gRPC's.
+            got_on: whether it got further than those before.
+
+        Raises:
+            ClientError: there is to be no other.
+        """
+        self._failed = 1 if got_on else self._failed + 1
+        delay = self._retry.delay(problem, self._failed, math.inf)
+        if delay is not None:
+            return delay
+        if self._failed > 1 and isinstance(problem, ServerUnavailable | LimitExceeded):
+            problem.args = (f"{problem}; {self._failed} tries in a row got no further",)
+        raise problem from cause
 
 
 def persist(

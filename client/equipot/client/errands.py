@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import aclosing, closing
@@ -12,14 +11,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
-from equipot.client.errors import (
-    ClientError,
-    LimitExceeded,
-    ModelChanged,
-    ModelNotFound,
-    ServerError,
-    ServerUnavailable,
-)
+from equipot.client.attempts import Tries
+from equipot.client.errors import ClientError, ModelChanged, ModelNotFound, ServerError
 from equipot.client.retry import RetryPolicy
 
 RequestT = TypeVar("RequestT")
@@ -87,7 +80,7 @@ def run(errand: Errand[RequestT, ReplyT, OutcomeT], way: Way[RequestT, ReplyT]) 
         ClientError: the request as a whole failed.
     """
     yield from errand.refused()
-    tries = _Tries(errand, way.retry)
+    tries = _Headway(errand, way.retry)
     while errand.waits_for:
         try:
             with closing(way.ask(errand.request())) as replies:
@@ -106,7 +99,7 @@ async def run_async(
     """As `run`."""
     for outcome in errand.refused():
         yield outcome
-    tries = _Tries(errand, way.retry)
+    tries = _Headway(errand, way.retry)
     while errand.waits_for:
         try:
             async with aclosing(way.ask(errand.request())) as replies:
@@ -120,30 +113,16 @@ async def run_async(
         await asyncio.sleep(delay)
 
 
-class _Tries:
-    """Counts those of an errand that failed in a row without headway."""
+class _Headway:
+    """Counts an errand's tries by how far it has got."""
 
     def __init__(self, errand: Errand[Any, Any, Any], retry: RetryPolicy) -> None:
-        self._errand = errand
-        self._retry = retry
-        self._failed = self._stood = 0
+        self._errand, self._tries, self._stood = errand, Tries(retry), 0
 
     def delay(self, problem: ClientError, cause: grpc.RpcError) -> float:
-        """Seconds to wait after a try that failed so.
-
-        Raises:
-            ClientError: there is to be no other.
-        """
-        headway = self._errand.headway
-        self._failed = 1 if headway > self._stood else self._failed + 1
-        self._stood = headway
-        problem = _in_its_words(self._errand, problem)
-        delay = self._retry.delay(problem, self._failed, math.inf)
-        if delay is not None:
-            return delay
-        if self._failed > 1 and isinstance(problem, ServerUnavailable | LimitExceeded):
-            problem.args = (f"{problem}; {self._failed} tries in a row got no further",)
-        raise problem from cause
+        """As `Tries.delay`."""
+        before, self._stood = self._stood, self._errand.headway
+        return self._tries.delay(_in_its_words(self._errand, problem), cause, got_on=self._stood > before)
 
 
 def _complete(errand: Errand[Any, Any, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, TypeVar, Unpack
 
 import grpc
 
-from equipot.client.attempts import persist
+from equipot.client.attempts import Tries, persist
 from equipot.client.batches import Priority
 from equipot.client.certainty import Uncertainty
 from equipot.client.credentials import TokenSource
@@ -250,9 +249,8 @@ class Visits:
     """Counts the calls in a row that followed a job, failed, and told nothing new."""
 
     def __init__(self, retry: RetryPolicy) -> None:
-        self._retry = retry
-        self._failed = self._replies = 0
-        self._begun = 0.0
+        self._tries = Tries(retry)
+        self._replies, self._begun = 0, 0.0
 
     def begin(self) -> None:
         """Notes that a call begins."""
@@ -263,18 +261,10 @@ class Visits:
         self._replies += 1
 
     def delay(self, problem: ClientError, cause: grpc.RpcError) -> float:
-        """Seconds to wait after a call that failed so.
-
-        Raises:
-            ClientError: there is to be no other.
-        """
+        """As `Tries.delay`."""
         # Nothing new for a while is what a job that waits in a queue has to tell.
-        served = self._replies > 1 or (self._replies and time.monotonic() - self._begun >= LASTING_SECONDS)
-        self._failed = 1 if served else self._failed + 1
-        delay = self._retry.delay(problem, self._failed, math.inf)
-        if delay is None:
-            raise problem from cause
-        return delay
+        lasted = self._replies == 1 and time.monotonic() - self._begun >= LASTING_SECONDS
+        return self._tries.delay(problem, cause, got_on=self._replies > 1 or lasted)
 
 
 def told(

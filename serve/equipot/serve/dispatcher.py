@@ -143,7 +143,7 @@ class Dispatcher:
         """What a request would cost; its structures are prepared and nothing is computed.
 
         Raises:
-            CallError: it asks for more than its caller may, as `submit` would say.
+            CallError: it asks for more than its caller may, as `predict` would say.
         """
         seen: list[Size | Failure] = []
         spent: list[float] = []
