@@ -203,6 +203,7 @@ def test_every_message_comes_back_as_it_was() -> None:
     ("values", "says"),
     [
         ({"worker_hosts": 1, "tensor_parallel": 2}, "needs worker-key"),
+        ({"worker_key": Path("k"), "tensor_parallel": 2}, "say how many by worker-hosts"),
         ({"worker_hosts": 1, "tensor_parallel": 3, "worker_key": Path("k")}, "cannot share evenly"),
         ({"worker_hosts": 1, "tensor_parallel": 1, "worker_key": Path("k")}, "cannot share evenly"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import InvalidRequest, OverLimit, ServeError
 from equipot.serve.free import free_port
-from equipot.serve.mii_front.server import check_plain, client
+from equipot.serve.mii_front.server import check_plain, client, run
 from equipot.serve.mii_front.texts import request_of, within
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import decode_structures
@@ -97,6 +98,15 @@ def test_what_mii_cannot_do_is_refused() -> None:
     with pytest.raises(ServeError, match="knows nothing of --ui"):
         check_plain(ServeConfig(bundles=(Path("a"),), ui=True))
     check_plain(ServeConfig(bundles=(Path("a"),), ui=False))
+
+
+def test_a_port_in_use_is_refused_before_anything_starts() -> None:
+    config = ServeConfig(bundles=(Path("a"),), port=free_port())
+    with (
+        socket.create_server(("127.0.0.1", config.port)),
+        pytest.raises(ServeError, match=f"port {config.port} is in use"),
+    ):
+        run(config, replicas=1, announce=pytest.fail)
 
 
 # ---- the real package from here on

@@ -135,6 +135,8 @@ class TestUnread:
                 there = await stack.enter_async_context(serving(model.parent))
                 assert await there.version() == "1"
                 assert set(await there.listed()) == {"tiny@1"}
+            with faults.fail("/tiny/1"), faults.fail("/tiny/2"):
+                assert "no version" not in "".join((await there.refresh()).problems)
             await there.refresh()
             assert await there.version() == "2"
             assert (await there.energy("other"))[1].version == "1"

@@ -172,6 +172,7 @@ def test_the_batch_with_which_a_rank_ran_out_of_memory_is_not_tried_again(spread
         answer = read(stub.Predict(request, timeout=60), many)
         assert np.isfinite(answer.energy).all()
     assert "it ran out of memory" in spread.log()
+    assert "Traceback" not in spread.log()
 
 
 @pytest.mark.slow

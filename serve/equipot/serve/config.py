@@ -288,6 +288,8 @@ class ServeConfig:
         _check("worker-hosts", self.worker_hosts, 0, MOST_RANKS - 1)
         _check("worker-port", self.worker_port, 0, MAX_PORT)
         if not self.worker_hosts:
+            if self.worker_key is not None:
+                raise ServeError("worker-key is what other machines must know: say how many by worker-hosts")
             return
         if self.worker_key is None:
             raise ServeError("worker-hosts needs worker-key: a file with random text that all of them have")

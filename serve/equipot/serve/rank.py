@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -31,6 +32,10 @@ from equipot.serve.memory import is_out_of_memory
 
 COLLECTIVE_MINUTES = 10
 """A collective that takes longer has lost a rank without a sign of it."""
+
+
+LAST_WORD_SECONDS = 1.0
+"""A rank that fails lives so long before it says how: one that failed for another's sake is ended before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +145,8 @@ def main(config: RankConfig, pipe: Connection) -> None:
         except Exception as error:
             if is_out_of_memory(error):
                 pipe.send(Exhausted())
+            # A sum that broke because another rank ended is no news: its server knows, and ends this one.
+            time.sleep(LAST_WORD_SECONDS)
             raise
         if config.rank == 0:
             pipe.send(outcome)

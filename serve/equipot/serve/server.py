@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from equipot.serve.config import ServeConfig, is_loopback
 from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
+from equipot.serve.free import address, check_port
 from equipot.serve.http_side import HttpSide
 from equipot.serve.inference_protocol import InferenceServicer
 from equipot.serve.jobs import servicer as jobs
@@ -87,7 +86,7 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
                 await http.start(more=server.page().add_to if config.offers_page else None)
                 stack.push_async_callback(http.stop)
                 scheme = "https" if config.encrypts_http else "http"
-                where = f"{scheme}://{_address(config.http_host, http.port)}"
+                where = f"{scheme}://{address(config.http_host, http.port)}"
                 announce(f"metrics on {where}/metrics")
                 if config.offers_page:
                     announce(f"page on {where}/ui/")
@@ -105,7 +104,7 @@ async def run(config: ServeConfig, announce: Callable[[str], None]) -> None:
             server.open(opened)
             watching = asyncio.create_task(server.watch(opened.registry))
             names = ", ".join(opened.registry.families) or "nothing yet"
-            announce(f"serving {names} on {_address(config.host, port)}")
+            announce(f"serving {names} on {address(config.host, port)}")
             await stopping
             watching.cancel()
             await server.drain(config.drain_seconds, linger=config.linger_seconds)
@@ -229,11 +228,11 @@ class GrpcServer:
             ServeError: the port is in use or may not be used.
         """
         host, port = self._config.host, self._config.port
-        _check_port(host, port)
+        check_port(host, port)
         try:
-            bound = self._trust.add_port(self._server, _address(host, port))
+            bound = self._trust.add_port(self._server, address(host, port))
         except RuntimeError as error:
-            raise ServeError(f"cannot listen on {_address(host, port)}: {error}") from error
+            raise ServeError(f"cannot listen on {address(host, port)}: {error}") from error
         await self._server.start()
         self.keep_current()
         return bound
@@ -329,22 +328,3 @@ def _on_signals(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, received, number)
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _check_port(host: str, port: int) -> None:
-    """Binds for a moment: the operating system names the reason, which gRPC keeps for its log."""
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ServeError(f"port {port} is in use: stop the other server or choose --port") from error
-        raise ServeError(f"cannot listen on {_address(host, port)}: {error.strerror or error}") from error

@@ -26,7 +26,7 @@ import grpc
 
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
-from equipot.serve.free import free_port
+from equipot.serve.free import check_port, free_port
 from equipot.serve.logs import configure
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.2
 """How often processes are looked at."""
+
+EVERYWHERE = "0.0.0.0"
+"""Where MII's servers listen, whatever --host says."""
 
 TERMINATE = "/modelresponse.ModelResponse/Terminate"
 """The method of MII's server that ends it."""
@@ -52,11 +55,12 @@ def run(config: ServeConfig, *, replicas: int, announce: Callable[[str], None]) 
     Raises:
         ServeError: it cannot start as asked.
     """
+    check_plain(config)
+    port = config.port or free_port()
+    check_port(EVERYWHERE, port)
     for package in ("mii", "requests"):
         if importlib.util.find_spec(package) is None:
             raise ServeError(f"--mii needs {package}: pip install 'equipot[mii]'")
-    check_plain(config)
-    port = config.port or free_port()
     ports = [free_port() for _ in range(replicas)]
     context = multiprocessing.get_context("spawn")
     # They outlive a Ctrl-C of the terminal: this process ends them when they have answered.

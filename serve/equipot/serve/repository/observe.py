@@ -61,7 +61,7 @@ class Observer:
         reasons: dict[Key, str] = {}
         remembered: dict[tuple[Key, str], ModelCard | str] = {}
         for name, places in contents.places.items():
-            if not places:
+            if not places and name not in {model for model, _ in unread.versions}:
                 problems.append(f"{name} has no version yet: put bundles into {name}/1, {name}/2 …")
             for version, place in places.items():
                 key = (name, version)
