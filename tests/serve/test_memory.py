@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.serve.conftest import Bundles, inside, run
 
 from equipot.serve import server
 from equipot.serve.config import ServeConfig
-from equipot.serve.memory import trim
+from equipot.serve.heap import trim
 from equipot.serve.metrics import Metrics
 from equipot.serve.opening import open_models
 
@@ -33,6 +34,44 @@ def test_the_gaps_between_what_stays_go_back() -> None:
     trim()
     assert resident() - before < 50 * MIB
     assert len(kept) == 2_000
+
+
+SHARED = """
+import sys, threading
+import numpy as np, psutil
+from equipot.serve.heap import share_one, trim
+
+if sys.argv[1] == "one":
+    share_one()
+resident = lambda: psutil.Process().memory_info().rss
+np.ones(20 * 2**20, dtype=np.uint8)  # the largest block ever freed, by which heaps judge
+before = resident()
+freed, leave = threading.Barrier(5), threading.Event()
+
+def compute():
+    [np.ones(100_000, dtype=np.uint8) for _ in range(250)]
+    freed.wait()
+    leave.wait()
+
+for _ in range(4):
+    threading.Thread(target=compute).start()
+freed.wait()
+trim()
+print(resident() - before)
+leave.set()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems give memory back by themselves")
+def test_threads_keep_nothing_at_the_ends_of_heaps_of_their_own() -> None:
+    kept = {
+        heaps: int(
+            subprocess.run([sys.executable, "-c", SHARED, heaps], capture_output=True, check=True).stdout
+        )
+        for heaps in ("one", "many")
+    }
+    assert kept["one"] < 10 * MIB
+    assert kept["many"] > 20 * MIB, "the test shows nothing: there is no such memory to give back"
 
 
 def test_a_server_does_so_while_it_runs(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from equipot.serve.config import (
 from equipot.serve.config_file import overlay, read_toml
 from equipot.serve.errors import ServeError
 from equipot.serve.foreign.spec import calculators
+from equipot.serve.heap import share_one
 from equipot.serve.logs import configure
 from equipot.serve.repository.settings import Preload, anchored
 
@@ -302,6 +303,7 @@ def serve(
 
         run_under_mii(config, replicas=replicas, announce=typer.echo)
         return
+    share_one()
     from equipot.serve.server import run
 
     asyncio.run(run(config, typer.echo))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 
 import torch
+
+from equipot.serve.heap import trim
 
 
 def give_back() -> None:
@@ -18,15 +18,6 @@ def give_back() -> None:
     gc.collect()
     gc.freeze()
     trim()
-
-
-def trim() -> None:
-    """Lets glibc return pages that nothing lies on, for a few milliseconds or some ten if they are many."""
-    if sys.platform == "linux":
-        # Tensors below its sliding threshold lie on heaps that keep their size by themselves.
-        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if malloc_trim is not None:
-            malloc_trim(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:

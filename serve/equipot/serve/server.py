@@ -25,12 +25,12 @@ from equipot.serve.dispatcher import Dispatcher
 from equipot.serve.engine import use_threads
 from equipot.serve.errors import NotReady, ServeError
 from equipot.serve.free import address, check_port
+from equipot.serve.heap import trim
 from equipot.serve.http_side import HttpSide
 from equipot.serve.inference_protocol import InferenceServicer
 from equipot.serve.jobs import servicer as jobs
 from equipot.serve.jobs.metrics import JobMetrics
 from equipot.serve.jobs.servicer import JobServicer
-from equipot.serve.memory import trim
 from equipot.serve.metrics import Metrics
 from equipot.serve.motion.servicer import MotionServicer
 from equipot.serve.opening import Opened, open_models
