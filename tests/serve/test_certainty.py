@@ -30,6 +30,8 @@ from equipot.client import (
     Predictions,
     Uncertainty,
 )
+from equipot.client.open_files import OpenFiles
+from equipot.client.recording import Recording
 from equipot.model.batch import System
 from equipot.wire.inference import open_inference_pb2 as oip
 from equipot.wire.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -222,15 +224,14 @@ def test_strange_structures_are_answered_flagged_or_refused_as_asked(
     assert inside.domain is not None
     assert not inside.domain.outside
 
-    strict = Uncertainty(refuse_outside=True)
-    refused = client.predict(batch, uncertainty=strict)
+    refused = client.predict(batch, uncertainty=STRICT)
     assert [failure.index for failure in refused.failures] == [1, 2, 3]
     assert refused.failures[0].reason is FailureReason.OUTSIDE_DOMAIN
     assert "closest in training" in refused.failures[0].message
     assert np.isnan(refused.energy[1])
     assert refused.energy[4] == found.energy[4]
     assert known(refused).outside == ()
-    explained = client.explain(batch, uncertainty=strict)
+    explained = client.explain(batch, uncertainty=STRICT)
     assert [failure.index for failure in explained.failures] == [1, 2, 3]
     after = served.process.sample("equipot_structures_outside_domain_total", model="three")
     assert after == before + 2
@@ -418,8 +419,7 @@ def test_relax_and_md_write_it(
     assert "structure 1: positions: after" in capsys.readouterr().out
     last = read("strict-1.extxyz", -1)
     assert "it is outside" in last.info["equipot_failure"]
-    assert last.info["equipot_step"] < 30
-    assert last.calc is None
+    assert (last.info["equipot_step"] < 30, last.calc) == (True, None)
     with Client(served.address, model="three") as client:
         assert is_outside(client, last, last.positions)
     count = served.process.sample("equipot_structures_total")
@@ -427,6 +427,16 @@ def test_relax_and_md_write_it(
     assert main(["md", *words, *how, "--refuse-outside", "--out", "strict.extxyz", "--resume"]) == 1
     assert "structure 1: positions: after" in capsys.readouterr().out
     assert served.process.sample("equipot_structures_total") == count
+    # What has a token may go on, if its caller thinks better of his border.
+    atoms = read("in.extxyz", 1)
+    with OpenFiles() as files, Client(served.address, model="three") as client:
+        kept = Recording([Path("on.traj")], files, timestep=1.0, resume=False)
+        for _, told in client.simulate_iter(atoms, steps=30, token_every=2, uncertainty=STRICT):
+            kept.take(0, atoms, told, "", 0)
+    write("one.extxyz", atoms)
+    assert "it is outside" in read("on.traj").info["equipot_failure"]
+    assert main(["md", "one.extxyz", *words[1:], *how, "--out", "on.traj", "--resume"]) == 0
+    assert [frame.info["equipot_step"] for frame in read("on.traj", "-2:")] == [27, 30]
 
 
 def test_ase_s_calculator_keeps_it(served: Served, frames: list[Atoms]) -> None:

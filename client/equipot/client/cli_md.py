@@ -94,7 +94,8 @@ def md(
     FixAtoms constraint holds stay. Of several frames each has a file of its own, OUT with its number.
     Energies, temperature and pressure by step go into OUT.csv. What cannot go on is written up to the frame
     that failed, with the reason in `equipot_failure`, and the exit code is 1. A run that is stopped goes on
-    by --resume with the same words, as if it had never been. With --job a server that was started with --jobs
+    by --resume with the same words, as if it had never been, and so does one that failed for want of a server
+    or of the right words. With --job a server that was started with --jobs
     keeps the work and its frames: Ctrl-C only detaches.
     """
     from equipot.client.frames import FrameReader
@@ -160,7 +161,8 @@ def md(
                 way.finish()
         resumed = [recording.resumed(place) for place in todo]
         client = stack.enter_context(trust.client(address, model=model, timeout=timeout))
-        how["seed"] = seeds = [_seed_of(ways[place], seed, place) for place in todo]
+        seeds = [_seed_of(ways[place], seed, place) for place in todo]
+        how["seed"] = [secrets.randbits(48) if one is None else one for one in seeds]
         simulating = client.simulate_iter(
             [frames[place] for place in todo],
             steps=steps,
@@ -187,6 +189,7 @@ def md(
             interruption.check()
     lines = [
         *(f"failed: {why}" for _, why in sorted(recording.failed.items())),
+        *recording.to_go_on(),
         *recording.certainty.lines(),
         *recording.summaries(),
         f"{len(frames) - len(recording.failed)} of {len(frames)} moved for {steps} steps",
@@ -198,9 +201,9 @@ def md(
         raise typer.Exit(1)
 
 
-def _seed_of(way: TrajectoryFile, seed: int | None, place: int) -> int:
-    """Of a structure: that with which it has begun, that which is asked for, or any."""
-    if way.seed is not None:
+def _seed_of(way: TrajectoryFile, seed: int | None, place: int) -> int | None:
+    """Of a structure: that with which it has begun, that which is asked for, or any; None: nobody knows."""
+    if way.seed is not None or way.restart:
         return way.seed
     return secrets.randbits(48) if seed is None else seed + place
 

@@ -14,6 +14,7 @@ from equipot.client.errors import ClientError, describe
 from equipot.client.observation_file import ObservationFile, summary_of
 from equipot.client.open_files import OpenFiles
 from equipot.client.trajectory_file import TrajectoryFile
+from equipot.wire.v1.codec import Failure, FailureReason
 
 MOST_SUMMARIES = 20
 """That are said; the files of observations have them all."""
@@ -118,14 +119,15 @@ class Recording:
                 if told.step > self.table(place).reached:
                     self.table(place).write(told)
             case Restart():
-                self.trajectory(place).keep(told)
+                self.trajectory(place).keep(told, seed)
             case Ended():
                 trajectory = self.trajectory(place)
-                trajectory.finish()
                 if told.failure is not None:
                     failure = replace(told.failure, index=place)
                     self.failed[place] = describe(failure)
                     trajectory.fail(frame, replace(told, failure=failure))
+                if told.failure is None or _is_its_own(told, told.failure):
+                    trajectory.finish()
 
     def reached(self) -> dict[str, int]:
         """The last steps of trajectories, by place."""
@@ -145,6 +147,14 @@ class Recording:
         if len(self._tables) > MOST_SUMMARIES:
             yield f"… and {len(self._tables) - MOST_SUMMARIES} more: see their .csv"
 
+    def to_go_on(self) -> Iterator[str]:
+        """Which of those that failed have a token still."""
+        kept = [self.trajectory(place).token for place in sorted(self.failed)]
+        kept = [token for token in kept if token.exists()]
+        if kept:
+            more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            yield f"what failed can go on from {kept[0]}{more}: give --resume once nothing stands in its way"
+
     def where(self) -> Iterator[str]:
         """Where all of it is."""
         if not self.paths:
@@ -153,6 +163,16 @@ class Recording:
         yield "results: " + " … ".join(map(str, ends))
         if self._tables:
             yield "observations: " + " … ".join(str(table_path(path)) for path in ends)
+
+
+def _is_its_own(ended: Ended, failure: Failure) -> bool:
+    """Whether a trajectory led to its failure by itself, so that going on would lead there again.
+
+    Else it is a matter of how and of whom it was asked: the token was refused, the model was not there or ran
+    out of memory, a limit of the server's was in the way or one that the caller chose.
+    """
+    by_itself = (FailureReason.UNSTABLE, FailureReason.NOT_FINITE, FailureReason.INVALID_STRUCTURE)
+    return ended.model is not None and failure.field != "tokens" and failure.reason in by_itself
 
 
 def table_path(trajectory: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from io import StringIO
 from pathlib import Path
@@ -23,7 +24,7 @@ LARGEST_SEED_WRITTEN = 2**63 - 1
 """Beyond it readers of extxyz take a number for a float."""
 
 _HAS_STEP = re.compile(rb"\bequipot_step=(\d+)")
-_TOKEN = re.compile(rb"equipot restart (\d+)\n")
+_TOKEN = re.compile(rb"equipot restart \d+(?: seed (\d+))?\n")
 
 
 class TrajectoryFile:
@@ -31,6 +32,7 @@ class TrajectoryFile:
 
     Beside it, while it is unfinished, lies its last restart token. A frame is in the file before the token
     that follows it, so whatever stops a run costs no frame: going on writes those behind the last whole one.
+    The frame of a failure that has a token beside it stays until something else is written behind the others.
 
     Args:
         path: the file.
@@ -53,14 +55,16 @@ class TrajectoryFile:
         self.model = ""
         """The bundle that computed what is there."""
         self.failure = ""
-        """Why it ended with the last frame that is there; empty if it did not fail."""
+        """Why it ended for good with the last frame that is there; empty if it did not."""
         self._files = files
+        self._good_end: int | None = None
+        """Where the frames end before that of a failure that may be overcome; None if there is none."""
         self._binary = path.suffix == ".traj"
         if self.token.exists() and not resume:
             raise FileError(f"{path} is unfinished: go on with it by --resume, or remove {self.token}")
         try:
             end = self._look() if resume and path.exists() else 0
-            if self.reached < 0:
+            if self.reached < 0 and self._good_end is None:
                 path.write_bytes(b"")
             elif not self._binary:
                 # Without what is torn at its end.
@@ -102,15 +106,16 @@ class TrajectoryFile:
         self._append(atoms)
         self.reached = ended.steps + 1
 
-    def keep(self, restart: Restart) -> None:
-        """Makes this the state to go on from.
+    def keep(self, restart: Restart, seed: int | None) -> None:
+        """Makes this the state to go on from, of what has this seed if that is known.
 
         Raises:
             FileError: it cannot be written.
         """
         beside = self.token.with_name(self.token.name + ".new")
         try:
-            beside.write_bytes(b"equipot restart %d\n" % restart.step + restart.token)
+            of_seed = b"" if seed is None else b" seed %d" % seed
+            beside.write_bytes(b"equipot restart %d%b\n" % (restart.step, of_seed) + restart.token)
             beside.replace(self.token)
         except OSError as error:
             raise FileError(f"cannot write {self.token}: {error.strerror}") from error
@@ -121,6 +126,7 @@ class TrajectoryFile:
 
     def _append(self, atoms: Atoms) -> None:
         try:
+            self._drop_failure()
             file = self._files.of(self, self._open)
             if self._binary:
                 file.write(atoms)
@@ -133,6 +139,20 @@ class TrajectoryFile:
         except OSError as error:
             raise FileError(f"cannot write {self.path}: {error.strerror}") from error
 
+    def _drop_failure(self) -> None:
+        """Takes the frame of a failure away that was overcome."""
+        end, self._good_end = self._good_end, None
+        if end is None:
+            return
+        if not self._binary:
+            os.truncate(self.path, end)
+            return
+        beside = self.path.with_name(self.path.name + ".new")
+        with Trajectory(self.path) as there, Trajectory(beside, "w") as kept:
+            for place in range(end):
+                kept.write(there[place])
+        beside.replace(self.path)
+
     def _open(self) -> Any:  # noqa: ANN401  # ASE has no types
         return Trajectory(self.path, "a") if self._binary else self.path.open("ab", buffering=0)
 
@@ -144,22 +164,30 @@ class TrajectoryFile:
             if head is None:
                 raise ValueError(f"{self.token} is no restart token")
             self.restart = raw[head.end() :]
-        info: dict[str, Any] = {}
-        end = 0
-        if self._binary and self.path.stat().st_size:
-            with Trajectory(self.path) as frames:
-                info = frames[-1].info if len(frames) else {}
-        elif not self._binary:
-            comment = ""
-            for frame in whole_frames(self.path, _HAS_STEP):
-                comment, end = frame.comment, frame.end
-            info = key_val_str_to_dict(comment) if comment else {}
+            self.seed = int(head[1]) if head[1] else None
+        (before, good_end), (info, end) = self._last_two()
+        if self.restart and _FAILURE in info:
+            # There is a state to go on from, and whoever answers may be well by now.
+            info, self._good_end = before, good_end
         if info:
             self.reached = int(info[_STEP])
-            self.seed = int(info[_SEED]) if _SEED in info else None
+            self.seed = int(info[_SEED]) if _SEED in info and self.seed is None else self.seed
             self.model = str(info.get(_MODEL, ""))
             self.failure = str(info.get(_FAILURE, ""))
         return end
+
+    def _last_two(self) -> list[tuple[dict[str, Any], int]]:
+        """What the last frames say, and where each ends: its byte, of ASE's own files their number."""
+        if not self._binary:
+            comments = [("", 0), ("", 0)]
+            for one in whole_frames(self.path, _HAS_STEP):
+                comments = [comments[1], (one.comment, one.end)]
+            return [(key_val_str_to_dict(comment) if comment else {}, end) for comment, end in comments]
+        if not self.path.stat().st_size:
+            return [({}, 0), ({}, 0)]
+        with Trajectory(self.path) as frames:
+            ends = (max(0, len(frames) - 1), len(frames))
+            return [(frames[end - 1].info if end else {}, end) for end in ends]
 
 
 def _bare(frame: Atoms) -> Atoms:
