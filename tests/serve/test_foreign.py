@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -191,10 +191,20 @@ class TestOnBadDays:
         assert isinstance(one, Result)
         there.close()
 
-    def test_in_its_place_comes_only_what_is_served(self, tmp_path: Path) -> None:
+    def test_in_its_place_comes_only_what_is_served(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         program = tmp_path / "odd.py"
         program.write_text(Path(ODD).read_text())
-        there = engine(CalculatorSpec(calculator=f"{program}:Moody"))
+        files = {name: tmp_path / name for name in ("model_file", "log_file", "new_file", "trace_file")}
+        for path in files.values():
+            path.write_text("from before\n")
+        files["new_file"].unlink()
+        arguments = {name: str(path) for name, path in files.items()}
+        there = engine(
+            CalculatorSpec(calculator=f"{program}:Moody", arguments=arguments, outputs=("trace_file",))
+        )
+        assert json.loads(there.card.text)["weights"].keys() == {"odd.py", "model_file", "log_file"}
         (before,) = answers(there, [system(Atoms("H", [[1.0, 2.0, 0.0]]))])
 
         def kill() -> None:
@@ -208,6 +218,18 @@ class TestOnBadDays:
         with pytest.raises(NotReady, match="is being started again"):
             answers(there, [system(Atoms("H", [[1.0, 2.0, 0.0]]))])
         program.write_text(Path(ODD).read_text())
+        files["model_file"].write_text("another")
+        there._process._not_before = 0.0
+        with pytest.raises(NotReady, match="is being started again"):
+            answers(there, [system(Atoms("H", [[1.0, 2.0, 0.0]]))])
+        refused = [text for text in caplog.messages if "another one now" in text]
+        assert [text.partition("weights ")[2].partition(":")[0] for text in refused] == [
+            "(odd.py)",
+            "(model_file)",
+        ]
+        # What it wrote itself is otherwise now, and holds up nothing.
+        assert all(files[name].read_text().endswith("computing\n") for name in ("log_file", "new_file"))
+        files["model_file"].write_text("from before\n")
         there._process._not_before = 0.0
         (after,) = answers(there, [system(Atoms("H", [[1.0, 2.0, 0.0]]))])
         assert isinstance(before, Result)
@@ -266,6 +288,7 @@ def test_a_calculator_without_forces_or_stress_says_so() -> None:
     ("spec", "unsaid"),
     [
         (CalculatorSpec(calculator=f"{ODD}:Charged"), 0.1),
+        (CalculatorSpec(calculator=f"{ODD}:Input"), 0.1),
         (CalculatorSpec(calculator=f"{ODD}:ByInfo", charge="info"), 0.0),
         (CalculatorSpec(calculator=f"{ODD}:Moody"), None),
     ],
@@ -280,9 +303,11 @@ def test_charge_and_spin_are_passed_on_or_refused_and_never_lost_or_anothers(
             there, [system(atoms, charge=c, spin_multiplicity=m) for c, m in ((1, 2), (-2, 3), (0, 1))]
         )
         if unsaid is not None:
-            got += answers(there, [system(atoms, spin_multiplicity=3), system(atoms)])
+            got += answers(
+                there, [system(atoms, spin_multiplicity=3), system(atoms), system(atoms, charge=1)]
+            )
             energies = [one.energy for one in got if isinstance(one, Result)]
-            assert energies == pytest.approx([1.2, -1.7, 0.1, 0.3, unsaid])
+            assert energies == pytest.approx([1.2, -1.7, 0.1, 0.3, unsaid, 1 + unsaid])
         else:
             assert [one.field for one in got if isinstance(one, Fault)] == [
                 "charge",
@@ -379,6 +404,7 @@ def test_what_cannot_be_served_says_why(word: str, message: str) -> None:
         ('calculator = "chgnet"\ntime_limit = 0', "time_limit is 0"),
         ('calculator = "chgnet"\nelements = ["Xx"]', "'Xx'"),
         ('calculator = "chgnet"\ncharge = "maybe"', "'maybe'"),
+        ('calculator = "chgnet"\noutputs = ["log"]', "'log', which is none of its arguments"),
         ("calculator", "TOML"),
     ],
 )
@@ -416,85 +442,3 @@ def test_another_environments_python_serves_too(tmp_path: Path) -> None:
         assert one.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-10)
     finally:
         there.close()
-
-
-def needs(package: str, distribution: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(
-        importlib.util.find_spec(package) is None, reason=f"{distribution} is not installed here"
-    )
-
-
-@pytest.mark.slow
-@needs("chgnet", "chgnet")
-class TestChgnet:
-    def test_together_equals_alone_and_its_own_calculator(self) -> None:
-        from chgnet.model.dynamics import CHGNetCalculator
-
-        frames = [bulk("NaCl", "rocksalt", a=5.6), bulk("MgO", "rocksalt", a=4.2, cubic=True), bulk("Si")]
-        for seed, atoms in enumerate(frames):
-            atoms.rattle(0.05, seed=seed)
-        systems = [system(atoms) for atoms in frames]
-        there = engine(CalculatorSpec(calculator="chgnet"))
-        try:
-            assert there.card.cutoff == 6.0
-            assert there.card.n_parameters == 412_525
-            together = answers(there, systems, stress=True)
-            alone = [answers(there, [one], stress=True)[0] for one in systems]
-            own = CHGNetCalculator(use_device="cpu")
-            for atoms, one, other in zip(frames, together, alone, strict=True):
-                assert isinstance(one, Result)
-                assert isinstance(other, Result)
-                assert one.energy == pytest.approx(other.energy, abs=1e-4)
-                near(one.forces, other.forces, 1e-4)
-                atoms.calc = own
-                assert one.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
-                near(one.forces, atoms.get_forces(), 1e-4)
-                near(one.stress, atoms.get_stress(voigt=False), 1e-5)
-            lone = bulk("NaCl", "rocksalt", a=30.0)
-            crowd = answers(there, [systems[0], system(molecule("H2O")), system(lone), systems[2]])
-            assert [isinstance(one, Result) for one in crowd] == [True, False, False, True]
-            assert "crystals alone" in crowd[1].message  # type: ignore[union-attr]
-        finally:
-            there.close()
-
-
-@pytest.mark.slow
-@needs("mace", "mace-torch")
-class TestMace:
-    """With a small untrained model: mace-torch ships no weights."""
-
-    def test_together_equals_alone_and_its_own_calculator(self, tmp_path: Path) -> None:
-        from mace.calculators import MACECalculator
-
-        model = tmp_path / "small.model"
-        subprocess.run([sys.executable, HERE / "small_mace.py", model], check=True, timeout=280)
-        frames = [molecule("CH3OH"), bulk("C", "diamond", a=3.6), molecule("H2O")]
-        for seed, atoms in enumerate(frames):
-            atoms.rattle(0.05, seed=seed)
-        systems = [system(atoms) for atoms in frames]
-        with pytest.raises(ServeError, match="level of theory"):
-            engine(parse(f"mace:{model}"))
-        there = engine(parse(f"mace:{model}", level_of_theory="none"))
-        try:
-            assert (there.card.elements, there.card.cutoff) == ((1, 6, 8), 4.0)
-            assert (there.card.name, there.dtype) == ("small", "float64")
-            together = answers(there, systems, stress=True)
-            own = MACECalculator(model_paths=str(model), device="cpu", default_dtype="float64")
-            for atoms, one, alone in zip(
-                frames, together, [answers(there, [s], stress=True)[0] for s in systems], strict=True
-            ):
-                assert isinstance(one, Result)
-                assert isinstance(alone, Result)
-                assert one.energy == pytest.approx(alone.energy, abs=1e-8)
-                near(one.forces, alone.forces, 1e-8)
-                atoms.calc = own
-                assert one.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
-                near(one.forces, atoms.get_forces(), 1e-8)
-                if atoms.pbc.all():
-                    here = atoms.get_stress(voigt=False)
-                    near(one.stress, here, 1e-8)
-            (fault,) = answers(there, [system(bulk("Si"))])
-            assert isinstance(fault, Fault)
-            assert fault.reason == "unsupported"
-        finally:
-            there.close()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from equipot.serve.foreign.files import sha256, stamps, written
 from equipot.serve.foreign.words import Answered, Facts, Refused, Structure, answered
 
 
@@ -27,7 +26,8 @@ class AseBackend:
         self._facts = known
         self._name = factory
         # As it was made: for those who say nothing of it, whatever others have asked for since.
-        self._multiplicity = (getattr(calculator, "parameters", None) or {}).get("multiplicity")
+        made = getattr(calculator, "parameters", None) or {}
+        self._unsaid = {name: made[name] for name in ("multiplicity",) if name in made}
 
     def facts(self) -> Facts:
         """What it says of itself."""
@@ -64,8 +64,13 @@ class AseBackend:
             if multiplicity:
                 atoms.set_initial_magnetic_moments(np.full(len(atoms), (multiplicity - 1) / len(atoms)))
         elif self._charge == "parameter":
-            wanted = {"charge": charge, "multiplicity": multiplicity or self._multiplicity}
-            if any(self._calculator.parameters.get(name) != value for name, value in wanted.items()):
+            said = {"multiplicity": multiplicity} if multiplicity else self._unsaid
+            wanted = {"charge": charge, **said}
+            parameters = self._calculator.parameters
+            if not said:
+                # Not set to None, which is no number to a calculator that goes by whether it is there.
+                parameters.pop("multiplicity", None)
+            if any(parameters.get(name) != value for name, value in wanted.items()):
                 self._calculator.set(**wanted)
 
 
@@ -83,6 +88,7 @@ def build(target: str, arguments: Mapping[str, Any], charge: str, device: str) -
     """
     place, _, name = target.rpartition(":")
     factory, versions, weights = _factory(place, name)
+    before = stamps(arguments)
     calculator = factory(**arguments)
     has = list(getattr(calculator, "implemented_properties", ()))
     if not callable(getattr(calculator, "get_potential_energy", None)) or "energy" not in has:
@@ -92,7 +98,9 @@ def build(target: str, arguments: Mapping[str, Any], charge: str, device: str) -
     parameters = getattr(calculator, "default_parameters", {})
     if charge == "auto":
         charge = "parameter" if "charge" in parameters and hasattr(calculator, "set") else "refuse"
-    weights |= _files(arguments)
+    # Other weights are another model; what it wrote while it was made is none.
+    read = before.keys() - written(arguments, before)
+    weights |= {argument: sha256(arguments[argument]) for argument in sorted(read)}
     known = Facts(
         elements=(),
         cutoff=0.0,
@@ -124,18 +132,3 @@ def _factory(place: str, name: str) -> tuple[Callable[..., Any], dict[str, str],
     for package in importlib.metadata.packages_distributions().get(top, []):
         versions[package] = importlib.metadata.version(package)
     return getattr(module, name), versions, {}
-
-
-def _files(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Sums of the files that arguments name: other weights are another model."""
-    return {
-        name: sha256(value)
-        for name, value in arguments.items()
-        if isinstance(value, str) and os.path.isfile(value)  # noqa: PTH113  # any text may be an argument
-    }
-
-
-def sha256(path: str) -> str:
-    """Of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

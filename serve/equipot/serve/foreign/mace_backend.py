@@ -12,7 +12,7 @@ from ase import Atoms
 from mace import data
 from mace.tools import AtomicNumberTable, torch_geometric
 
-from equipot.serve.foreign.ase_backend import sha256
+from equipot.serve.foreign.files import sha256
 from equipot.serve.foreign.words import Answered, Facts, Refused, Structure, answered
 
 

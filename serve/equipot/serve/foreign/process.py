@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import equipot.serve
 from equipot.serve.errors import NotReady, ServeError
+from equipot.serve.foreign.files import Stamp, stamps, written
 from equipot.serve.foreign.spec import CalculatorSpec
 from equipot.serve.foreign.words import Answered, Facts, Refused, Structure
 
@@ -25,6 +26,9 @@ START_SECONDS = 600.0
 
 LEAVE_SECONDS = 5.0
 """Time for a process to end by itself once its pipe is closed."""
+
+LOOK_SECONDS = 0.1
+"""How often it is asked whether a process still lives whose pipe others may hold open."""
 
 CLOSE_SECONDS = 0.2
 """For what is computed to be done before its process is ended."""
@@ -63,6 +67,8 @@ class CalculatorProcess:
         self._pause = 1.0
         self._not_before = 0.0
         self._load_seconds = 1.0
+        self._has_computed = False
+        self._outputs = set(spec.outputs)
         try:
             self.facts = self._start()
         except _DeadError as error:
@@ -123,7 +129,7 @@ class CalculatorProcess:
         while not self._using.acquire(timeout=CLOSE_SECONDS):
             # The pipe tells the thread that computes, which alone touches the rest until it lets go.
             if (process := self._process) is not None:
-                process.kill()
+                _kill(process)
         try:
             process, pipe = self._process, self._pipe
             if process is not None and pipe is not None:
@@ -145,16 +151,26 @@ class CalculatorProcess:
     ) -> None:
         pipe = self._pipe
         assert pipe is not None
+        before = {} if self._has_computed else stamps(self._spec.arguments)
         try:
             pipe.send(([structures[index] for index in part], forces, stress))
+            for place, index in enumerate(part):
+                # What is computed together comes together.
+                first = self.facts.batched and not place
+                answer = self._receive(self._spec.time_limit * (len(part) if first else 1))
+                assert isinstance(answer, Answered | Refused)
+                answers[index] = answer
+                self._learn_outputs(before)
         except OSError:
             raise _DeadError(self._how()) from None
-        for place, index in enumerate(part):
-            # What is computed together comes together.
-            first = self.facts.batched and not place
-            answer = self._receive(self._spec.time_limit * (len(part) if first else 1))
-            assert isinstance(answer, Answered | Refused)
-            answers[index] = answer
+        finally:
+            self._learn_outputs(before)
+
+    def _learn_outputs(self, before: Mapping[str, Stamp]) -> None:
+        """What its first structure changed are no weights, and may be otherwise when it is started again."""
+        if not self._has_computed:
+            self._has_computed = True
+            self._outputs |= written(self._spec.arguments, before)
 
     def _revive(self) -> None:
         """Starts the process if it is not there: it may have been ended while it was idle."""
@@ -164,9 +180,9 @@ class CalculatorProcess:
         self._end()
         try:
             facts = self._start()
-            if facts != self.facts:
+            if changes := _changes(self.facts, facts, self._outputs):
                 self._end()
-                raise ServeError(_changes(self.facts, facts))
+                raise ServeError(changes)
         except (_DeadError, ServeError) as error:
             logger.error("calculator %s does not start: %s", self._spec.shown_name, error)
             self._not_before = time.monotonic() + self._pause
@@ -224,14 +240,24 @@ class CalculatorProcess:
             raise ServeError(f"calculator {self._spec.calculator} cannot be made: {said.message}")
         assert isinstance(said, Facts)
         self._load_seconds = time.monotonic() - begun
-        return said
+        read = {name: value for name, value in said.weights.items() if name not in self._spec.outputs}
+        return said._replace(weights=read)
 
     def _receive(self, seconds: float) -> object:
-        assert self._pipe is not None
+        pipe, process = self._pipe, self._process
+        assert pipe is not None
+        assert process is not None
+        deadline = time.monotonic() + seconds
         try:
-            if not self._pipe.poll(seconds):
-                raise _DeadError(f"took longer than {seconds:g} s")
-            return self._pipe.recv()
+            while not pipe.poll(max(0.0, min(LOOK_SECONDS, deadline - time.monotonic()))):
+                if process.poll() is not None:
+                    # What it forked holds the pipe open, and would for as long as it lives.
+                    _kill(process)
+                    if not pipe.poll():
+                        raise _DeadError(self._how())
+                elif time.monotonic() >= deadline:
+                    raise _DeadError(f"took longer than {seconds:g} s")
+            return pipe.recv()
         except (EOFError, OSError):
             raise _DeadError(self._how()) from None
 
@@ -249,9 +275,7 @@ class CalculatorProcess:
         if self._pipe is not None:
             self._pipe.close()
         if self._process is not None:
-            # With the programs that it runs: it leads a session of its own.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            _kill(self._process)
             self._process.wait()
         self._process = self._pipe = None
 
@@ -262,7 +286,29 @@ class CalculatorProcess:
         )
 
 
-def _changes(served: Facts, found: Facts) -> str:
-    other = [name for name in Facts._fields if getattr(served, name) != getattr(found, name)]
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With what it forked and the programs that it runs: it leads a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _changes(served: Facts, found: Facts, outputs: Set[str]) -> str:
+    """What is not as it was, and what to do about it; empty if nothing is.
+
+    Args:
+        served: what is served.
+        found: what was started again.
+        outputs: arguments whose files the calculator writes.
+    """
+    other = [
+        name for name in Facts._fields if name != "weights" and getattr(served, name) != getattr(found, name)
+    ]
+    other += [
+        f"weights ({name})"
+        for name, value in served.weights.items()
+        if name not in outputs and found.weights.get(name) != value
+    ]
+    if not other:
+        return ""
     names = " and ".join(other)
     return f"it is another one now, by its {names}: put back what is served, or start the server anew"

@@ -32,6 +32,7 @@ class CalculatorSpec:
         level_of_theory: whose total energies it gives; empty: what the calculator is known for.
         elements: symbols or atomic numbers it knows; empty: what it says itself, if it does.
         arguments: keyword arguments of the factory, as JSON.
+        outputs: those of them that name files which the calculator writes, and so no weights.
         charge: how charge and spin are passed on.
         cutoff: Å within which pairs count as its work; 0: what it says itself.
         time_limit: seconds that one structure may take.
@@ -46,6 +47,7 @@ class CalculatorSpec:
     level_of_theory: str = ""
     elements: tuple[int | str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
     charge: ChargeMode = "auto"
     cutoff: float = 0.0
     time_limit: float = 60.0
@@ -64,6 +66,10 @@ class CalculatorSpec:
             raise ServeError(
                 f"calculator {self.calculator}: charge is {self.charge!r}; choose one of"
                 f" {', '.join(get_args(ChargeMode))}"
+            )
+        if unknown := sorted(set(self.outputs) - self.arguments.keys()):
+            raise ServeError(
+                f"calculator {self.calculator}: outputs holds {unknown[0]!r}, which is none of its arguments"
             )
         if not 0 < self.time_limit <= 86_400:
             raise ServeError(
