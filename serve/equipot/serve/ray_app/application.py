@@ -77,6 +77,8 @@ def _reserved(config: ServeConfig, settings: RaySettings) -> dict[str, Any]:
         # One loop for Ray's server and for ours, which answers without a hop between threads.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.limits.message_bytes),
+        # As `heap.share_one`, for which a replica has too many threads by the time that it is ours.
+        "MALLOC_ARENA_MAX": "1",
     }
     ranks = config.tensor_parallel
     actor: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
