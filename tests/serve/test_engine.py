@@ -77,16 +77,22 @@ def test_what_is_not_asked_for_is_not_computed(engine: LocalEngine) -> None:
 def test_lists_with_a_skin_give_the_same_answers_along_a_trajectory(engine: LocalEngine) -> None:
     systems = [molecule(1, 12), crystal(2), molecule(3, 30)]
     neighbors = [SkinnedNeighbors(engine.card.cutoff, skin=0.6) for _ in systems]
+    # Three times as far as the cutoff, the crystal has far more pairs than one may have.
+    wide = [SkinnedNeighbors(engine.card.cutoff, skin=8.0) for _ in systems]
     rng = np.random.default_rng(0)
     for _ in range(12):
         moved = [replace(s, positions=s.positions + rng.normal(0, 0.03, s.positions.shape)) for s in systems]
         kept = [g for g in engine.prepare(moved, neighbors=neighbors) if isinstance(g, Graph)]
+        narrowed = [g for g in engine.prepare(moved, neighbors=wide) if isinstance(g, Graph)]
         built = [g for g in engine.prepare(moved) if isinstance(g, Graph)]
-        assert len(kept) == len(built) == len(systems)
-        answers = [engine.compute(graphs, forces=True, stress=False) for graphs in (kept, built)]
-        for one, other in zip(*answers, strict=True):
-            np.testing.assert_allclose(forces(one), forces(other), rtol=0, atol=1e-10)
-    assert all(one.n_built < 6 for one in neighbors)
+        assert len(kept) == len(narrowed) == len(built) == len(systems)
+        answers = [engine.compute(graphs, forces=True, stress=False) for graphs in (kept, narrowed, built)]
+        for one, other, fresh in zip(*answers, strict=True):
+            np.testing.assert_allclose(forces(one), forces(fresh), rtol=0, atol=1e-10)
+            np.testing.assert_array_equal(forces(one), forces(other))
+    assert all(one.n_built < 6 for one in (*neighbors, *wide))
+    assert all(len(one.reference.wide.senders) <= 2 * LIMITS.structure_edges for one in wide)
+    assert wide[1].reference.reach < wide[0].reference.reach == engine.card.cutoff + 8.0
 
 
 BAD = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -198,15 +198,20 @@ def test_what_is_open_is_counted(stub: PotentialServiceStub, server: Process) ->
         time.sleep(0.05)
 
 
-async def replies(at: Inside, outbox: asyncio.Queue[pb.SessionRequest]) -> AsyncIterator[pb.SessionReply]:
+async def replies(
+    at: Inside, outbox: asyncio.Queue[pb.SessionRequest]
+) -> AsyncGenerator[pb.SessionReply, None]:
     async def requests() -> AsyncIterator[pb.SessionRequest]:
         while True:
             yield await outbox.get()
 
     # The generated types are those of the blocking stub.
     call: Any = at.stub.Session(requests())
-    async for reply in call:
-        yield reply
+    try:
+        async for reply in call:
+            yield reply
+    finally:
+        call.cancel()
 
 
 @pytest.fixture
@@ -250,6 +255,48 @@ def test_sessions_left_idle_or_too_many_are_told_so(config: ServeConfig) -> None
             assert isinstance(caught.value, grpc.aio.AioRpcError)
             assert "no step came for 0.5 s" in (caught.value.details() or "")
             assert at.value("sessions") == 0
+
+    run(test())
+
+
+def test_what_sessions_keep_together_is_bounded(config: ServeConfig) -> None:
+    limits = SessionLimits(memory_bytes=2**20)
+    few, many = [crystal(1)], [molecule(seed, 4) for seed in range(800)]
+
+    async def test() -> None:
+        async with inside(replace(config, dtype="float64", sessions=limits)) as at:
+
+            def talk(systems: list[System]) -> tuple[asyncio.Queue[pb.SessionRequest], Any]:
+                outbox: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
+                outbox.put_nowait(opening(systems, skin=5.0))
+                return outbox, replies(at, outbox)
+
+            outbox, small = talk(few)
+            outbox.put_nowait(stepping(few))
+            await anext(small)
+            kept = at.value("session_bytes")
+            assert 10_000 < kept < limits.memory_bytes
+            # There is no room for its lists: it goes on without, and keeps what it was opened with.
+            systems, (crowd, large) = many, talk(many)
+            for number in (1, 2):
+                crowd.put_nowait(stepping(systems, number))
+                answer = read((await anext(large)).answer, systems)
+                fresh = read(await at.stub.Predict(ask(systems, model="tiny")), systems)
+                close(answer.forces, fresh.forces)
+                assert kept + 400_000 < at.value("session_bytes") < kept + 600_000
+                systems = moved(systems, number, 0.02)
+            for systems, words in ((many, "close some"), (3 * many, "this session would keep")):
+                with pytest.raises(grpc.RpcError) as caught:
+                    await anext(talk(systems)[1])
+                assert isinstance(caught.value, grpc.aio.AioRpcError)
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert words in (caught.value.details() or "")
+                assert "--max-session-mb" in (caught.value.details() or "")
+            outbox.put_nowait(stepping(few, 2))
+            assert (await anext(small)).number == 2
+            await large.aclose()
+            await small.aclose()
+            await at.until(lambda: at.value("session_bytes") == 0)
 
     run(test())
 

@@ -22,6 +22,12 @@ from equipot.model.neighbors import NeighborList, neighbor_list
 
 RefusalT = TypeVar("RefusalT")
 
+Claim = Callable[[int], bool]
+"""Asks whether so many bytes more may be kept, or says that so many less are: then True."""
+
+OWN_BYTES = 2_000
+"""That a list takes beside its numbers."""
+
 
 class SkinnedNeighbors:
     """The neighbour list of one structure that its owner keeps between calls.
@@ -29,12 +35,13 @@ class SkinnedNeighbors:
     One for each structure of a trajectory or relaxation, used by one thread at a time.
     """
 
-    def __init__(self, cutoff: float, *, skin: float = 0.5) -> None:
+    def __init__(self, cutoff: float, *, skin: float = 0.5, claim: Claim | None = None) -> None:
         """A list for a cutoff in Å.
 
         Args:
             cutoff: the model's.
             skin: in Å; more means rarer rebuilding and more pairs to filter. 0 rebuilds on every move.
+            claim: asked, in any thread, before what was built is kept; refused, it serves once. None: always.
 
         Raises:
             ModelError: a cutoff that is not positive, or a negative skin.
@@ -47,6 +54,13 @@ class SkinnedNeighbors:
         self.n_built = 0
         """How many lists were built since the start."""
         self._reference: _Reference | None = None
+        self._claim = claim
+        self._claimed = 0
+
+    @property
+    def reach(self) -> float:
+        """Å, of the cutoff and the skin."""
+        return self.cutoff + self.skin
 
     @property
     def reference(self) -> "_Reference":
@@ -70,10 +84,9 @@ class SkinnedNeighbors:
             and system.level_of_theory == old.level_of_theory
         )
 
-    def build(self, given: System, admitted: System) -> None:
-        """Makes the list anew where the atoms are now."""
+    def build(self, given: System, admitted: System, reach: float) -> None:
+        """Makes the list anew where the atoms are now, of all pairs within so many Å."""
         self.n_built += 1
-        reach = self.cutoff + self.skin
         wide = _ordered(neighbor_list(given.positions, given.cell, given.pbc, reach))
         # A copy: the caller may move atoms in place.
         then = replace(
@@ -84,7 +97,18 @@ class SkinnedNeighbors:
             pbc=given.pbc.copy(),
         )
         spin = admitted.spin_multiplicity
-        self._reference = _Reference(then, spin, wide, wide.cell_shifts @ then.cell)
+        self._reference = _Reference(then, spin, reach, wide, wide.cell_shifts @ then.cell)
+
+    def settle(self) -> None:
+        """Keeps what was built if there is room for it, and forgets it else."""
+        if self._claim is None:
+            return
+        n_bytes = self.reference.n_bytes
+        if self._claim(n_bytes - self._claimed):
+            self._claimed = n_bytes
+            return
+        self._claim(-self._claimed)
+        self._reference, self._claimed = None, 0
 
 
 class Followed(NamedTuple):
@@ -98,26 +122,32 @@ def follow(
     systems: Sequence[System],
     kept: Sequence[SkinnedNeighbors],
     admit: Callable[[System], System | RefusalT],
+    reach: Callable[[System, SkinnedNeighbors], float] = lambda _, one: one.reach,
 ) -> list[Followed | RefusalT]:
     """The systems with all their edges shorter than the cutoff, as `build_graph` finds them.
 
     Args:
         systems: where they are now.
-        kept: the list of each, all of one cutoff and skin. One that does not serve is built anew.
+        kept: the list of each, all of one cutoff. One that does not serve is built anew.
         admit: called with a system before its list is built: the system as the model is to see it, or why it
             is refused, which then stands in its place. One that has moved little since is admitted unseen.
+        reach: called with one that was admitted and its list: how far that is to reach, in Å; by default as
+            far as cutoff and skin, never less than the cutoff.
     """
     admitted: list[System | RefusalT] = list(systems)
-    serves = _serve(systems, kept)
+    serves, built = _serve(systems, kept), []
     for place, (system, one) in enumerate(zip(systems, kept, strict=True)):
         if not serves[place]:
             answer = admitted[place] = admit(system)
             if isinstance(answer, System):
-                one.build(system, answer)
+                one.build(system, answer, reach(system, one))
+                built.append(one)
         elif (spin := one.reference.spin_multiplicity) != system.spin_multiplicity:
             admitted[place] = replace(system, spin_multiplicity=spin)
     good = [(one, of) for one, of in zip(admitted, kept, strict=True) if isinstance(one, System)]
     found = iter(_within([system for system, _ in good], [of for _, of in good]))
+    for one in built:
+        one.settle()
     return [next(found) if isinstance(one, System) else one for one in admitted]
 
 
@@ -132,9 +162,17 @@ class _Reference:
 
     given: System
     spin_multiplicity: int
+    reach: float
+    """Å."""
     wide: NeighborList
     shifts: NDArray[np.float64]
     """(n_edges, 3) Å: what the shifts came to with its cell."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Of memory."""
+        own = (self.given.atomic_numbers, self.given.positions, *self.wide, self.shifts)
+        return OWN_BYTES + sum(array.nbytes for array in own)
 
 
 def _serve(systems: Sequence[System], kept: Sequence[SkinnedNeighbors]) -> NDArray[np.bool_]:
@@ -157,9 +195,9 @@ def _serve(systems: Sequence[System], kept: Sequence[SkinnedNeighbors]) -> NDArr
         old_positions[atoms] = old_positions[atoms] @ deformation
     moved = ((np.concatenate([system.positions for system in now]) - old_positions) ** 2).sum(axis=1)
     astray = np.sqrt(np.maximum.reduceat(moved, starts))
-    cutoff, skin = kept[0].cutoff, kept[0].skin
+    reach = np.array([kept[place].reference.reach for place in places])
     # What is not finite compares as False.
-    serves[places] = narrowed * (cutoff + skin) - 2.0 * astray > cutoff
+    serves[places] = narrowed * reach - 2.0 * astray > kept[0].cutoff
     return serves
 
 

@@ -266,6 +266,9 @@ def serve(
     session_idle: Annotated[
         float, typer.Option(help="Seconds without a step after which a session is ended.")
     ] = DEFAULT_SESSIONS.idle_seconds,
+    max_session_mb: Annotated[
+        int, typer.Option(help="Most MiB of structures and neighbour lists that all sessions keep together.")
+    ] = DEFAULT_SESSIONS.memory_bytes // 2**20,
     jobs: Annotated[
         Path | None,
         typer.Option(
@@ -367,6 +370,8 @@ def _setting(option: str, value: object) -> dict[str, object]:
             return {"calibrate": True}
         case "max_batch_edges", edges:
             return {"calibrate": False, "budget": {"batch_edges": edges}}
+        case "max_session_mb", int(megabytes):
+            return {"sessions": {"memory_bytes": megabytes * 2**20}}
         case "max_message_mb", int(megabytes):
             return {"limits": {"message_bytes": megabytes * 2**20}}
         case "repository", str(url):

@@ -72,10 +72,13 @@ class SessionLimits:
     Attributes:
         most: sessions open at once.
         idle_seconds: without a step, after which one is ended; its caller may open it again.
+        memory_bytes: most that all of them keep together: structures, and neighbour lists up to three
+            quarters of it. Those without room for their lists go on without, those without any stay out.
     """
 
     most: int = 1_000
     idle_seconds: float = 600.0
+    memory_bytes: int = 2**30
 
     @property
     def unread_seconds(self) -> float:
@@ -233,6 +236,7 @@ class ServeConfig:
             raise ServeError(
                 f"session-idle is {self.sessions.idle_seconds:g}, allowed are seconds above 0 up to 86400"
             )
+        _check("max-session-mb", self.sessions.memory_bytes // 2**20, 1, None)
         _check("max-message-mb", self.limits.message_bytes // 2**20, 1, LARGEST_MESSAGE_MB)
         if self.max_connection_age and not SHORTEST_AGE <= self.max_connection_age <= LONGEST_AGE:
             raise ServeError(

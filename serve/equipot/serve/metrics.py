@@ -102,6 +102,11 @@ class Metrics:
         """Reports the room that requests take; called whenever somebody asks."""
         self._gauge("request_bytes", "Of requests that are read or not yet answered").set_function(held_bytes)
 
+    def watch_sessions(self, held_bytes: Callable[[], int]) -> None:
+        """Reports what sessions keep; called whenever somebody asks."""
+        text = "That sessions keep: structures and neighbour lists"
+        self._gauge("session_bytes", text).set_function(held_bytes)
+
     def watch_gpu(self, held_bytes: Callable[[], int]) -> None:
         """Reports the GPU's memory; called whenever somebody asks."""
         self._gauge("gpu_memory_bytes", "GPU memory that this process holds").set_function(held_bytes)

@@ -12,10 +12,13 @@ from equipot.model.skin import SkinnedNeighbors, follow
 from equipot.model.validate import MIN_DISTANCE, check_graph, check_system
 from equipot.serve.config import RequestLimits
 from equipot.serve.errors import Fault
-from equipot.serve.footprint import footprint
+from equipot.serve.footprint import Footprint, footprint
 
 ESTIMATE_MARGIN = 2.0
 """A structure is refused unbuilt if its estimated edges are this many times the limit."""
+
+LEAST_SKIN = 0.05
+"""Å; a list with less serves for no step."""
 
 MOST_PAIRS = 1e9
 """Pairs beyond which the search for neighbours alone would hold a core for seconds."""
@@ -40,7 +43,7 @@ class Preparation:
     ) -> list[Graph | Fault]:
         """Checks structures, refuses those that are too large, and finds the edges of the others at once."""
         if neighbors is not None:
-            followed = follow(systems, neighbors, self._check)
+            followed = follow(systems, neighbors, self._check, self._reach)
             return [one if isinstance(one, Fault) else self._check_edges(*one) for one in followed]
         checked = [self._check(system) for system in systems]
         good = [system for system in checked if isinstance(system, System)]
@@ -58,6 +61,15 @@ class Preparation:
         except StructureError as error:
             return _fault(error)
         return self._too_dense(system) or supported
+
+    def _reach(self, system: System, kept: SkinnedNeighbors) -> float:
+        """Å, of a list that has no more edges than a structure may have: with its skin, or as much of it."""
+        skin, limit = kept.skin, self.limits.structure_edges
+        while self._is_too_dense(footprint(system, kept.cutoff + skin, enough=limit)):
+            skin /= 2.0
+            if skin < LEAST_SKIN:
+                return kept.cutoff
+        return kept.cutoff + skin
 
     def _check_edges(self, graph: Graph, shortest_squared: float = 0.0) -> Graph | Fault:
         if graph.n_edges > self.limits.structure_edges:
@@ -82,11 +94,11 @@ class Preparation:
         )
 
     def _too_dense(self, system: System) -> Fault | None:
-        limit = self.limits.structure_edges
-        cost = footprint(system, self.cutoff, enough=limit)
-        if cost.edges > ESTIMATE_MARGIN * limit or cost.pairs > MOST_PAIRS:
-            return self._too_many_edges(cost.edges, "about ")
-        return None
+        cost = footprint(system, self.cutoff, enough=self.limits.structure_edges)
+        return self._too_many_edges(cost.edges, "about ") if self._is_too_dense(cost) else None
+
+    def _is_too_dense(self, cost: Footprint) -> bool:
+        return cost.edges > ESTIMATE_MARGIN * self.limits.structure_edges or cost.pairs > MOST_PAIRS
 
     def _too_many_edges(self, n_edges: float, about: str) -> Fault:
         return Fault(

@@ -1,7 +1,8 @@
 """Sessions: the same structures again and again as their atoms move. Knows no queue and no torch.
 
 What does not change is understood once; a step is a request like any other with new positions, so it waits in
-the same queue by the same rules. A session holds its model and its neighbour lists until it ends.
+the same queue by the same rules. A session holds its model and its neighbour lists until it ends; where all
+of them together have no room for its lists, it goes on without, and each step costs what a request does.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from equipot.serve.call import current_call
 from equipot.serve.certainty import understood
 from equipot.serve.config import SessionLimits
 from equipot.serve.dispatcher import Dispatcher
-from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit, SessionIdle
+from equipot.serve.errors import CallError, InvalidRequest, NotReady, OverLimit, QueueFull, SessionIdle
 from equipot.serve.job import Work
 from equipot.serve.metrics import OK, Metrics
 from equipot.serve.models import ServedModel
+from equipot.serve.room import Room, Tenant
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, PotentialServicer, respond
 from equipot.serve.status import Context, guarded_stream
 from equipot.wire.v1 import potential_pb2 as pb
@@ -31,6 +33,9 @@ from equipot.wire.v1.codec import CodecError, StructureArrays, decode_step
 
 SKIN = 0.5
 """Å around the cutoff within which neighbours are kept, unless a session asks for another skin."""
+
+COPIES, ATOM_BYTES, STRUCTURE_BYTES = 3, 24, 500
+"""Of what is opened so many copies are held, and so many bytes more for each atom and structure."""
 
 LARGEST_SKIN = 5.0
 """Å; a wider list costs more to filter at every step than it saves."""
@@ -40,6 +45,7 @@ LARGEST_SKIN = 5.0
 class _Open:
     """What one session keeps between steps."""
 
+    tenant: Tenant
     work: Work
     neighbors: list[SkinnedNeighbors] | None
     asked: pb.PredictRequest
@@ -60,6 +66,8 @@ class SessionServicer:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._limits = limits
+        self._room = Room(limits.memory_bytes)
+        metrics.watch_sessions(lambda: self._room.held)
         self._draining = False
         self._idle: set[asyncio.Task[object]] = set()
         self._count = 0
@@ -86,6 +94,7 @@ class SessionServicer:
             )
         self._count += 1
         self._metrics.sessions.inc()
+        tenant = Tenant(self._room)
         try:
             first = await self._next(requests)
             if first is None:
@@ -94,7 +103,7 @@ class SessionServicer:
                 raise InvalidRequest("a session begins with `open`", field="open")
             model = self._potential.find(first.open, context)
             with model.in_use():
-                opened = self._understand(first.open, model)
+                opened = self._understand(first.open, model, tenant)
                 while (request := await self._next(requests)) is not None:
                     if request.WhichOneof("kind") != "step":
                         raise InvalidRequest("a session that is open takes steps alone", field="step")
@@ -106,6 +115,7 @@ class SessionServicer:
                         self._dispatcher.left()
                     yield reply
         finally:
+            tenant.leave()
             self._count -= 1
             self._metrics.sessions.dec()
 
@@ -136,7 +146,7 @@ class SessionServicer:
         finally:
             self._idle.discard(task)
 
-    def _understand(self, request: pb.SessionOpen, model: ServedModel) -> _Open:
+    def _understand(self, request: pb.SessionOpen, model: ServedModel, tenant: Tenant) -> _Open:
         if not (math.isfinite(request.skin) and 0 <= request.skin <= LARGEST_SKIN):
             raise InvalidRequest(
                 f"skin is {request.skin:g} Å, allowed are 0 to {LARGEST_SKIN:g}", field="skin"
@@ -146,6 +156,7 @@ class SessionServicer:
                 "a session is opened without positions: they come with each step",
                 field="structures.positions",
             )
+        self._let_in(request, tenant)
         structures = pb.Structures()
         structures.CopyFrom(request.structures)
         # As many as there are numbers of atoms of 4 bytes: a hostile n_atoms must not say how much.
@@ -163,8 +174,28 @@ class SessionServicer:
         neighbors = None
         if cutoff:
             skin = request.skin or SKIN
-            neighbors = [SkinnedNeighbors(cutoff, skin=skin) for _ in range(len(work.structures))]
-        return _Open(work, neighbors, asked, {frozenset(request.properties): work})
+            neighbors = [
+                SkinnedNeighbors(cutoff, skin=skin, claim=tenant.claim_list)
+                for _ in range(len(work.structures))
+            ]
+        return _Open(tenant, work, neighbors, asked, {frozenset(request.properties): work})
+
+    def _let_in(self, request: pb.SessionOpen, tenant: Tenant) -> None:
+        n_atoms, n_structures = len(request.structures.atomic_numbers) // 4, len(request.structures.n_atoms)
+        n_bytes = COPIES * request.ByteSize() + ATOM_BYTES * n_atoms + STRUCTURE_BYTES * n_structures
+        if tenant.claim_structures(n_bytes):
+            return
+        remedy = "send fewer structures, use Predict, or raise the server's --max-session-mb"
+        if n_bytes > self._room.most:
+            raise OverLimit(
+                f"this session would keep {_mib(n_bytes)} MiB, the limit of all is {_mib(self._room.most)}:"
+                f" {remedy}"
+            )
+        raise QueueFull(
+            f"sessions keep {_mib(self._room.held)} MiB and this one would add {_mib(n_bytes)}; the limit is"
+            f" {_mib(self._room.most)}: close some, {remedy}",
+            retry_after=self._limits.idle_seconds,
+        )
 
     async def _step(self, opened: _Open, step: pb.SessionStep, context: Context) -> pb.SessionReply:
         started = time.perf_counter()
@@ -174,6 +205,9 @@ class SessionServicer:
         try:
             work = self._work(opened, step)
             answer = await self._dispatcher.predict(work)
+            if opened.neighbors is not None and not opened.tenant.lists_fit:
+                opened.neighbors = None
+                opened.tenant.drop_lists()
             outcome = OK
             counts.request_answered(time.perf_counter() - started)
             return pb.SessionReply(number=step.number, answer=respond(work, answer))
@@ -199,6 +233,7 @@ class SessionServicer:
             other.ClearField("properties")
             other.properties.extend(step.properties)
             like = self._potential.understand(other, opened.work.key.model, None, now=False)
+            like = replace(like, structures=opened.work.structures)
             opened.by_properties[wanted] = like
         before: StructureArrays = opened.work.structures
         try:
@@ -217,6 +252,10 @@ class SessionServicer:
         deadline = time.monotonic() + seconds if seconds else None
         work = replace(like, structures=structures, deadline=deadline, call=call, neighbors=opened.neighbors)
         return replace(work, certainty=understood(step.uncertainty)) if step.HasField("uncertainty") else work
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.3g}"
 
 
 def _drained() -> NotReady:
