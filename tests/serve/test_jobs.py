@@ -127,14 +127,19 @@ class TestParts:
             part("parts", some, start=start, last=start == 80, max_steps=3)
             for start, some in zip((0, 70, 80), cuts, strict=True)
         ]
-        code, words = refusal(stub.SubmitJob, requests[1])
-        assert code is grpc.StatusCode.FAILED_PRECONDITION
-        assert "no structures before number 70" in words
+        # Numbers beyond those of the store, too, and with what is counted from them.
+        far = part("parts", systems[:2], start=2**64 - 1, max_steps=3)
+        for request, start in ((requests[1], 70), (far, far.start)):
+            code, words = refusal(stub.SubmitJob, request)
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert f"no structures before number {start}" in words
         for request in (requests[0], requests[0]):
             job = stub.SubmitJob(request)
             assert (job.state, job.n_structures) == (jpb.JOB_STATE_RECEIVING, 70)
-        code, words = refusal(stub.SubmitJob, requests[2])
-        assert "has 70 structures" in words
+        for request in (requests[2], far):
+            code, words = refusal(stub.SubmitJob, request)
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert "has 70 structures" in words
         for request in (requests[1], requests[2], requests[0], requests[2]):
             job = stub.SubmitJob(request)
         assert job.n_structures == 150

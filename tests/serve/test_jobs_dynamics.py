@@ -240,7 +240,8 @@ class TestCommand:
         frames = frames_of(3)
         write(tmp_path / "in.extxyz", frames)
         words = ["--address", jobs_server.address, "--steps", 20, "--timestep", 0.2, "--temperature", 100]
-        words += ["--seed", 5, "--frame-every", 6]
+        # Of molecules, which have none.
+        words += ["--seed", 5, "--frame-every", 6, "--stress"]
         done = equipot("md", "in.extxyz", "--job", "--out", "job.extxyz", *words, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "3 of 3 moved" in done.stdout
@@ -254,6 +255,10 @@ class TestCommand:
             )
             assert [frame.info["equipot_step"] for frame in one] == [0, 6, 12, 18, 20]
             assert one[0].info["seed"] == place
+            assert "stress" not in one[0].calc.results
+            seen = (tmp_path / f"job-{place}.extxyz.csv").read_text().splitlines()
+            assert [line.split(",")[0] for line in seen[1:]] == ["0", "10", "20"]
+            assert "nan" not in "".join(seen)
             for first, second, third in zip(one, other, again, strict=True):
                 np.testing.assert_allclose(first.positions, second.positions, atol=1e-6)
                 assert (first.positions == third.positions).all()

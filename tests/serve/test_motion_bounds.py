@@ -29,9 +29,10 @@ ZEROS = np.zeros((1, 3))
 GOOD = {"energy": 0.0, "dt": 0.1, "a": 0.1, "Nsteps": 1}
 
 
-def resumed(words: dict[str, Any]) -> None:
-    state = State(step=1, words=words, arrays={"positions": ZEROS, "forces": ZEROS, "cell": np.eye(3)})
-    begun(Relaxing(), ZEROS, np.eye(3), np.zeros(1, bool), unseal(seal(state, ORIGIN), ORIGIN))
+def resumed(words: dict[str, Any], *, step: int = 1, **how: Any) -> None:
+    arrays = {"positions": ZEROS, "forces": ZEROS, "cell": np.eye(3), "coordinates": np.zeros(12)}
+    state = State(step=step, words=words, arrays=arrays)
+    begun(Relaxing(**how), ZEROS, np.eye(3), np.zeros(1, bool), unseal(seal(state, ORIGIN), ORIGIN))
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,13 @@ def test_a_forged_token_is_a_bad_one_of_its_structure(change: dict[str, Any]) ->
     resumed(GOOD)
     with pytest.raises(BadState, match="lacks"):
         resumed(GOOD | change)
+
+
+def test_a_forged_token_has_no_more_steps_than_a_message_holds_and_the_stress_of_a_cell_that_moves() -> None:
+    with pytest.raises(BadState, match="no state"):
+        resumed(GOOD, step=2**32)
+    with pytest.raises(BadState, match="lacks stress"):
+        resumed(GOOD, cell="full")
 
 
 @pytest.mark.parametrize("integrator", ["mtk_isotropic", "mtk"])

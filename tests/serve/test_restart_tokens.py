@@ -38,6 +38,14 @@ class TestSealing:
         for name, array in arrays.items():
             np.testing.assert_array_equal(back.arrays[name], array)
 
+    def test_may_hold_a_stress_that_is_not_known(self) -> None:
+        """As those of earlier servers do, of what is not periodic in all three directions."""
+        unknown = np.full((3, 3), np.nan)
+        token = seal(State(step=7, words={}, arrays={"p": np.ones(3), "stress": unknown}), ORIGIN)
+        assert list(unseal(token, ORIGIN).arrays) == ["p"]
+        with pytest.raises(BadState, match="holds no state"):
+            unseal(seal(State(step=7, words={}, arrays={"p": unknown}), ORIGIN), ORIGIN)
+
     def test_notices_every_damaged_byte(self) -> None:
         whole = seal(State(step=7, words={"a": 1}, arrays={"p": np.ones((2, 3))}), ORIGIN)
         for place in range(len(whole)):

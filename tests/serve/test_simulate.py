@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -234,6 +234,24 @@ class TestWhatIsTold:
         assert seen.volume == pytest.approx(abs(np.linalg.det(cell)))
         static = -np.trace(numbers(frame.stress)) / 3
         assert seen.pressure == pytest.approx(static + 2 / 3 * frame.kinetic_energy / seen.volume)
+
+    @pytest.mark.parametrize("cell", [np.zeros((3, 3)), 9 * np.eye(3)])
+    def test_stress_of_what_is_not_periodic_is_unknown_and_stops_nothing(
+        self, stub: PotentialServiceStub, cell: np.ndarray[Any, Any]
+    ) -> None:
+        system = replace(molecule(1), cell=cell, pbc=np.array([cell.any(), cell.any(), False]))
+        words: dict[str, Any] = {"steps": 9, "frame_every": 2, "frame_stress": True, "observe_every": 4}
+        whole = courses(stub.Simulate(asked([system], token_every=3, **words)))[0]
+        assert sorted(whole.frames) == [0, 2, 4, 6, 8, 9]
+        assert all(np.isnan(numbers(frame.stress)).all() for frame in whole.frames.values())
+        assert sorted(whole.observations) == [0, 4, 8]
+        assert all(seen.volume == 0 and np.isnan(seen.pressure) for seen in whole.observations.values())
+        for step, token in whole.tokens.items():
+            rest = courses(stub.Simulate(asked([system], tokens=[token], **words)))[0]
+            assert sorted(rest.frames) == [at for at in whole.frames if at > step]
+            for at, frame in rest.frames.items():
+                assert frame.positions == whole.frames[at].positions
+                assert frame.velocities == whole.frames[at].velocities
 
     def test_momentum_is_none_and_energy_is_kept(self, stub: PotentialServiceStub) -> None:
         system = molecule(1, 8)

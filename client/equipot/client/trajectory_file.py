@@ -212,7 +212,9 @@ def _moved(frame: Atoms, moved: MotionFrame, model: str, seed: int | None) -> At
     atoms.info["equipot_temperature"] = moved.temperature
     atoms.info[_MODEL] = model
     write_certainty(atoms, moved.uncertainty)
-    results = {"energy": moved.energy, "forces": moved.forces, "stress": moved.stress}
+    # What is not periodic has none.
+    stress = moved.stress if atoms.pbc.all() else None
+    results = {"energy": moved.energy, "forces": moved.forces, "stress": stress}
     atoms.calc = SinglePointCalculator(
         atoms, **{name: value for name, value in results.items() if value is not None}
     )

@@ -39,6 +39,9 @@ class Charged(Protocol):
     def again(self, *, now: float) -> None:
         """Lets the next request of a stream in; may raise `CallError`."""
 
+    def allows(self, atoms: int, edges: float) -> bool:
+        """Whether one request may have so many; infinite where the number is not known."""
+
     def charge(self, name: Literal["atoms", "edges"], amount: int, in_request: int, *, now: float) -> None:
         """Takes atoms or edges of a request, which has so many in all by now; may raise `CallError`."""
 
@@ -89,6 +92,10 @@ class Call:
     peer: str = ""
     contents: object = None
     _stream: Call | None = None
+
+    def allows(self, atoms: int, edges: float) -> bool:
+        """Whether its caller may ask for so many in one request; infinite where the number is not known."""
+        return self.account is None or self.account.allows(atoms, edges)
 
     def asked(self, structures: int, atoms: int) -> None:
         """Notes what the request holds.

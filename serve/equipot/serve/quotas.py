@@ -193,6 +193,12 @@ class Account:
         else:
             self._running -= 1
 
+    def allows(self, atoms: int, edges: float) -> bool:
+        """Whether one request may have so many; infinite where the number is not known."""
+        allowance = self._allowance
+        most_atoms, most_edges = allowance.request_atoms, allowance.request_edges
+        return (most_atoms is None or atoms <= most_atoms) and (most_edges is None or edges <= most_edges)
+
     def charge(self, name: Literal["atoms", "edges"], amount: int, in_request: int, *, now: float) -> None:
         """Takes atoms or edges of a request, which has so many in all by now.
 
@@ -203,7 +209,7 @@ class Account:
         if most is not None and in_request > most:
             raise OverLimit(
                 f"the request has {in_request} {name}{' or more' if name == 'edges' else ''}, the limit of"
-                f" {_named(self.identity)} is {most}: send it in parts",
+                f" {_named(self.identity)} is {most}: send less at once",
                 field="structures.n_atoms",
                 facts={"identity": self.identity, name: str(in_request), f"request_{name}": str(most)},
             )

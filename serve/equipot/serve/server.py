@@ -176,6 +176,7 @@ class GrpcServer:
                 check=self._motion.check,
                 find=lambda name, session: self._gate.registry().find(name, session=session),
                 quotas=self._trust.quotas,
+                limits=config.limits,
                 metrics=JobMetrics(metrics.registry),
             )
             self._jobs.add_to(self._server)

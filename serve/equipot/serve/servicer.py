@@ -169,7 +169,13 @@ class PotentialServicer:
         return model
 
     def understand(
-        self, request: pb.PredictRequest, model: ServedModel, deadline: float | None, *, now: bool = True
+        self,
+        request: pb.PredictRequest,
+        model: ServedModel,
+        deadline: float | None,
+        *,
+        now: bool = True,
+        accepted: bool = False,
     ) -> Work:
         """What is asked, checked against what the model and this server can do.
 
@@ -178,6 +184,8 @@ class PotentialServicer:
             model: that is to answer.
             deadline: by `time.monotonic`.
             now: whether it is asked with this; else its caller is charged when it is.
+            accepted: whether what it holds came in other requests, of which none was more than one may be:
+                nor is this one then.
 
         Raises:
             CallError: the request as a whole cannot be answered.
@@ -196,9 +204,9 @@ class PotentialServicer:
                 field="properties",
             )
         level = model.level_index(request.level_of_theory)
-        structures = self._structures(request)
+        structures = self._structures(request, bounded=not accepted)
         call = current_call()
-        if now:
+        if now and not accepted:
             call.asked(len(structures), len(structures.positions))
         else:
             call.structures, call.atoms = len(structures), len(structures.positions)
@@ -214,15 +222,17 @@ class PotentialServicer:
             certainty=understood(request.uncertainty) if request.HasField("uncertainty") else None,
         )
 
-    def _structures(self, request: pb.PredictRequest) -> StructureArrays:
+    def _structures(self, request: pb.PredictRequest, *, bounded: bool) -> StructureArrays:
         if not request.HasField("structures"):
             raise InvalidRequest("the request has no structures", field="structures")
-        _within(len(request.structures.n_atoms), self._limits.request_structures, "structures")
+        if bounded:
+            _within(len(request.structures.n_atoms), self._limits.request_structures, "structures")
         try:
             structures = decode_structures(request.structures)
         except CodecError as error:
             raise InvalidRequest(str(error), field=f"structures.{error.field}") from error
-        _within(len(structures.positions), self._limits.request_atoms, "atoms")
+        if bounded:
+            _within(len(structures.positions), self._limits.request_atoms, "atoms")
         return structures
 
 

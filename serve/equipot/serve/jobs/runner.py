@@ -15,6 +15,7 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 
 from equipot.serve.call import Call, enter
+from equipot.serve.config import RequestLimits
 from equipot.serve.errors import CallError, NotReady, NotServed, OverQuota, QueueFull
 from equipot.serve.jobs import kinds
 from equipot.serve.jobs.desk import Desk, wait_for
@@ -132,6 +133,7 @@ class Runner:
         move: answers one request; of what it raises, `CallError` is the request's.
         find: the model of a name.
         quotas: of the identities.
+        limits: of requests, which those of jobs keep to, too.
         on_written: told each job when something of it was written.
         on_gone: told the key of each job that is forgotten.
 
@@ -147,6 +149,7 @@ class Runner:
         move: MoveStructures,
         find: FindModel,
         quotas: Quotas,
+        limits: RequestLimits,
         on_written: Callable[[JobRecord], None],
         on_gone: Callable[[int], None],
     ) -> None:
@@ -155,6 +158,9 @@ class Runner:
         self._move_structures = move
         self._find = find
         self._quotas = quotas
+        # Of the atoms that may move here at all, half is left to callers.
+        self._moving_atoms = max(1, min(settings.moving_atoms, limits.request_atoms // 2))
+        self._chunk_structures = min(CHUNK_STRUCTURES, limits.request_structures)
         self._on_written = on_written
         self._on_gone = on_gone
         self._runs: dict[int, Run] = {}
@@ -302,7 +308,7 @@ class Runner:
                 identity = run.record.identity
                 of_identity[identity] = of_identity.get(identity, 0) + run.moving
         able = [run for run in self._runs.values() if run.may_begin]
-        if sum(of_identity.values()) >= self._settings.moving_atoms:
+        if sum(of_identity.values()) >= self._moving_atoms:
             able = [run for run in able if run.record.identity not in of_identity]
             if len(of_identity) >= MOST_IDENTITIES:
                 return None
@@ -340,7 +346,11 @@ class Runner:
             if run.has_failed():
                 await self.end(key, JobState.FAILED, run.reason)
             return
-        if chunk is None or key not in self._runs:
+        if chunk is None:
+            return
+        if self._runs.get(key) is not run or time.monotonic() < run.not_before:
+            # It was ended, or cannot go on now, while its structures were read.
+            run.again.extend(chunk.firsts)
             return
         run.reason = ""
         run.headway.begins(run.record, chunk.fresh)
@@ -354,22 +364,24 @@ class Runner:
     def _chunk_atoms(self, run: Run, model: ServedModel) -> int:
         batch = model.capacity.limit.edges / max(1.0, model.card.mean_neighbors)
         allowed = self._quotas.allowance(run.record.identity).request_atoms or math.inf
-        return int(min(CHUNK_BATCHES * batch, self._settings.moving_atoms, allowed))
+        return int(min(CHUNK_BATCHES * batch, self._moving_atoms // LANES, allowed))
 
     async def _load(self, run: Run) -> Chunk | None:
         """The next structures of a job that have not come to their end; None if there are none."""
-        if run.again:
-            # What is known of them is read, so it must have been written.
-            await self.desk.write(ways=True)
         key, pieces = run.record.key, list[Piece]()
         ended: set[int] = set()
         ways: dict[int, bytes] = {}
         atoms = structures = 0
         taken: list[int] = []
+        # What a chunk gives back while this waits is not written yet, and comes the next time.
+        again, run.again = run.again, []
         try:
-            while (piece := await self._next_piece(run)) is not None:
+            if again:
+                # What is known of them is read, so it must have been written.
+                await self.desk.write(ways=True)
+            while (piece := await self._next_piece(run, again)) is not None:
                 atoms, structures = atoms + piece.n_atoms, structures + piece.n_structures
-                if pieces and (atoms > run.chunk_atoms or structures > CHUNK_STRUCTURES):
+                if pieces and (atoms > run.chunk_atoms or structures > self._chunk_structures):
                     run.peeked = piece
                     break
                 taken.append(piece.first)
@@ -386,14 +398,16 @@ class Runner:
         except BaseException:
             run.again.extend(taken)
             raise
+        finally:
+            run.again.extend(again)
 
-    async def _next_piece(self, run: Run) -> Piece | None:
+    async def _next_piece(self, run: Run, again: list[int]) -> Piece | None:
         piece: Piece | None = None
         if run.peeked is not None:
             piece, run.peeked = run.peeked, None
-        elif run.again:
-            piece = await self.desk.do(self._store.next_piece, run.record.key, run.again[0])
-            del run.again[0]
+        elif again:
+            piece = await self.desk.do(self._store.next_piece, run.record.key, again[0])
+            del again[0]
         elif run.next is not None:
             piece = await self.desk.do(self._store.next_piece, run.record.key, run.next)
             run.next = None if piece is None else piece.first + piece.n_structures

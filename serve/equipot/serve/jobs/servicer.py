@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 import grpc
 
 from equipot.serve.call import current_call
+from equipot.serve.config import RequestLimits
 from equipot.serve.errors import CallError, InvalidRequest, NoSuchJob, NotPossible, NotReady, OverLimit
 from equipot.serve.jobs import kinds
 from equipot.serve.jobs.desk import wait_for
@@ -77,6 +78,7 @@ class JobServicer:
         check: raises what is wrong with one, and returns what looks so.
         find: the model that a name means to a session.
         quotas: of the identities.
+        limits: of requests.
         metrics: that are told what happens.
 
     Raises:
@@ -91,6 +93,7 @@ class JobServicer:
         check: CheckRequest,
         find: FindModel,
         quotas: Quotas,
+        limits: RequestLimits,
         metrics: JobMetrics,
     ) -> None:
         self._settings = settings
@@ -109,6 +112,7 @@ class JobServicer:
             move=move,
             find=find,
             quotas=quotas,
+            limits=limits,
             on_written=metrics.written,
             on_gone=metrics.gone,
         )
@@ -159,7 +163,8 @@ class JobServicer:
         if len(request.label) > _LONGEST_LABEL:
             raise InvalidRequest(f"label is longer than {_LONGEST_LABEL} characters", field="label")
         asked = kinds.request_of(request)
-        record = await self._read(self._store.job, current_call().identity, request.id)
+        # Before anything is counted from its start, which may be any number.
+        record = await self._read(self._store.begun, current_call().identity, request.id, request.start)
         part = await asyncio.to_thread(_part_of, request)
         name = asked.model
         if record is not None:

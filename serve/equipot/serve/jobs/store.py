@@ -76,16 +76,23 @@ class Store:
             NoRoom: more than may be kept.
         """
         with self._changing():
-            job = self._find("identity = ? AND id = ?", identity, name)
+            job = self._begun(identity, name, part.start)
             if job is not None and self._has(job, opening, part):
                 return job
             if job is None:
-                if part.start:
-                    raise Unfit(f"job {name!r} has no structures before number {part.start}: send them first")
                 job = self._make(identity, name, opening, room)
             self._check_room(job, part.size, room)
             self._add(job, part)
             return self._settled(job.key)
+
+    def begun(self, identity: str, name: str, start: int) -> JobRecord | None:
+        """The job that a part with structures from this number on belongs to; None if it would be the first.
+
+        Raises:
+            Unfit: structures are missing before it.
+        """
+        with self._reading():
+            return self._begun(identity, name, start)
 
     def job(self, identity: str, name: str) -> JobRecord | None:
         """An identity's job; None if it has none of this name."""
@@ -218,6 +225,14 @@ class Store:
         if gone:
             self._shrink()
         return gone
+
+    def _begun(self, identity: str, name: str, start: int) -> JobRecord | None:
+        job = self._find("identity = ? AND id = ?", identity, name)
+        if job is None and start:
+            raise Unfit(f"job {name!r} has no structures before number {start}: send them first")
+        if job is not None and start > job.n_structures:
+            raise Unfit(f"job {name!r} has {job.n_structures} structures: {start} is not the one after them")
+        return job
 
     def _has(self, job: JobRecord, opening: Opening, part: Part) -> bool:
         """Whether the part is there already."""

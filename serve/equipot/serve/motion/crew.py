@@ -8,6 +8,7 @@ that is alone take turns: one is computed while the other's algorithms decide wh
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from equipot.model.batch import Graph
 from equipot.model.skin import SkinnedNeighbors
 from equipot.serve.call import Call, current_call
 from equipot.serve.dispatcher import Dispatcher, Ready
-from equipot.serve.errors import Fault, OverQuota, QueueFull
+from equipot.serve.errors import Fault, OverLimit, OverQuota, QueueFull
 from equipot.serve.job import Work
 from equipot.serve.motion.mover import Errands, Mover
 from equipot.serve.motion.progress import Given, Progress
@@ -85,6 +86,32 @@ class _Question:
     members: list[Member]
     work: Work
     ready: Ready | None = None
+
+    def parts(self) -> Iterator[_Question]:
+        """Itself, or parts of which each is what its caller may ask for at once, or one member alone."""
+        call, offsets = self.work.call, self.work.offsets
+        if call.allows(offsets[-1], math.inf):
+            yield self
+            return
+        edges: Sequence[float] = [math.inf] * len(self.members)
+        if self.ready is not None:
+            edges = [0 if isinstance(one, Fault) else one.n_edges for one in self.ready.structures]
+        start, together = 0, 0.0
+        for place, of_one in enumerate(edges):
+            together += of_one
+            if place > start and not call.allows(offsets[place + 1] - offsets[start], together):
+                yield self._part(start, place)
+                start, together = place, of_one
+        yield self._part(start, len(self.members))
+
+    def _part(self, start: int, stop: int) -> _Question:
+        work, ready = self.work, self.ready
+        neighbors = None if work.neighbors is None else work.neighbors[start:stop]
+        if ready is not None:
+            seconds = ready.seconds * (stop - start) / len(self.members)
+            ready = Ready(ready.structures[start:stop], seconds)
+        work = replace(work, structures=work.structures.slice(start, stop), neighbors=neighbors)
+        return _Question(self.members[start:stop], work, ready)
 
 
 class Movement(Protocol):
@@ -171,7 +198,8 @@ class Party:
                     self._members.discard(member)
             crew = [member for member in crew if member.goes_on]
             for question in asked:
-                await self._ask(crew, question)
+                for part in question.parts():
+                    await self._ask(part)
 
     def _strides(
         self, crew: list[Member], joining: list[int], before: list[_Question], asked: list[_Question]
@@ -240,8 +268,9 @@ class Party:
             joining.append(self._waiting.popleft())
         return joining
 
-    async def _ask(self, crew: list[Member], question: _Question) -> None:
+    async def _ask(self, question: _Question) -> None:
         """Has the members' present positions computed."""
+        crew = question.members
         call: Call | None = None
         while True:
             try:
@@ -260,6 +289,11 @@ class Party:
                 if error.retry_after is None:
                     raise
                 await asyncio.sleep(error.retry_after)
+            except OverLimit as error:
+                if len(crew) > 1:
+                    raise
+                crew[0].fault = _too_large(error)
+                return
         predicted = answer.predictions
         failures = {failure.index: failure for failure in predicted.failures}
         assert predicted.forces is not None
@@ -287,6 +321,13 @@ def _those_of(like: StructureArrays, crew: list[Member]) -> StructureArrays:
         pbc=like.pbc[places],
         charge=like.charge[places],
         spin_multiplicity=like.spin_multiplicity[places],
+    )
+
+
+def _too_large(error: OverLimit) -> Fault:
+    """Of a structure that alone is more than its caller may ask for."""
+    return Fault(
+        "too_large", error.field, error.message, "take a smaller one, or ask the operator for a higher limit"
     )
 
 

@@ -312,7 +312,7 @@ class Dynamics:
                     kinetic_energy=atoms.get_kinetic_energy(),
                     temperature=atoms.get_temperature(),
                     volume=atoms.get_volume() if atoms.pbc.all() else 0.0,
-                    pressure=_pressure(atoms) if last.stress is not None else math.nan,
+                    pressure=_pressure(atoms) if last.known_stress is not None else math.nan,
                     largest_force=float(np.linalg.norm(last.forces, axis=1).max()),
                 )
             )

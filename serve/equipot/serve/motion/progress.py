@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from equipot.serve.errors import Fault
 from equipot.serve.motion.notes import Kept, Note
 from equipot.serve.motion.state import BadState, FloatArray, State, number_of
@@ -16,11 +18,19 @@ SMALLEST_VOLUME, LARGEST_VOLUME = 0.2, 5.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Given:
-    """What a structure's positions came to: eV, (n_atoms, 3) eV/Å, (3, 3) eV/Å³ if it was asked for."""
+    """What a structure's positions came to: eV, (n_atoms, 3) eV/Å, (3, 3) eV/Å³ if it was asked for.
+
+    The stress of what is not periodic in all three directions is NaN.
+    """
 
     energy: float
     forces: FloatArray
     stress: FloatArray | None
+
+    @property
+    def known_stress(self) -> FloatArray | None:
+        """The stress, if it is one in numbers."""
+        return self.stress if self.stress is not None and np.isfinite(self.stress).all() else None
 
 
 @dataclass(slots=True, eq=False)
@@ -47,8 +57,8 @@ class Progress:
         """Notes the state between two steps: these words and arrays, and what the positions came to."""
         assert self.last is not None
         own = {"forces": self.last.forces}
-        if self.last.stress is not None:
-            own["stress"] = self.last.stress
+        if (stress := self.last.known_stress) is not None:
+            own["stress"] = stress
         words = {**words, "energy": self.last.energy}
         self.notes.append(Kept(State(step=self.steps, words=words, arrays={**arrays, **own})))
 

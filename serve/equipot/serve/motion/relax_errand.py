@@ -60,13 +60,21 @@ class RelaxErrand:
     reference: pb.ModelReference
 
     @classmethod
-    def understand(cls, request: pb.RelaxRequest, model: ServedModel, potential: PotentialServicer) -> Self:
-        """What is asked.
+    def understand(
+        cls,
+        request: pb.RelaxRequest,
+        model: ServedModel,
+        potential: PotentialServicer,
+        *,
+        accepted: bool = False,
+    ) -> Self:
+        """What is asked; `accepted`: see `PotentialServicer.understand`.
 
         Raises:
             CallError: the request as a whole cannot be done.
         """
-        work = potential.understand(question(request, stress=request.cell in _CELLS), model, None)
+        asked = question(request, stress=request.cell in _CELLS)
+        work = potential.understand(asked, model, None, accepted=accepted)
         defaults = Relaxing()
         how = Relaxing(
             optimizer=_OPTIMIZERS.get(word(pb.Optimizer, "optimizer", request.optimizer), "fire"),

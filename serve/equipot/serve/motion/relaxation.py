@@ -100,6 +100,8 @@ def begun(
         one.coordinates = one.positions.ravel()
         if how.moves_cell:
             one.coordinates = array_of(resumed, "coordinates", coordinates.shape)
+            # It moves by what the stress was there, beside forces.
+            array_of(resumed, "stress", (3, 3))
             one.deformation = _lattices([one]).deformations(one.coordinates.reshape(-1, 3))[0]
     return one
 

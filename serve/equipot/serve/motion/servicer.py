@@ -93,10 +93,10 @@ class MotionServicer:
     def moved(
         self, request: pb.RelaxRequest | pb.SimulateRequest, model: ServedModel
     ) -> AsyncGenerator[pb.RelaxReply, None] | AsyncGenerator[pb.SimulateReply, None]:
-        """As `relax` or `simulate`, by this model."""
+        """As `relax` or `simulate`, by this model, of structures that were let in by `check`."""
         if isinstance(request, pb.SimulateRequest):
-            return self._simulated(request, model)
-        return self._relaxed(request, model)
+            return self._simulated(request, model, accepted=True)
+        return self._relaxed(request, model, accepted=True)
 
     async def relax(self, request: pb.RelaxRequest, context: Context) -> AsyncGenerator[pb.RelaxReply, None]:
         """Results, and progress and tokens if they are wanted, as structures come to rest."""
@@ -105,10 +105,10 @@ class MotionServicer:
                 yield reply
 
     async def _relaxed(
-        self, request: pb.RelaxRequest, model: ServedModel
+        self, request: pb.RelaxRequest, model: ServedModel, *, accepted: bool = False
     ) -> AsyncGenerator[pb.RelaxReply, None]:
         with model.in_use():
-            errand = RelaxErrand.understand(request, model, self._potential)
+            errand = RelaxErrand.understand(request, model, self._potential, accepted=accepted)
             async with aclosing(self._carry_out(errand)) as replies:
                 async for reply in replies:
                     yield reply
@@ -122,10 +122,10 @@ class MotionServicer:
                 yield reply
 
     async def _simulated(
-        self, request: pb.SimulateRequest, model: ServedModel
+        self, request: pb.SimulateRequest, model: ServedModel, *, accepted: bool = False
     ) -> AsyncGenerator[pb.SimulateReply, None]:
         with model.in_use():
-            errand = SimulateErrand.understand(request, model, self._potential)
+            errand = SimulateErrand.understand(request, model, self._potential, accepted=accepted)
             async with aclosing(self._carry_out(errand)) as replies:
                 async for reply in replies:
                     yield reply

@@ -81,9 +81,14 @@ class SimulateErrand:
 
     @classmethod
     def understand(
-        cls, request: pb.SimulateRequest, model: ServedModel, potential: PotentialServicer
+        cls,
+        request: pb.SimulateRequest,
+        model: ServedModel,
+        potential: PotentialServicer,
+        *,
+        accepted: bool = False,
     ) -> Self:
-        """What is asked.
+        """What is asked; `accepted`: see `PotentialServicer.understand`.
 
         Raises:
             CallError: the request as a whole cannot be done.
@@ -100,7 +105,7 @@ class SimulateErrand:
             barostat_time=request.barostat_time or None,
         )
         stress = how.moves_cell or request.frame_stress
-        work = potential.understand(question(request, stress=stress), model, None)
+        work = potential.understand(question(request, stress=stress), model, None, accepted=accepted)
         n_atoms, n_structures = len(work.structures.positions), len(work.structures)
         fixed = fixed_of(request.fixed, work)
         how.check_fixed(fixed)

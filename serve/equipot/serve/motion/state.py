@@ -26,6 +26,9 @@ _VERSION = 1
 _DIGEST = hashlib.sha256().digest_size
 _HEAD = len(_MAGIC) + 1 + _DIGEST
 _WORDS = "/words"
+_MOST_STEPS = 2**32 - 1
+"""What messages hold."""
+
 _NO_STATE = (
     *(SafetensorError, KeyError, TypeError, ValueError),
     *(AttributeError, OverflowError, RecursionError),
@@ -120,7 +123,10 @@ def unseal(raw: bytes, origin: Origin) -> State:
         told = json.loads(arrays.pop(_WORDS).tobytes())
         found = Origin(**told["origin"])
         state = State(step=int(told["step"]), words=dict(told["words"]), arrays=arrays)
-        if state.step < 0 or any(
+        # Older ones hold the stress of what is not periodic, which is not known.
+        if not np.isfinite(arrays.get("stress", np.zeros(0))).all():
+            del arrays["stress"]
+        if not 0 <= state.step <= _MOST_STEPS or any(
             array.dtype != np.float64 or not np.isfinite(array).all() for array in arrays.values()
         ):
             raise ValueError("numbers of another kind")
