@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from equipot.serve.batcher import FULL, Batch, Batcher, Budget
 from equipot.serve.errors import DeadlineUnreachable, QueueFull
 from equipot.serve.shares import Priority, Share
-from equipot.serve.turns import QUANTUM_BATCHES, BatchLimit
+from equipot.serve.terms import BatchLimit, Terms
+from equipot.serve.turns import QUANTUM_BATCHES
 
 BUDGET = Budget(batch_edges=100, batch_atoms=40, queue_edges=10_000)
 
@@ -204,7 +205,7 @@ class BatcherMachine(RuleBasedStateMachine):
     def start(self, edges: int, atoms: int) -> None:
         self.budget = Budget(batch_edges=edges, batch_atoms=atoms, queue_edges=1_000, ageing_seconds=4.0)
         self.batcher = Batcher(self.budget, share_of=self.SHARES.__getitem__)
-        self.limits = {key: BatchLimit(edges=edges, atoms=atoms) for key in "ab"}
+        self.terms = {key: Terms(BatchLimit(edges=edges, atoms=atoms)) for key in "ab"}
         self.now = 0.0
         self.waiting: dict[int, list[tuple[int, int, int]]] = {}
         self.asked: dict[int, tuple[str, str, Priority, float]] = {}
@@ -212,6 +213,8 @@ class BatcherMachine(RuleBasedStateMachine):
         self.deadlines: dict[int, float] = {}
         self.computed: set[tuple[int, int]] = set()
         self.slowest = 0.0
+        self.leader, self.led_since = Priority.LOW, 0.0
+        self.passed = dict.fromkeys(Priority, 0.0)
 
     @rule(
         key=st.sampled_from("ab"),
@@ -239,7 +242,7 @@ class BatcherMachine(RuleBasedStateMachine):
                 deadline=deadline,
                 identity=identity,
                 priority=priority,
-                limit=self.limits[key],
+                terms=self.terms[key],
             )
         except QueueFull:
             assert before > 0
@@ -278,12 +281,20 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from("ab"))
     def memory_runs_out(self, key: str) -> None:
-        limit = self.limits[key]
+        limit = self.terms[key].limit
         limit.ran_out_of_memory(edges=limit.edges, atoms=limit.atoms)
 
     @rule(seconds=st.floats(0.01, 5.0))
     def compute(self, seconds: float) -> None:
         self.since = {ticket: self.batcher._requests[ticket].since for ticket in self.waiting}
+        self.last_turns = {
+            (name, one): dict(zip(Priority, standing.passed, strict=False))
+            for name, flow in self.batcher._flows.items()
+            for one, standing in flow.standings.items()
+        }
+        for lower in (one for one in Priority if one < self.leader):
+            self.passed[lower] += self.now - self.led_since
+        self.led_since = self.now
         batch = self.batcher.next_batch(self.now)
         if batch is None:
             assert not any(self.waiting.values()), "the engine was left idle while something waited"
@@ -295,7 +306,7 @@ class BatcherMachine(RuleBasedStateMachine):
             assert item.arrival <= self.now
             assert (item.ticket, item.index) not in self.computed
             self.computed.add((item.ticket, item.index))
-        limit = self.limits[str(batch.key)]
+        limit = self.terms[str(batch.key)].limit
         within = batch.n_edges <= limit.edges and batch.n_atoms <= limit.atoms
         assert within or len(batch.items) == 1
         if batch.n_edges < limit.edges and batch.n_atoms < limit.atoms:
@@ -314,20 +325,25 @@ class BatcherMachine(RuleBasedStateMachine):
     def note_leader(self, batch: Batch) -> None:
         """Nothing less urgent leads, and nothing newer before an equal's request that needs no more."""
         leader = batch.items[0].ticket
-        _, identity, _, _ = self.asked[leader]
+        _, identity, self.leader, _ = self.asked[leader]
         for ticket in self.waiting:
             assert self.urgency(leader) >= self.urgency(ticket)
-            equal = self.asked[ticket][1] == identity and self.urgency(ticket) == self.urgency(leader)
+            equal = self.asked[ticket][1:3] == (identity, self.leader)
             timeless = ticket not in self.deadlines and leader not in self.deadlines
             if equal and timeless:
                 longest_quantum = QUANTUM_BATCHES * self.slowest / FULL
                 assert self.since[leader] <= self.since[ticket] + longest_quantum + 1e-9
 
     def urgency(self, ticket: int) -> int:
-        priority = self.asked[ticket][2]
-        return min(
-            Priority.HIGH, priority + int((self.now - self.since[ticket]) / self.budget.ageing_seconds)
-        )
+        """A step higher for each time that requests above it went first for so long since its last turn."""
+        _, identity, priority, _ = self.asked[ticket]
+        before = self.last_turns.get((identity, priority), self.passed)
+        steps = [one for one in Priority if priority <= one < Priority.HIGH]
+        urgency = int(priority)
+        for ages, step in enumerate(steps, 1):
+            if urgency == step and self.passed[step] - before[step] >= ages * self.budget.ageing_seconds:
+                urgency += 1
+        return urgency
 
     @invariant()
     def counts_are_exact(self) -> None:

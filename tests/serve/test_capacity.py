@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,12 +15,15 @@ from tests.serve.test_sharing import ROOMY, config
 
 from equipot.model.batch import Graph
 from equipot.serve import capacity
-from equipot.serve.capacity import LATENCY_SECONDS, LEAST_SECONDS, measure
+from equipot.serve.batcher import Batcher
+from equipot.serve.capacity import LATENCY_SECONDS, LEAST_SECONDS, Capacity, measure
 from equipot.serve.config import CPU_BUDGET, DEFAULT_LIMITS
 from equipot.serve.engine import LocalEngine, Result
 from equipot.serve.errors import Fault
 from equipot.serve.machine import MemoryMeter
 from equipot.serve.pace import Size
+from equipot.serve.shares import Priority
+from equipot.serve.terms import BatchLimit, Terms
 
 
 class Timed:
@@ -71,14 +75,14 @@ class TestCalibration:
         self, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         found, timed = measured(engine, lambda edges: 0.05 + 1e-4 * edges, monkeypatch)
-        assert found.limit.edges * found.price < 1.01 * LATENCY_SECONDS
+        assert found.limit.edges * found.terms.price < 1.01 * LATENCY_SECONDS
         assert timed.now < 2 * capacity.CALIBRATION_SECONDS
 
     def test_a_quick_model_gets_batches_worth_handing_over(
         self, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         found, timed = measured(engine, lambda edges: 1e-6 * edges, monkeypatch)
-        assert found.limit.edges * found.price > 0.9 * LEAST_SECONDS
+        assert found.limit.edges * found.terms.price > 0.9 * LEAST_SECONDS
         assert timed.now < 0.5
 
     def test_a_model_that_takes_seconds_is_tried_once(
@@ -93,7 +97,7 @@ class TestCalibration:
         found, timed = measured(engine, lambda edges: 1e-6 * edges, monkeypatch, calibrate=False)
         assert found.limit.edges == CPU_BUDGET.batch_edges
         assert timed.now <= capacity.GLANCE_SECONDS
-        assert found.price == pytest.approx(1e-6, rel=0.1)
+        assert found.terms.price == pytest.approx(1e-6, rel=0.1)
 
     def test_little_memory_makes_small_batches(
         self, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
@@ -124,19 +128,61 @@ class TestCalibration:
         found.learn(small, 0.5, forces=True, stress=False)
         for _ in range(100):
             found.learn(large, 0.1, forces=True, stress=False)
-        assert found.price == pytest.approx(0.1 / 3_064, rel=0.05)
+        assert found.terms.price == pytest.approx(0.1 / 3_064, rel=0.05)
         # What is small is dear, but it is the large ones that take the time.
         for size, seconds in 50 * [(small, 0.001), (large, 0.1)]:
             found.learn(size, seconds, forces=True, stress=False)
-        assert found.price == pytest.approx(0.101 / 3_068, rel=0.05)
+        assert found.terms.price == pytest.approx(0.101 / 3_068, rel=0.05)
+
+    @pytest.mark.parametrize("seconds_per_edge", [1e-8, 5e-5])
+    def test_a_guessed_price_spoils_neither_shares_nor_forecasts(self, seconds_per_edge: float) -> None:
+        def opened(name: str, terms: Terms, n_structures: int) -> None:
+            ticket = batcher.open("m", now=now, expected_edges=0, identity=name, terms=terms)
+            batcher.add(ticket, [(i, 64, 4_000) for i in range(n_structures)], now=now, expected_edges=0)
+            owners[ticket] = name
+
+        limit = BatchLimit(edges=8_192, atoms=16_384)
+        guessed, known = (Capacity(limit, neighbors=60.0) for _ in range(2))
+        known.settle(price=2e-6, bytes_per_edge=0.0)
+        batcher, now = Batcher(replace(CPU_BUDGET, queue_edges=10**9), pace=1.0), 0.0
+        owners, served = dict[int, str](), Counter[str]()
+        for _ in range(40):
+            opened("early", guessed.terms, 10)
+        for number in range(40):
+            batch = batcher.next_batch(now)
+            assert batch is not None
+            seconds = batch.cost * seconds_per_edge
+            now += seconds
+            batcher.finished(batch, seconds)
+            guessed.learn(
+                Size(len(batch.items), batch.n_atoms, batch.n_edges), seconds, forces=True, stress=False
+            )
+            served.update(owners[item.ticket] for item in batch.items)
+            if number == 0:
+                # What came before and what comes after the price is known cost the same.
+                for _ in range(10):
+                    opened("late", guessed.terms, 10)
+            for capacity_, price in ((guessed, seconds_per_edge), (known, 2e-6)):
+                wait = batcher.check(
+                    now=now,
+                    expected_edges=4_000,
+                    deadline=None,
+                    identity="new",
+                    priority=Priority.NORMAL,
+                    terms=capacity_.terms,
+                )
+                # As much as its own for each of the others.
+                assert wait <= 1.02 * 2 * 4_000 * price
+            assert batcher.depth.seconds <= 1.02 * 500 * 4_064 * seconds_per_edge
+        assert abs(served["early"] - served["late"]) <= 4
 
     def test_what_was_measured_is_the_price_whatever_batches_take(
         self, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         found, _ = measured(engine, lambda edges: 1e-6 * edges, monkeypatch)
-        before = found.price
+        before = found.terms.price
         found.learn(Size(1, 2, 2), 0.5, forces=True, stress=False)
-        assert found.price == before
+        assert found.terms.price == before
 
     def test_a_real_engine_is_measured_in_no_time(self, engine: LocalEngine) -> None:
         found = measure(engine, CPU_BUDGET, calibrate=True, device="cpu")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 import grpc
@@ -13,8 +15,10 @@ from tests.serve.test_sharing import ONE_BY_ONE, ROOMY, busy, config, slowly
 
 from equipot.client import AsyncClient, Client
 from equipot.model.batch import Graph
+from equipot.serve import dispatcher
 from equipot.serve.config import DEFAULT_LIMITS
-from equipot.serve.engine import LocalEngine
+from equipot.serve.engine import LocalEngine, Result
+from equipot.serve.errors import Fault, NotReady
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.codec import FailureReason
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -108,6 +112,40 @@ def test_the_queue_is_told_and_the_refusal(bundles: Bundles, monkeypatch: pytest
             hopeless = await there.stub.Explain(request, timeout=0.3)
             assert hopeless.refusal == "DEADLINE_UNREACHABLE"
             large.cancel()
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["refused", "broken"])
+def test_what_fails_tells_nothing_of_the_wait(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    # Else the first batch, an only caller's, would be computed in the loop.
+    monkeypatch.setattr(dispatcher, "AT_ONCE_SECONDS", 0.0)
+    gate = threading.Event()
+
+    def failing(self: LocalEngine, graphs: Sequence[Graph], **wanted: bool) -> list[Result | Fault]:
+        gate.wait(20.0)
+        if how == "refused":
+            raise NotReady("the ranks are away", retry_after=1.0)
+        return [Fault("internal", "", "it broke", "") for _ in graphs]
+
+    async def test() -> None:
+        async with inside(config(bundles.tiny, ONE_BY_ONE)) as there:
+            await there.stub.Predict(ask([molecule(1)]))
+            monkeypatch.setattr(LocalEngine, "compute", failing)
+            told = []
+            for pause in (0.0, 1.0, 0.0):
+                calls = [asyncio.ensure_future(there.stub.Predict(ask([molecule(1)]))) for _ in range(20)]
+                await there.until(lambda: there.value("queue_requests") == 19)
+                last = await there.stub.Explain(ask([molecule(1)], priority=pb.PRIORITY_LOW))
+                told.append(last.queue_seconds)
+                # As a batch that hangs; those that wait behind it fail at once.
+                await asyncio.sleep(pause)
+                gate.set()
+                await asyncio.gather(*calls, return_exceptions=True)
+                gate.clear()
+            assert told[1:] == pytest.approx([told[0]] * 2, rel=0.1)
 
     run(test())
 

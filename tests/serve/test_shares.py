@@ -12,6 +12,7 @@ from tests.serve.test_batcher import BUDGET, indices, queue, take
 from equipot.serve.batcher import Batcher, Budget
 from equipot.serve.errors import DeadlineUnreachable
 from equipot.serve.shares import Priority, Share
+from equipot.serve.terms import BatchLimit, Terms
 
 ENDLESS = Budget(batch_edges=100, batch_atoms=40, queue_edges=10**9)
 SIZES = st.lists(st.integers(0, 90), min_size=1, max_size=6)
@@ -77,6 +78,62 @@ def test_nothing_starves_whatever_urgent_work_keeps_coming(
     assert now <= 2 * budget.ageing_seconds + 2 * seconds
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    callers=st.lists(
+        st.tuples(st.integers(1, 10), st.sampled_from([1, 12]), st.sampled_from(Priority)),
+        min_size=2,
+        max_size=20,
+    )
+)
+def test_ageing_is_for_who_is_passed_over_and_turns_see_to_the_others(
+    callers: list[tuple[int, int, Priority]],
+) -> None:
+    """Callers of any weight keep some requests open, each of a second; all of one priority, then of any."""
+    budget = Budget(batch_edges=100, batch_atoms=100, queue_edges=10**9, ageing_seconds=5.0)
+    shares = {
+        str(index): Share(weight=caller[0], highest=Priority.HIGH) for index, caller in enumerate(callers)
+    }
+    weights = sum(share.weight for share in shares.values())
+
+    def served(priorities: list[Priority], n_batches: int) -> tuple[Counter[str], Counter[str]]:
+        """Batches of each caller, and the longest time that each was without one."""
+        batcher = Batcher(budget, share_of=shares.__getitem__, pace=0.01)
+        counts, last, longest, owners = Counter[str](), Counter[str](), Counter[str](), dict[int, str]()
+
+        def ask(name: str, now: float) -> None:
+            priority = priorities[int(name)]
+            ticket = batcher.open("m", now=now, expected_edges=0, identity=name, priority=priority)
+            batcher.add(ticket, [(0, 1, 99)], now=now, expected_edges=0)
+            owners[ticket] = name
+
+        for name in shares:
+            for _ in range(callers[int(name)][1]):
+                ask(name, 0.0)
+        for now in range(n_batches):
+            (item,) = take(batcher, 1.0, float(now)).items
+            batcher.remove(item.ticket)
+            name = owners.pop(item.ticket)
+            counts[name] += 1
+            longest[name] = max(longest[name], now - last[name])
+            last[name] = now
+            ask(name, now + 1.0)
+        for name in shares:
+            longest[name] = max(longest[name], n_batches - last[name])
+        return counts, longest
+
+    counts, _ = served([Priority.NORMAL] * len(callers), 300)
+    for name, share in shares.items():
+        assert abs(counts[name] - 300 * share.weight / weights) <= share.weight + 1
+    priorities = [priority for _, _, priority in callers]
+    _, longest = served(priorities, 600)
+    for name, share in shares.items():
+        ages = max(priorities) - priorities[int(name)]
+        # While it ages others who do have a turn each; then it is behind one of each, and what it had before.
+        longest_round = len(callers) + weights / share.weight
+        assert longest[name] <= ages * (budget.ageing_seconds + len(callers)) + longest_round
+
+
 class TestShares:
     def test_the_urgent_go_first_and_nobody_is_more_urgent_than_allowed(self) -> None:
         shares = {"x": Share(), "y": Share(highest=Priority.HIGH)}
@@ -89,6 +146,30 @@ class TestShares:
             tickets.append(ticket)
         order = [take(batcher).items[0].ticket for _ in asked]
         assert order == [tickets[3], tickets[1], tickets[2], tickets[0]]
+
+    def test_work_that_its_own_callers_urgent_work_passes_over_has_turns_too(self) -> None:
+        batcher = Batcher(ENDLESS, pace=0.01)
+        urgent, low, turns = dict[int, int](), set[int](), [0]
+
+        def ask(key: str, edges: int, priority: Priority) -> int:
+            ticket = batcher.open(key, now=now, expected_edges=0, priority=priority)
+            batcher.add(ticket, [(0, 1, edges)], now=now, expected_edges=0)
+            return ticket
+
+        for now in range(300):
+            # Twice what the engine can do; of the rest, what is small finds room in those batches.
+            for _ in range(2):
+                urgent[ask("m", 79, Priority.NORMAL)] = now
+            low |= {ask("m", 79, Priority.LOW), ask("other", 79, Priority.LOW)}
+            ask("m", 20, Priority.LOW)
+            for item in take(batcher, 1.0, float(now)).items:
+                batcher.remove(item.ticket)
+                urgent.pop(item.ticket, None)
+                if item.ticket in low:
+                    # Nothing urgent is left that came before these had been passed over for so long.
+                    assert min(urgent.values()) >= turns[-1] + ENDLESS.ageing_seconds - 1
+                    turns.append(now)
+        assert 3 < len(turns) <= 300 / ENDLESS.ageing_seconds
 
     def test_many_requests_of_one_identity_get_no_more_than_one_of_another(self) -> None:
         batcher = Batcher(ENDLESS)
@@ -104,7 +185,8 @@ class TestShares:
     def test_turns_are_given_by_work_and_not_by_edges(self) -> None:
         batcher = Batcher(ENDLESS)
         for key, price in (("light", 1.0), ("heavy", 9.0)):
-            ticket = batcher.open(key, now=0.0, expected_edges=0, identity=key, price=price)
+            terms = Terms(BatchLimit(edges=100, atoms=40), price=price)
+            ticket = batcher.open(key, now=0.0, expected_edges=0, identity=key, terms=terms)
             batcher.add(ticket, [(i, 1, 100) for i in range(200)], now=0.0, expected_edges=0)
         keys = Counter(take(batcher).key for _ in range(100))
         assert 88 <= keys["light"] <= 92
@@ -258,7 +340,7 @@ class TestDeadlines:
 
         def wait(identity: str, priority: Priority = Priority.NORMAL, edges: int = 100) -> float:
             return batcher.check(
-                now=0.0, expected_edges=edges, deadline=None, identity=identity, priority=priority, price=1.0
+                now=0.0, expected_edges=edges, deadline=None, identity=identity, priority=priority
             )
 
         assert wait("x") == 0.0

@@ -13,8 +13,9 @@ make all of them late together once there is more work than time.) One whose dea
 Who is next leads the batch, whatever the size of its structure, and others of the same key follow in that
 order as long as they fit.
 
-Urgent requests go first. One that had no turn for `ageing_seconds` counts as one priority higher, so that
-nothing starves.
+Urgent requests go first. Where more urgent ones, of others or its own, passed an identity over for
+`ageing_seconds`, its requests of that priority count as one priority higher until it had a turn, so that
+nothing starves. To wait for those of the same priority is no reason: turns see to that.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from dataclasses import dataclass
 
 from equipot.serve.errors import DeadlineUnreachable, QueueFull
 from equipot.serve.shares import EQUAL_SHARE, Priority, Share
-from equipot.serve.turns import BatchLimit, Clocks, Flow, Item, Line, Request
+from equipot.serve.terms import Backlog, BatchLimit, Terms
+from equipot.serve.turns import Clocks, Flow, Item, Line, Request
 
 RATE_MEMORY = 0.2
 """Weight of the newest batch in the running mean of the engine's speed."""
@@ -51,7 +53,8 @@ class Budget:
         batch_edges: most edges in one batch; a structure with more is computed alone.
         batch_atoms: most atoms in one batch, for structures with few edges.
         queue_edges: most edges that may wait; a request beyond it is refused, unless nothing waits.
-        ageing_seconds: without a turn, after which a request counts as one priority higher.
+        ageing_seconds: for which an identity's requests of one priority are passed over by more urgent ones,
+            without a turn, until they count as one priority higher.
     """
 
     batch_edges: int
@@ -69,16 +72,14 @@ class Batch:
         items: the structures, the one that led first.
         n_edges: of the whole batch.
         n_atoms: of the whole batch.
-        limit: what the batch might hold at most.
-        price: of its key's work.
+        terms: of its key's work.
     """
 
     key: Hashable
     items: tuple[Item, ...]
     n_edges: int
     n_atoms: int
-    limit: BatchLimit
-    price: float
+    terms: Terms
 
     @property
     def cost(self) -> int:
@@ -88,12 +89,13 @@ class Batch:
     @property
     def work(self) -> float:
         """The same in the unit that all keys share."""
-        return self.cost * self.price
+        return self.cost * self.terms.price
 
     @property
     def fill(self) -> float:
         """The part of the budget that is used, of edges or of atoms; above 1 for a structure over it."""
-        return max(self.n_edges / self.limit.edges, self.n_atoms / self.limit.atoms)
+        limit = self.terms.limit
+        return max(self.n_edges / limit.edges, self.n_atoms / limit.atoms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,29 +130,29 @@ class Batcher:
             pace: seconds for a unit of work (an edge times its price) until batches tell; None is unknown.
         """
         self._budget = budget
-        self._limit = BatchLimit(edges=budget.batch_edges, atoms=budget.batch_atoms)
+        self._terms = Terms(BatchLimit(edges=budget.batch_edges, atoms=budget.batch_atoms))
         self._share_of = share_of
         self._requests: dict[int, Request] = {}
         self._flows: dict[str, Flow] = {}
         self._next_ticket = 0
         self._clocks = Clocks()
         self._pace = pace
-        self._running = 0.0
+        self._running: Batch | None = None
         self._started = 0.0
         self._waiting = 0
         self._atoms = 0
         self._edges = 0
-        self._expected = 0
+        self._open = Backlog()
 
     @property
     def depth(self) -> Depth:
         """What waits now; may be read from any thread."""
-        return Depth(self._waiting, self._atoms, self._edges, self._seconds(self._open_work()))
+        return Depth(self._waiting, self._atoms, self._edges, self._seconds(self._open.work))
 
     @property
     def backlog(self) -> int:
         """Edges that wait, those that open requests still expect to add included."""
-        return self._edges + self._expected
+        return self._open.edges
 
     def waiting_edges(self, ticket: int) -> int:
         """Edges that one request has in the queue; 0 for a request that is not known."""
@@ -166,8 +168,7 @@ class Batcher:
         deadline: float | None = None,
         identity: str = "",
         priority: Priority = Priority.NORMAL,
-        price: float = 1.0,
-        limit: BatchLimit | None = None,
+        terms: Terms | None = None,
     ) -> int:
         """Lets a request in and returns its ticket.
 
@@ -178,16 +179,16 @@ class Batcher:
             deadline: when its caller gives up.
             identity: of its caller, who shares the engine with the others; "" for all that are unknown.
             priority: lowered to what the identity may have.
-            price: work per edge, in any unit that all keys share: turns are given by work, not by edges.
-            limit: of batches of this key; None is the budget's.
+            terms: of this key's work; None is batches of the budget at a price of 1.
 
         Raises:
             QueueFull: there is no room for it now.
             DeadlineUnreachable: the work ahead takes longer than the caller would wait.
         """
-        self._check_room(expected_edges, price)
+        terms = terms or self._terms
+        self._check_room(expected_edges, terms)
         share, priority = self._share(identity, priority)
-        everything = self._running + self._open_work() + expected_edges * price
+        everything = self._running_work() + self._open.work + expected_edges * terms.price
         # With time enough in any order there is no need to look at each request.
         if deadline is not None and MARGIN * self._seconds(everything) > deadline - now:
             self.check(
@@ -196,7 +197,7 @@ class Batcher:
                 deadline=deadline,
                 identity=identity,
                 priority=priority,
-                price=price,
+                terms=terms,
             )
         flow = self._flows.get(identity)
         if flow is None:
@@ -210,14 +211,12 @@ class Batcher:
             deadline=deadline,
             flow=flow,
             priority=priority,
-            price=price,
-            limit=limit or self._limit,
+            terms=terms,
             expected=expected_edges,
         )
-        request.take_turn(now, self._seconds)
+        request.take_turn(now)
         flow.requests[ticket] = request
-        flow.change_backlog(priority, request.work)
-        self._expected += expected_edges
+        self._change_backlog(request, expected_edges)
         return ticket
 
     def check(
@@ -228,22 +227,23 @@ class Batcher:
         deadline: float | None,
         identity: str,
         priority: Priority,
-        price: float,
+        terms: Terms | None = None,
     ) -> float:
         """Seconds until such a request would be computed, as far as the work ahead tells; it is not let in.
 
         Args:
-            now, expected_edges, deadline, identity, priority, price: as for `open`.
+            now, expected_edges, deadline, identity, priority, terms: as for `open`.
 
         Raises:
             QueueFull, DeadlineUnreachable: as `open` would.
         """
-        self._check_room(expected_edges, price)
+        terms = terms or self._terms
+        self._check_room(expected_edges, terms)
         share, priority = self._share(identity, priority)
-        work = expected_edges * price
+        work = expected_edges * terms.price
         ahead = self._work_ahead(now, work, identity, share, priority, deadline)
         seconds = self._seconds(ahead + work)
-        busy = bool(self._running or self._open_work())
+        busy = bool(self._running or self._open.work)
         if busy and deadline is not None and MARGIN * seconds > deadline - now:
             raise DeadlineUnreachable(
                 f"the work ahead takes about {seconds:.2g} s, the deadline is in {deadline - now:.2g} s",
@@ -252,12 +252,12 @@ class Batcher:
             )
         return self._seconds(ahead)
 
-    def _check_room(self, expected_edges: int, price: float) -> None:
+    def _check_room(self, expected_edges: int, terms: Terms) -> None:
         if self.backlog and self.backlog + expected_edges > self._budget.queue_edges:
             raise QueueFull(
                 f"{self.backlog} edges wait and this request brings about {expected_edges} more; "
                 f"the limit is {self._budget.queue_edges}",
-                retry_after=self._retry_after(expected_edges * price),
+                retry_after=self._retry_after(expected_edges * terms.price),
                 facts={"queue_edges": str(self.backlog), "max_queue_edges": str(self._budget.queue_edges)},
             )
 
@@ -275,20 +275,17 @@ class Batcher:
         request = self._requests.get(ticket)
         if request is None:
             return
-        flow, before, was_waiting = request.flow, request.work, bool(request.items)
+        before, was_waiting = request.edges, bool(request.items)
         for index, n_atoms, n_edges in items:
             request.items.append(Item(ticket, index, n_atoms, n_edges, now))
             request.queued_edges += n_edges
             self._edges += n_edges
             self._atoms += n_atoms
-        self._expected += expected_edges - request.expected
         request.expected = expected_edges
-        request.reckon_turn(self._seconds)
-        flow.change_backlog(request.priority, request.work - before)
+        request.reckon_stint()
+        self._change_backlog(request, request.edges - before)
         if request.items and not was_waiting:
-            if not flow.waiting:
-                flow.levels = set()
-            flow.waiting[ticket] = request
+            request.flow.queue_up(request)
             self._waiting += 1
 
     def remove(self, ticket: int) -> None:
@@ -299,11 +296,10 @@ class Batcher:
         flow = request.flow
         if flow.waiting.pop(ticket, None) is not None:
             self._waiting -= 1
-        self._expected -= request.expected
         self._edges -= request.queued_edges
         self._atoms -= sum(item.n_atoms for item in request.items)
         del flow.requests[ticket]
-        flow.change_backlog(request.priority, -request.work)
+        self._change_backlog(request, -request.edges)
         self._forget(flow)
 
     def expire(self, now: float) -> list[int]:
@@ -312,7 +308,7 @@ class Batcher:
         Those are the ones whose deadline comes before the next batch would be done: computing them is what
         makes an overloaded server answer nobody in time.
         """
-        waiting = self._open_work()
+        waiting = self._open.work
         expired = [
             ticket
             for ticket, request in self._requests.items()
@@ -329,7 +325,7 @@ class Batcher:
         leader = request = line.first()
         if leader is None:
             return None
-        limit = leader.limit
+        limit = leader.terms.limit
         edges = atoms = 0
         taken: list[Item] = []
         while request is not None:
@@ -344,22 +340,27 @@ class Batcher:
                 taken.append(item)
                 if edges >= limit.edges or atoms >= limit.atoms:
                     break
-            request = line.next_after(request, again=goes and bool(request.items))
+            request = line.next_after(request, went=goes)
         self._edges -= edges
         self._atoms -= atoms
-        batch = Batch(leader.key, tuple(taken), edges, atoms, limit, leader.price)
-        self._running = batch.work
+        self._running = batch = Batch(leader.key, tuple(taken), edges, atoms, leader.terms)
         self._started = now
+        self._clocks.led_by(leader.priority)
         for flow in list(self._flows.values()):
             self._forget(flow)
         return batch
 
-    def finished(self, batch: Batch, seconds: float) -> None:
-        """Notes that the engine is idle again, and how long the batch took it."""
-        self._running = 0.0
-        if seconds <= 0 or not batch.work:
+    def finished(self, batch: Batch, seconds: float | None) -> None:
+        """Notes that the engine is idle again.
+
+        Args:
+            batch: that it had.
+            seconds: that the batch took; None if that says nothing of others, as something in it failed.
+        """
+        self._running = None
+        if not seconds or seconds < 0 or not batch.work or not batch.terms.settled:
             return
-        pace, full = seconds / batch.work, batch.cost >= FULL * batch.limit.edges
+        pace, full = seconds / batch.work, batch.cost >= FULL * batch.terms.limit.edges
         if self._pace is None:
             self._pace = pace if full else None
         elif full or pace < self._pace:
@@ -386,37 +387,44 @@ class Batcher:
     ) -> float:
         """What is computed before a new request of so much work is done, if nothing comes after it."""
         same = self._flows.get(identity)
-        own = work + (_before(same, priority, work, now + self._seconds(work), deadline) if same else 0.0)
+        own = work
+        if same:
+            own += _before(same, priority, work, now + self._seconds(work), deadline, self._seconds)
         # In turns, others are served as much as this identity, by weight, before this request is done.
         ahead = own - work
         for flow in self._flows.values():
-            ahead += sum(flow.backlog[higher] for higher in Priority if higher > priority)
+            ahead += sum(flow.backlog[higher].work for higher in Priority if higher > priority)
             if flow is not same:
-                ahead += min(flow.backlog[priority], own * flow.share.weight / share.weight)
+                ahead += min(flow.backlog[priority].work, own * flow.share.weight / share.weight)
         elapsed = (now - self._started) / self._pace if self._pace else 0.0
-        return ahead + max(0.0, self._running - elapsed)
+        return ahead + max(0.0, self._running_work() - elapsed)
 
-    def _open_work(self) -> float:
-        return sum(sum(flow.backlog.values()) for flow in tuple(self._flows.values()))
+    def _running_work(self) -> float:
+        return self._running.work if self._running else 0.0
+
+    def _change_backlog(self, request: Request, edges: int) -> None:
+        request.flow.backlog[request.priority].change(request.terms, edges)
+        self._open.change(request.terms, edges)
 
     def _at_least(self, request: Request, waiting: float) -> float:
         """Seconds that it will take from now on; 0 if it is alone: then nothing is lost by trying."""
         if not request.items or waiting <= request.work:
             return 0.0
-        return self._seconds(max(request.work, min(waiting, request.limit.edges * request.price)))
+        return self._seconds(max(request.work, min(waiting, request.terms.limit.edges * request.terms.price)))
 
     def _take(self, request: Request, now: float, line: Line) -> None:
         """Charges a request's first item to it, to its identity and to all."""
         flow = request.flow
         item = request.items.popleft()
         request.queued_edges -= item.n_edges
-        flow.change_backlog(request.priority, -item.n_edges * request.price)
-        work = item.cost * request.price
+        self._change_backlog(request, -item.n_edges)
+        line.served(request)
+        work = item.cost * request.terms.price
         flow.virtual[line.level] += work / flow.share.weight
         self._clocks.move(line.level, work / line.weights[line.level])
-        request.served += work
+        request.served += item.cost
         if request.served >= request.quantum:
-            request.take_turn(now, self._seconds)
+            request.take_turn(now)
         if not request.items:
             del flow.waiting[request.ticket]
             self._waiting -= 1
@@ -433,17 +441,24 @@ class Batcher:
         return work * self._pace if self._pace else 0.0
 
 
-def _before(flow: Flow, priority: Priority, work: float, turn: float, deadline: float | None) -> float:
+def _before(
+    flow: Flow,
+    priority: Priority,
+    work: float,
+    turn: float,
+    deadline: float | None,
+    seconds_of: Callable[[float], float],
+) -> float:
     """What a flow's requests have done before another one of so much work, this turn and deadline is done.
 
     Those that need more than a quantum let it go first once theirs is over, unless it needs as much itself.
     """
     return sum(
-        min(request.work, max(request.quantum - request.served, work))
+        min(request.work, max((request.quantum - request.served) * request.terms.price, work))
         for request in flow.requests.values()
         if request.priority is priority
         and (
-            request.turn <= turn
+            request.turn(seconds_of) <= turn
             or (deadline is not None and request.deadline is not None and request.deadline <= deadline)
         )
     )

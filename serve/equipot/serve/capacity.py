@@ -17,7 +17,7 @@ from equipot.serve.batcher import Budget
 from equipot.serve.engine import Engine, Result
 from equipot.serve.machine import MemoryMeter
 from equipot.serve.pace import MEMORY, Pace, Size
-from equipot.serve.turns import BatchLimit
+from equipot.serve.terms import BatchLimit, Terms
 
 CALIBRATION_SECONDS = 2.0
 """A measurement that would take longer than what is left of this is not begun."""
@@ -62,42 +62,44 @@ class Capacity:
     """Of one served model.
 
     Attributes:
-        limit: of its batches.
-        price: seconds for each edge of a full batch: how dear its edges are beside other models'. Where that
-            was not measured it follows what batches take.
+        terms: limit of its batches, and seconds for each edge of a full one: how dear its edges are beside
+            other models'. Where that was not measured it follows what batches take.
         bytes_per_edge: of working memory at its peak; 0 while it is not known.
         neighbors: edges of an atom, in what was asked for lately.
     """
 
     def __init__(self, limit: BatchLimit, *, neighbors: float) -> None:
-        self.limit = limit
+        self.terms = Terms(limit, price=UNKNOWN_PRICE, settled=False)
         self.neighbors = neighbors
-        self.price = UNKNOWN_PRICE
-        self._spent: tuple[float, float] | None = (0.0, 0.0)
+        self._spent = 0.0, 0.0
         self.bytes_per_edge = 0.0
         self._paces: dict[tuple[bool, bool], Pace] = {}
         self._around = Pace()
+
+    @property
+    def limit(self) -> BatchLimit:
+        """Of its batches."""
+        return self.terms.limit
 
     def learn(self, size: Size, seconds: float, *, forces: bool, stress: bool) -> None:
         """Takes a computed batch into account."""
         self._paces.setdefault((forces, stress), Pace()).learn(size, seconds)
         if size.atoms:
             self.neighbors += MEMORY * (size.edges / size.atoms - self.neighbors)
-        if self._spent is not None:
+        if not self.terms.settled:
             self._follow(size, seconds)
 
     def _follow(self, size: Size, seconds: float) -> None:
         """Lets the price be what edges took lately, on the whole: the first batch may have been cold."""
-        assert self._spent is not None
         whole_seconds, whole_work = (PRICE_MEMORY * past for past in self._spent)
         self._spent = whole_seconds + seconds, whole_work + size.edges + size.atoms
         if self._spent[1]:
-            self.price = self._spent[0] / self._spent[1]
+            self.terms.price = self._spent[0] / self._spent[1]
 
     def settle(self, *, price: float, bytes_per_edge: float) -> None:
         """Notes what was measured; batches do not change it any more."""
-        self.price, self.bytes_per_edge = price, bytes_per_edge
-        self._spent = None
+        self.terms.price, self.terms.settled = price, True
+        self.bytes_per_edge = bytes_per_edge
 
     def seconds(self, size: Size, *, forces: bool, stress: bool) -> float:
         """How long a batch of this size would take; infinite while nothing is known."""

@@ -205,7 +205,10 @@ def serve(
         int, typer.Option(help="Most atoms computed together, for structures with few edges.")
     ] = BATCH_ATOMS,
     ageing_seconds: Annotated[
-        float, typer.Option(help="Seconds without a turn after which a request is one priority higher.")
+        float,
+        typer.Option(
+            help="Seconds for which more urgent requests pass others over until those rise a priority."
+        ),
     ] = CPU_BUDGET.ageing_seconds,
     max_queue_edges: Annotated[
         int, typer.Option(help="Edges that may wait before requests are refused.")

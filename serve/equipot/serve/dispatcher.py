@@ -111,7 +111,6 @@ class Dispatcher:
             NotReady: the server stopped before it was answered.
         """
         now = time.monotonic()
-        capacity = work.key.model.capacity
         ticket = self._batcher.open(
             work.key,
             now=now,
@@ -119,8 +118,7 @@ class Dispatcher:
             deadline=work.deadline,
             identity=work.call.identity,
             priority=work.priority,
-            price=capacity.price,
-            limit=capacity.limit,
+            terms=work.key.model.capacity.terms,
         )
         job = self._jobs[ticket] = Job(work, in_company=in_company)
         self._quiet.clear()
@@ -169,7 +167,7 @@ class Dispatcher:
                 deadline=work.deadline,
                 identity=work.call.identity,
                 priority=work.priority,
-                price=work.key.model.capacity.price,
+                terms=work.key.model.capacity.terms,
             )
         except (QueueFull, DeadlineUnreachable) as error:
             refusal, wait = error.reason, error.retry_after or 0.0
@@ -323,7 +321,9 @@ class Dispatcher:
         seconds: float,
     ) -> None:
         self._computing, self._computing_edges = False, 0
-        self._batcher.finished(batch, seconds)
+        failed = isinstance(results, CallError) or any(isinstance(result, Fault) for result in results)
+        # What failed was refused at once, hung, or was computed again in parts: it tells nothing of the next.
+        self._batcher.finished(batch, None if failed else seconds)
         if exhausted := key.model.engine.exhausted:
             limit = key.model.capacity.limit
             if limit.ran_out_of_memory(atoms=exhausted[0], edges=exhausted[1]):
@@ -345,13 +345,18 @@ class Dispatcher:
             if job := self._jobs.get(item.ticket):
                 job.answer(item.index, result)
         # Once the answers have left: counting is not what callers wait for.
-        self._loop.call_soon(self._count, batch, key, results, started, seconds)
+        self._loop.call_soon(self._count, batch, key, results, started, seconds, failed)
 
     def _count(
-        self, batch: Batch, key: Key, results: list[Result | Fault], started: float, seconds: float
+        self,
+        batch: Batch,
+        key: Key,
+        results: list[Result | Fault],
+        started: float,
+        seconds: float,
+        failed: bool,
     ) -> None:
-        if not any(isinstance(result, Fault) for result in results):
-            # What failed was computed again in parts, which says nothing of the next one.
+        if not failed:
             capacity = key.model.capacity
             capacity.learn(_size(batch), seconds, forces=key.forces, stress=key.stress)
         both = zip(batch.items, results, strict=True)

@@ -10,7 +10,7 @@ from equipot.serve.errors import Fault
 from equipot.serve.job import Work
 from equipot.serve.pace import NOTHING, Size
 from equipot.serve.shares import Priority
-from equipot.serve.turns import BatchLimit
+from equipot.serve.terms import BatchLimit
 from equipot.wire.v1.codec import Failure, FailureReason
 
 

@@ -11,7 +11,7 @@ from equipot.serve.capacity import measure
 from equipot.serve.config import CPU_BUDGET, DEFAULT_LIMITS
 from equipot.serve.engine import LocalEngine, use_threads
 from equipot.serve.errors import ServeError
-from equipot.serve.turns import BatchLimit
+from equipot.serve.terms import BatchLimit
 
 
 class EngineSpeed:
