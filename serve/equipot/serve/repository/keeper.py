@@ -46,7 +46,9 @@ class Keeper:
         self._settings = settings
         self._source = Source(settings.url, settings.cache)
         self._observer = Observer(self._source)
-        self._stock = Stock(self._source, settings, config, registry, metrics, self._has_role)
+        self._stock = Stock(
+            self._source, settings, config, registry, metrics, self._has_role, self._replaced_by
+        )
         self._wishes = Wishes()
         self._observed = Observed()
         self._places: dict[Key, Place] = {}
@@ -304,6 +306,16 @@ class Keeper:
         labels = (*family.labels.values(), *self._wishes.labels(slot.name).values())
         meant = {label.version for label in labels} | {family.current}
         return slot.version in meant or slot is self._newest(family)
+
+    def _replaced_by(self, slot: Slot) -> set[str]:
+        """Versions that plain name or labels mean until they can mean this one."""
+        family = self.registry.families[slot.name]
+        wished = self._wishes.labels(slot.name).items()
+        names = {name for name, label in wished if label.version == slot.version}
+        before = {label.version for name, label in family.labels.items() if name in names}
+        if family.current is not None and slot is self._newest(family):
+            before.add(family.current)
+        return before
 
     async def _bring(self, slot: Slot) -> None:
         await self._stock.bring(slot, self._places[slot.name, slot.version])

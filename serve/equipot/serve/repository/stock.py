@@ -46,6 +46,7 @@ class Stock:
         registry: Registry,
         metrics: ModelMetrics,
         has_role: Callable[[Slot], bool],
+        replaced_by: Callable[[Slot], set[str]],
     ) -> None:
         """Holds nothing yet.
 
@@ -56,6 +57,7 @@ class Stock:
             registry: gets what is brought; what it holds now is none of ours.
             metrics: counts loads.
             has_role: whether a plain name or a label means a version, or is about to.
+            replaced_by: versions of the same model in whose place one is to answer.
         """
         self.held: set[tuple[str, str]] = set()
         self.load_seconds = LOAD_GUESS
@@ -65,6 +67,7 @@ class Stock:
         self._registry = registry
         self._metrics = metrics
         self._has_role = has_role
+        self._replaced_by = replaced_by
         self._others = frozenset(registry.families)
         self._failed: dict[tuple[str, str], str] = {}
         self._thread = ThreadPoolExecutor(1, "equipot-load")
@@ -165,19 +168,35 @@ class Stock:
         return [model for model in self._registry if model.name not in self._others]
 
     def _make_room(self, slot: Slot) -> bool:
-        """Lets the one go that was longest unused, if there are as many as may be; False if none can."""
+        """Lets the longest unused go, if there are as many as may be; False if that is not enough.
+
+        What it is to replace answers until it has proved sound: it stands beside that for a moment.
+        """
         most, ours = self._settings.max_loaded, self._ours()
-        if most is None or len(ours) < most:
+        if most is None:
             return True
-        lazy = self._settings.preload is Preload.NONE
-        idle = [one for one in ours if not one.users and self._spare(one, whatever_its_role=lazy)]
-        if idle:
-            model = min(idle, key=lambda one: one.used)
+        lazy, replaced = self._settings.preload is Preload.NONE, self._replaced(slot)
+        idle = [
+            one
+            for one in ours
+            if not one.users and one not in replaced and self._spare(one, whatever_its_role=lazy)
+        ]
+        surplus = len(ours) + 1 - most
+        for model in sorted(idle, key=lambda one: one.used)[: max(0, surplus)]:
             logger.info("%s goes, to make room for %s@%s", model.full_name, slot.name, slot.version)
             self._drop(model)
-            return True
-        # What takes another's place stands beside it for a moment.
-        return self._has_role(slot) and len(ours) <= most
+            surplus -= 1
+        return surplus <= 0 or (surplus == 1 and (bool(replaced) or self._has_role(slot)))
+
+    def _replaced(self, slot: Slot) -> list[ServedModel]:
+        """What answers until this version does."""
+        slots = self._registry.families[slot.name].slots
+        versions = {slot.version} | self._replaced_by(slot)
+        return [
+            model
+            for version in versions
+            if (one := slots.get(version)) is not None and (model := one.model) is not None
+        ]
 
     def _spare(self, model: ServedModel, *, whatever_its_role: bool = False) -> bool:
         slot = self._registry.families[model.name].slots.get(model.version)
