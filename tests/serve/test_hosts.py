@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from equipot.serve import rank
 from equipot.serve.config import ServeConfig, Workers
 from equipot.serve.errors import ServeError
 from equipot.serve.free import free_port
-from equipot.serve.hosts import Hosts
+from equipot.serve.hosts import Hosts, RemoteRank
 from equipot.serve.repository.settings import RepositorySettings
 from equipot.serve.wire import Wire, WireError, read_key
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
@@ -74,7 +75,17 @@ def test_two_machines_answer_as_one_process_and_one_that_is_lost_is_waited_for(
     with grpc.insecure_channel(server.address) as channel:
         expected = read(PotentialServiceStub(channel).Predict(request, timeout=60), SYSTEMS)
     with contextlib.ExitStack() as stack:
-        worker = stack.enter_context(joined(port, key))
+        restarted = stack.enter_context(joined(port, key))
+        workers = []
+
+        def restart() -> None:
+            """Once it loads its rank."""
+            eventually(lambda: bool(ranks_of(restarted.pid)))
+            restarted.kill()
+            workers.append(stack.enter_context(joined(port, key)))
+
+        restarting = threading.Thread(target=restart)
+        restarting.start()
         process = stack.enter_context(running(*words, *spread, stderr=tmp_path / "log"))
         channel = stack.enter_context(grpc.insecure_channel(process.address))
         stub = PotentialServiceStub(channel)
@@ -89,6 +100,9 @@ def test_two_machines_answer_as_one_process_and_one_that_is_lost_is_waited_for(
             np.testing.assert_allclose(answer.forces, expected.forces, atol=1e-9)
 
         same()
+        restarting.join()
+        assert "waiting for workers again" in process.log()
+        (worker,) = workers
         assert [len(ranks_of(pid)) for pid in (process.popen.pid, worker.pid)] == [1, 1]
         worker.kill()
         worker.wait()
@@ -136,6 +150,71 @@ def test_strangers_are_turned_away_and_do_not_disturb(hosts: Hosts, key: Path) -
         right.receive()
 
 
+def test_nobody_begins_before_all_have_come_and_who_left_is_not_counted(
+    key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines of two ranks each, which open their second connection when the first is taken."""
+    monkeypatch.setattr(hosts_module, "INTRODUCTION_SECONDS", 0.5)
+    hosts = Hosts(Workers(hosts=2, host="127.0.0.1", port=0, key=key))
+
+    def come(name: str) -> Wire:
+        wire = Wire(socket.create_connection(("127.0.0.1", hosts.port)))
+        wire.introduce(read_key(key), leads=False, name=name)
+        return wire
+
+    configs = [replace(CONFIG, rank=place, size=6) for place in range(2, 6)]
+    placed: list[RemoteRank] = []
+    placing = threading.Thread(target=lambda: placed.extend(hosts.place(configs)), daemon=True)
+    placing.start()
+    gone = come("a-1")
+    assert not gone.has_word(0.2)
+    gone.close()
+    waiting = {"b-1": come("b-1")}
+    assert not waiting["b-1"].has_word(0.2)
+    waiting["c-1"] = come("c-1")
+    begun: list[tuple[Wire, Any]] = []
+
+    def all_have_begun() -> bool:
+        for name, wire in list(waiting.items()):
+            if wire.has_word(0.02):
+                told = wire.receive()
+                if name == "c-1":  # it leaves with its first word, and is replaced
+                    waiting.pop(name).close()
+                    waiting["d-1"] = come("d-1")
+                else:
+                    begun.append((wire, told))
+                    waiting[name] = come(name)
+        return not placing.is_alive()
+
+    eventually(all_have_begun, 20)
+    assert all_have_begun()
+    assert sorted((told for _, told in begun[-4:]), key=lambda config: config.rank) == configs
+    for wire, _ in begun[:-4]:  # not left alone with its rank
+        with pytest.raises(WireError):
+            wire.receive()
+    assert not any(wire.has_word(0.0) for wire, _ in begun[-4:])
+    assert [one.is_alive() for one in placed] == [True] * 4
+    for one in placed:
+        one.kill()
+    hosts.close()
+
+
+def test_a_rank_that_hangs_is_ended_with_its_leader(key: Path) -> None:
+    """It listens no more, to a job that no socket holds."""
+    ours, theirs = (Wire(side) for side in connected())
+    before = set(ranks_of(os.getpid()))
+    running = threading.Thread(target=hosts_module._run, args=(theirs, CONFIG))
+    running.start()
+    eventually(lambda: bool(set(ranks_of(os.getpid())) - before))
+    (hanging,) = set(ranks_of(os.getpid())) - before
+    hanging.suspend()
+    ours.send(rank.Job({"positions": np.zeros((400_000, 3))}, True, False))
+    ours.close()
+    running.join(10)
+    assert not running.is_alive()
+    assert not hanging.is_running()
+
+
 def test_a_leader_that_lets_go_at_once_is_not_called_without_end(
     key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +254,11 @@ def test_nobody_is_let_in_by_their_own_words(key: Path) -> None:
 
 
 def test_every_message_comes_back_as_it_was() -> None:
-    one, two = (Wire(side) for side in connected())
+    sides = connected()
+    one, two = (Wire(side) for side in sides)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        for side in sides:
+            assert side.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
     fields: dict[str, Any] = {
         "positions": np.random.default_rng(0).normal(size=(5, 3)),
         "n": np.arange(3, dtype=np.int32),

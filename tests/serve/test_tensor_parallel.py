@@ -1,10 +1,13 @@
 """A model spread over real ranks of a real process group, behind a real port."""
 
+import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import grpc
@@ -15,6 +18,9 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from equipot.serve import rank
+from equipot.serve import ranks as ranks_module
+from equipot.serve.pace import Pace, Size
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
@@ -49,9 +55,9 @@ def left_of(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 def starve(starved: list[psutil.Process]) -> None:
     """Bounds their address space to little more than they have."""
-    for rank in starved:
-        most = rank.memory_info().vms + 2**20
-        rank.rlimit(psutil.RLIMIT_AS, (most, most))
+    for one in starved:
+        most = one.memory_info().vms + 2**20
+        one.rlimit(psutil.RLIMIT_AS, (most, most))
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -109,6 +115,58 @@ def test_a_rank_that_hangs_holds_up_its_callers_alone(spread: Process) -> None:
         assert stub.Predict(request, timeout=60).energy
 
 
+@pytest.fixture
+def hanging() -> Iterator[ranks_module._Generation]:
+    """Two ranks, stopped before they are more than processes."""
+    configs = [
+        rank.RankConfig(Path("bundle"), "sha256:0", None, "cpu", place, 2, 1, 1, place) for place in (0, 1)
+    ]
+    generation = ranks_module._Generation(configs, None)
+    for process in generation.processes:
+        assert isinstance(process, BaseProcess)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+    yield generation
+    generation.end()
+
+
+def test_ranks_that_do_not_even_listen_are_not_waited_for(hanging: ranks_module._Generation) -> None:
+    """To a job that no pipe holds."""
+    job = rank.Job({"positions": np.zeros((400_000, 3))}, True, False)
+    caught: list[Exception] = []
+
+    def compute() -> None:
+        try:
+            hanging.compute(job, patience=0.5)
+        except (EOFError, OSError) as error:
+            caught.append(error)
+
+    computing = threading.Thread(target=compute, daemon=True)
+    watching = threading.Thread(target=lambda: said.append(hanging.wait_for_a_death()), daemon=True)
+    said: list[str] = []
+    for thread in (computing, watching):
+        thread.start()
+    watching.join(20)
+    hanging.end()
+    computing.join(20)
+    assert said == ["no answer within 0 s"]
+    assert len(caught) == 1
+    assert not hanging.ran_out()
+
+
+def test_of_ranks_that_load_it_is_said_which_one_ended(hanging: ranks_module._Generation) -> None:
+    hanging.processes[1].kill()
+    with pytest.raises(ranks_module.RankError, match=r"^rank 1 ended \(signal 9\) while loading$"):
+        hanging.wait_until_ready()
+
+
+def test_ranks_are_given_as_long_as_such_batches_take() -> None:
+    pace, size = Pace(), Size(1, 1000, 60_000)
+    assert ranks_module._patience(pace, size) == 60.0 * rank.COLLECTIVE_MINUTES
+    pace.learn(size, 900.0)
+    assert ranks_module._patience(pace, size) > 2 * 900.0
+
+
 def test_a_killed_rank_is_answered_for_and_comes_back_with_what_is_served(
     bundles: Bundles, three: tuple[Path, Path, Path], spread: Process
 ) -> None:
@@ -148,7 +206,7 @@ def test_a_killed_rank_is_answered_for_and_comes_back_with_what_is_served(
         eventually(serving)
         after = read(stub.Predict(request, timeout=60), SYSTEMS)
         np.testing.assert_array_equal(after.energy, before.energy)
-        assert not {rank.pid for rank in old[:2]} & {rank.pid for rank in ranks(spread)}
+        assert not {one.pid for one in old[:2]} & {one.pid for one in ranks(spread)}
     assert "signal 9" in spread.log()
 
 
@@ -177,23 +235,30 @@ def test_the_batch_with_which_a_rank_ran_out_of_memory_is_not_tried_again(spread
 
 @pytest.mark.slow
 def test_ranks_that_hang_are_ended_and_started_again(bundles: Bundles, tmp_path: Path) -> None:
-    request = ask(SYSTEMS)
+    """Even at work that they are not sent for want of room; and once more, if one dies while it loads."""
+    many = [molecule(seed, 30) for seed in range(400)]
+    request = ask(many)
     with (
-        running(bundles.tiny, "--tensor-parallel", 2, stderr=tmp_path / "log") as process,
+        running(bundles.tiny, "--tensor-parallel", 2, *ROOMY, stderr=tmp_path / "log") as process,
         grpc.insecure_channel(process.address) as channel,
     ):
         stub = PotentialServiceStub(channel)
-        before = read(stub.Predict(request, timeout=60), SYSTEMS)
+        before = read(stub.Predict(request, timeout=60), many)
         mine = ranks(process)
         mine[1].suspend()
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Predict(request, timeout=120)
+            stub.Predict(request, timeout=300)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        eventually(lambda: len(set(ranks(process)) - set(mine)) == 2)
+        time.sleep(1.0)
+        (set(ranks(process)) - set(mine)).pop().kill()
+        eventually(lambda: "(signal 9) while loading" in process.log())
         eventually(lambda: process.sample("equipot_ranks_alive") == 2)
-        after = read(stub.Predict(request, timeout=60), SYSTEMS)
+        after = read(stub.Predict(request, timeout=60), many)
         np.testing.assert_array_equal(after.energy, before.energy)
         assert not psutil.pid_exists(mine[1].pid)
     assert "no answer within" in process.log()
+    assert "Traceback" not in process.log()
 
 
 @pytest.mark.slow
@@ -215,7 +280,7 @@ def test_a_structure_for_which_ranks_have_no_memory_ends_them_but_once(
             if attempt == 0:
                 eventually(lambda: process.sample("equipot_ranks_alive") == 2)
                 time.sleep(1.0)
-        assert [rank.pid for rank in ranks(process)] == [rank.pid for rank in mine]
+        assert [one.pid for one in ranks(process)] == [one.pid for one in mine]
         answer = stub.Predict(ask([small, large], level_of_theory="PBE"), timeout=60)
         assert [failure.index for failure in answer.failures] == [1]
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import queue
 import socket
 import threading
 import time
@@ -56,18 +58,26 @@ class Hosts:
         threading.Thread(target=self._welcome, name="equipot-hosts", daemon=True).start()
 
     def place(self, configs: list[rank.RankConfig]) -> list[RemoteRank]:
-        """Starts ranks on the other machines, the same number on each; waits until all have come.
+        """Starts ranks on the other machines, the same number on each, once all have come.
+
+        Before that none is told to begin: ranks that are short of others give up. If one leaves in the midst
+        of it, all begin anew.
 
         Raises:
-            WireError: closed meanwhile, or one has left.
+            WireError: closed meanwhile.
         """
-        each = len(configs) // self.count
-        used: list[str] = []
-        ranks = []
-        for place, config in enumerate(configs):
-            name = self._next(used) if place % each == 0 else used[-1]
-            ranks.append(RemoteRank(self._take(name), config))
-        return ranks
+        while True:
+            ranks: list[RemoteRank] = []
+            try:
+                self._place(configs, ranks)
+            except BaseException as error:
+                for one in ranks:
+                    one.kill()
+                if self._closed or not isinstance(error, OSError):
+                    raise
+                logger.warning("%s; waiting for workers again", error)
+            else:
+                return ranks
 
     def close(self) -> None:
         """Lets everybody go."""
@@ -79,28 +89,49 @@ class Hosts:
         for wire in idle:
             wire.close()
 
-    def _next(self, used: list[str]) -> str:
-        told = False
+    def _place(self, configs: list[rank.RankConfig], ranks: list[RemoteRank]) -> None:
+        each = len(configs) // self.count
+        names = self._all()
+        for place, config in enumerate(configs):
+            ranks.append(RemoteRank(self._take(names[place // each]), config))
+
+    def _all(self) -> list[str]:
+        """Who waits, once they are as many as are needed."""
+        told = -1
         with self._change:
-            while True:
-                if self._closed:
-                    raise WireError("the server stops")
-                fresh = [name for name, wires in self._idle.items() if wires and name not in used]
-                if fresh:
-                    used.append(fresh[0])
-                    return fresh[0]
-                if not told:
-                    logger.info("waiting for workers on port %d: %d of %d", self.port, len(used), self.count)
-                    told = True
+            while len(names := self._waiting()) < self.count:
+                if len(names) != told:
+                    logger.info(
+                        "waiting for workers on port %d: %d of %d are here", self.port, len(names), self.count
+                    )
+                    told = len(names)
                 self._change.wait(1.0)
+            return names[: self.count]
 
     def _take(self, name: str) -> Wire:
+        # Each keeps one connection that waits, and makes another when that is taken.
         with self._change:
-            if not self._change.wait_for(lambda: self._idle.get(name) or self._closed, INTRODUCTION_SECONDS):
+            if not self._change.wait_for(lambda: name in self._waiting(), INTRODUCTION_SECONDS):
                 raise WireError(f"worker {name} has left")
-            if self._closed:
-                raise WireError("the server stops")
             return self._idle[name].pop()
+
+    def _waiting(self) -> list[str]:
+        """Who has a connection that waits, without those that have left; the first to come first.
+
+        Raises:
+            WireError: closed.
+        """
+        if self._closed:
+            raise WireError("the server stops")
+        for name, wires in list(self._idle.items()):
+            for wire in list(wires):
+                # Before they are told of a rank they have nothing to say: it is their end.
+                if wire.has_word(0.0):
+                    wires.remove(wire)
+                    wire.close()
+            if not wires:
+                del self._idle[name]
+        return list(self._idle)
 
     def _welcome(self) -> None:
         while True:
@@ -121,6 +152,9 @@ class Hosts:
             return
         connection.settimeout(None)
         with self._change:
+            if self._closed:
+                wire.close()
+                return
             # A machine that came again has nothing to do with what is left of its former connections.
             self._idle.setdefault(name, []).append(wire)
             self._change.notify_all()
@@ -137,12 +171,12 @@ class RemoteRank:
     exitcode: int | None = None
 
     def __init__(self, wire: Wire, config: rank.RankConfig) -> None:
+        wire.send(config)
         self._wire = wire
         self.pipe, self._inner = multiprocessing.Pipe()
         self.sentinel, self._alive = os.pipe()
         self._ended = threading.Event()
         self._once = threading.Lock()
-        wire.send(config)
         for target in (self._to, self._from):
             threading.Thread(target=target, name=f"equipot-remote-rank-{config.rank}", daemon=True).start()
 
@@ -248,19 +282,29 @@ def _run(wire: Wire, config: rank.RankConfig) -> None:
     process.start()
     theirs.close()
     logger.info("rank %d of %d of %s begins", config.rank, config.size, config.bundle)
+    jobs: queue.SimpleQueue[object] = queue.SimpleQueue()
     threading.Thread(target=_answers, args=(ours, wire), daemon=True).start()
+    threading.Thread(target=_jobs, args=(jobs, ours), daemon=True).start()
     try:
         while True:
-            ours.send(wire.receive())
+            jobs.put(wire.receive())
     except (EOFError, OSError):
         pass
     finally:
+        jobs.put(None)
         # Closing the pipe lets an idle rank end by itself; one that computes for nobody is not waited for.
         process.join(0.0)
         process.kill()
         process.join()
         wire.close()
         logger.info("rank %d of %s has ended", config.rank, config.bundle)
+
+
+def _jobs(jobs: queue.SimpleQueue[object], pipe: Connection) -> None:
+    """Apart from whoever hears of the leader's end: a rank that hangs takes no job."""
+    with contextlib.suppress(OSError):
+        while (job := jobs.get()) is not None:
+            pipe.send(job)
 
 
 def _answers(pipe: Connection, wire: Wire) -> None:

@@ -31,8 +31,7 @@ from equipot.model.process_group import ProcessGroup
 from equipot.serve.memory import is_out_of_memory
 
 COLLECTIVE_MINUTES = 10
-"""A collective that takes longer has lost a rank without a sign of it."""
-
+"""A collective that takes longer has lost a rank without a sign of it. A batch is many, and may."""
 
 LAST_WORD_SECONDS = 1.0
 """A rank that fails lives so long before it says how: one that failed for another's sake is ended before."""
@@ -126,17 +125,32 @@ def main(config: RankConfig, pipe: Connection) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(config.threads)
     device = torch.device("cpu" if config.device == "cpu" else f"{config.device}:{config.local}")
+    try:
+        if (potential := _loaded(config, pipe, device)) is not None:
+            _serve(potential, config, pipe, device)
+    except Exception:
+        # What broke because another rank ended is no news: its server knows, and ends this one.
+        time.sleep(LAST_WORD_SECONDS)
+        raise
+
+
+def _loaded(config: RankConfig, pipe: Connection, device: torch.device) -> Potential | None:
+    """Its part, or None if it cannot have it; says so."""
     group = _join(device)
     try:
         dtype = getattr(torch, config.dtype) if config.dtype else None
         potential, card = load_potential(config.bundle, dtype=dtype, device=device, group=group)
     except (BundleError, ModelError) as error:
         pipe.send(Refused(str(error)))
-        return
+        return None
     if card.digest != config.digest:
         pipe.send(Refused(_another(config, card.digest)))
-        return
+        return None
     pipe.send(Ready(sum(parameter.numel() for parameter in potential.parameters())))
+    return potential
+
+
+def _serve(potential: Potential, config: RankConfig, pipe: Connection, device: torch.device) -> None:
     while True:
         try:
             outcome = _outcome(potential, pipe.recv(), device)
@@ -145,8 +159,6 @@ def main(config: RankConfig, pipe: Connection) -> None:
         except Exception as error:
             if is_out_of_memory(error):
                 pipe.send(Exhausted())
-            # A sum that broke because another rank ended is no news: its server knows, and ends this one.
-            time.sleep(LAST_WORD_SECONDS)
             raise
         if config.rank == 0:
             pipe.send(outcome)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import signal
 import threading
@@ -46,6 +47,12 @@ PATIENCE_SECONDS = 30.0
 
 PATIENCE = 10.0
 
+UNKNOWN_SECONDS = 60.0 * rank.COLLECTIVE_MINUTES
+"""That the first batch may take."""
+
+LOOK_SECONDS = 1.0
+"""How often it is asked whether the batch under way takes too long."""
+
 LEAVE_SECONDS = 5.0
 """Time for a rank to end by itself once its pipe is closed."""
 
@@ -56,6 +63,10 @@ class RankError(Exception):
     """Ranks ended before they were ready."""
 
 
+class WorkerLostError(RankError):
+    """Those on other machines did, and none here."""
+
+
 class _Generation:
     """One set of processes that found each other; it is up, and then it is gone for good."""
 
@@ -64,24 +75,29 @@ class _Generation:
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess | RemoteRank] = []
         self._exhausted = False
-        self._hung = ""
+        self._patience = 0.0
+        self._overdue = math.inf
         self._kills_before = memory_kills()
         self._looked_into = threading.Event()
         here = len(configs) // (1 if hosts is None else hosts.count + 1)
-        if hosts is not None:
-            # First, as nothing here is worth starting before all have come.
-            for remote in hosts.place(list(configs[here:])):
-                self.pipes.append(remote.pipe)
-                self.processes.append(remote)
-        for place, config in enumerate(configs[:here]):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=rank.main, args=(config, theirs), name=f"equipot-rank-{config.rank}", daemon=True
-            )
-            process.start()
-            theirs.close()
-            self.pipes.insert(place, ours)
-            self.processes.insert(place, process)
+        # First those elsewhere, as nothing here is worth starting before all have come.
+        away = [] if hosts is None else hosts.place(list(configs[here:]))
+        try:
+            for config in configs[:here]:
+                ours, theirs = context.Pipe()
+                self.pipes.append(ours)
+                process = context.Process(
+                    target=rank.main, args=(config, theirs), name=f"equipot-rank-{config.rank}", daemon=True
+                )
+                with theirs:
+                    process.start()
+                self.processes.append(process)
+        except BaseException:
+            self.processes += away
+            self.end()
+            raise
+        self.pipes += [remote.pipe for remote in away]
+        self.processes += away
 
     def wait_until_ready(self) -> None:
         """Returns when every rank has loaded its part.
@@ -90,38 +106,47 @@ class _Generation:
             ServeError: the model cannot be loaded so.
             RankError: a rank died.
         """
-        for place, pipe in enumerate(self.pipes):
+        for pipe in self.pipes:
             try:
                 answer = self._receive(pipe)
-            except EOFError:
-                raise RankError(f"rank {place} ended while it loaded ({self._how(place)})") from None
+            except (EOFError, OSError):
+                # A pipe closes a little earlier than its process is known to be gone.
+                wait(self._sentinels(), LEAVE_SECONDS)
+                how = self._deaths()
+                dead = [process for process in self.processes if not process.is_alive()]
+                lost = all(isinstance(process, RemoteRank) for process in dead)
+                raise (WorkerLostError if lost else RankError)(f"{how} while loading") from None
             if isinstance(answer, rank.Refused):
                 raise ServeError(answer.reason)
 
     def _receive(self, pipe: Connection) -> object:
         """One message, or EOFError if any rank ends before it comes."""
         while True:
-            ready = wait([pipe, *(process.sentinel for process in self.processes)])
+            ready = wait([pipe, *self._sentinels()])
             if pipe in ready:
                 return pipe.recv()
             # What a rank said before it ended is still in its pipe.
             for other in self.pipes:
-                if other.poll():
-                    answer = other.recv()
-                    if isinstance(answer, rank.Refused):
+                with contextlib.suppress(EOFError, OSError):
+                    if other.poll() and isinstance(answer := other.recv(), rank.Refused):
                         return answer
             raise EOFError
 
     def compute(self, job: rank.Job, *, patience: float) -> rank.Outcome:
-        """Raises EOFError or OSError if a rank ends first, or if none answers within `patience` seconds."""
-        # What the first has to say is worth hearing, even if it hears no more.
-        with contextlib.suppress(OSError):
-            for pipe in self.pipes:
-                pipe.send(job)
-        if not self.pipes[0].poll(patience):
-            self._hung = f"no answer within {patience:.0f} s: "
-            self.processes[0].kill()
-        answer = self.pipes[0].recv()
+        """Raises EOFError or OSError if a rank ends first, or none answers within `patience` seconds.
+
+        The latter is seen by whoever waits for a death, who then ends all: any of them may hang, and one
+        that does not listen holds up a large job as it is sent.
+        """
+        self._patience, self._overdue = patience, time.monotonic() + patience
+        try:
+            # What the first has to say is worth hearing, even if it hears no more.
+            with contextlib.suppress(OSError):
+                for pipe in self.pipes:
+                    pipe.send(job)
+            answer = self.pipes[0].recv()
+        finally:
+            self._overdue = math.inf
         if isinstance(answer, rank.Exhausted):
             self._exhausted = True
             self.processes[0].kill()
@@ -135,24 +160,26 @@ class _Generation:
         return self._exhausted
 
     def wait_for_a_death(self) -> str:
-        """Returns when a rank has ended or is about to, and says how."""
+        """Returns when a rank has ended or is about to, or hangs, and says how."""
         # After its first word a rank but the first has only one more to say: that it ran out of memory.
         others = [pipe for pipe in self.pipes[1:] if not pipe.closed]
-        wait([*(process.sentinel for process in self.processes), *others])
-        time.sleep(0.05)  # the first to die is the cause; those that follow say nothing new
+        try:
+            while not wait([*self._sentinels(), *others], LOOK_SECONDS):
+                if time.monotonic() >= self._overdue:
+                    self._looked_into.set()
+                    return f"no answer within {self._patience:.0f} s"
+        except OSError:
+            self._looked_into.set()
+            return "let go"
+        how = self._deaths()
         for pipe in others:
             with contextlib.suppress(EOFError, OSError):
                 if pipe.poll() and isinstance(pipe.recv(), rank.Exhausted):
                     self._exhausted = True
-        how = "; ".join(
-            f"rank {place} ended ({self._how(place)})"
-            for place, process in enumerate(self.processes)
-            if not process.is_alive()
-        )
         if f"signal {signal.SIGKILL.value}" in how and memory_kills() > self._kills_before:
             self._exhausted = True
         self._looked_into.set()
-        return f"it ran out of memory: {how or 'a rank says so'}" if self._exhausted else self._hung + how
+        return f"it ran out of memory: {how or 'a rank says so'}" if self._exhausted else how
 
     def end(self) -> None:
         """Ends what still runs; `compute` in another thread returns with an error."""
@@ -172,10 +199,17 @@ class _Generation:
             process.join(max(0.0, deadline - time.monotonic()))
         self.end()
 
-    def _how(self, place: int) -> str:
-        self.processes[place].join(1.0)
-        code = self.processes[place].exitcode
-        return "it still runs" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+    def _sentinels(self) -> list[int]:
+        return [process.sentinel for process in self.processes]
+
+    def _deaths(self) -> str:
+        """Which ranks have ended, and how."""
+        time.sleep(0.05)  # the first to die is the cause; those that follow say nothing new
+        return "; ".join(
+            f"rank {place} ended ({_how(process.exitcode)})"
+            for place, process in enumerate(self.processes)
+            if not process.is_alive()
+        )
 
 
 class Ranks:
@@ -229,11 +263,14 @@ class Ranks:
         self._asking = threading.Lock()
         self._load_seconds = 0.0
         self._pace = Pace()
-        try:
-            first = self._start()
-        except RankError as error:
-            raise ServeError(f"{bundle}: {error}; is there memory for it? the log has more") from error
-        self._up: _Generation | None = first
+        self._up: _Generation | None = None
+        with contextlib.ExitStack() as otherwise:
+            otherwise.callback(self.close)
+            try:
+                self._up = first = self._first()
+            except (RankError, OSError) as error:
+                raise ServeError(f"{bundle}: {error}; is there memory for it? the log has more") from error
+            otherwise.pop_all()
         threading.Thread(target=self._watch, args=(first,), name="equipot-ranks", daemon=True).start()
 
     @property
@@ -274,30 +311,33 @@ class Ranks:
             # Answers come in the order of questions, whoever asks.
             with self._asking:
                 begun = time.monotonic()
-                outcome = generation.compute(rank.Job(fields, forces, stress), patience=self._patience(size))
+                job = rank.Job(fields, forces, stress)
+                outcome = generation.compute(job, patience=_patience(self._pace, size))
                 self._pace.learn(size, time.monotonic() - begun)
                 return outcome
         except (EOFError, OSError):
             raise self._not_ready(exhausted=generation.ran_out()) from None
-
-    def _patience(self, size: Size) -> float:
-        """Seconds after which ranks that have not answered a batch of this size hang."""
-        longest = 60.0 * rank.COLLECTIVE_MINUTES
-        if not self._pace:
-            return longest
-        return min(longest, PATIENCE_SECONDS + PATIENCE * self._pace.seconds(size))
 
     def close(self) -> None:
         """Ends the ranks."""
         self._closing.set()
         if self._hosts is not None:
             self._hosts.close()
-        if self._up is not None:
-            self._up.leave()
+        if (up := self._up) is not None:
+            up.leave()
+
+    def _first(self) -> _Generation:
+        """As `_start`, for as often as workers come and go: they are restarted by others."""
+        while True:
+            try:
+                return self._start()
+            except WorkerLostError as error:
+                logger.warning("%s: %s; is there memory for it? waiting for workers again", self._name, error)
+                self._closing.wait(1.0)
 
     def _start(self) -> _Generation:
-        begun = time.monotonic()
         generation = self._make()
+        begun = time.monotonic()
         try:
             generation.wait_until_ready()
         except BaseException:
@@ -345,6 +385,19 @@ class Ranks:
             f"a rank of {self._name} {what}, and its ranks are being started again",
             retry_after=self._load_seconds + 1.0,
         )
+
+
+def _patience(pace: Pace, size: Size) -> float:
+    """Seconds after which ranks that have not answered a batch of this size hang."""
+    if not pace:
+        return UNKNOWN_SECONDS
+    return PATIENCE_SECONDS + PATIENCE * pace.seconds(size)
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "its machine let go"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _joined(parts: Sequence[npt.NDArray[np.float64] | None]) -> torch.Tensor | None:

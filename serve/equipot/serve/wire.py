@@ -11,10 +11,10 @@ import hashlib
 import hmac
 import json
 import secrets
-import select
 import socket
 import struct
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ LARGEST_HEADER = 2**20
 LARGEST_MESSAGE = 2**36
 LINGER = "equipot ranks 1"
 """Says which protocol this is, and its version."""
+
+NOTICE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 60_000}
+"""Seconds, and the last in milliseconds: it counts while something sent is not acknowledged, which keepalives
+then leave to the system's quarter of an hour."""
 
 _SIZES = struct.Struct("<QQ")
 
@@ -45,7 +49,7 @@ class Wire:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A machine that vanished without a word is noticed within a minute.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4)):
+        for option, value in NOTICE.items():
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
@@ -61,7 +65,7 @@ class Wire:
 
     def has_word(self, seconds: float) -> bool:
         """Whether something comes within so many seconds: a message, or the end."""
-        return bool(select.select([self._socket], [], [], seconds)[0])
+        return bool(wait([self._socket], seconds))
 
     def receive(self) -> object:
         """The next message.
