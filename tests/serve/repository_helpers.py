@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -53,6 +54,13 @@ class Serving:
     async def energy(self, model: str = "tiny", session: str = "") -> tuple[float, pb.ModelReference]:
         response = await self.inside.stub.Predict(ask([MOLECULE], model=model, session=session))
         return float(read(response, [MOLECULE]).energy[0]), response.model
+
+    async def once_loaded(self, model: str = "tiny") -> tuple[float, pb.ModelReference]:
+        """As `energy`, of a model that is loaded when it is asked for."""
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                return await self.energy(model)
+            await asyncio.sleep(0.02)
 
     async def version(self, model: str = "tiny", session: str = "") -> str:
         return (await self.energy(model, session))[1].version

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import http.server
 import random
@@ -18,7 +17,7 @@ import fsspec
 import grpc
 import pytest
 from tests.serve.conftest import ask, molecule, run
-from tests.serve.repository_helpers import Serving, label, put, serving
+from tests.serve.repository_helpers import put, serving
 
 from equipot.serve.errors import ServeError
 from equipot.serve.repository.settings import Preload, RepositorySettings
@@ -325,14 +324,6 @@ class TestVersions:
         run(test())
 
 
-async def fetch(there: Serving, model: str) -> tuple[float, pb.ModelReference]:
-    """What it answers once it is loaded."""
-    while True:
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            return await there.energy(model)
-        await asyncio.sleep(0.02)
-
-
 class TestMemory:
     def test_nothing_is_loaded_before_it_is_asked_for_and_then_the_longest_unused_goes(
         self, model: Path, three: tuple[Path, ...]
@@ -343,7 +334,7 @@ class TestMemory:
             async with serving(model.parent, preload=Preload.NONE, max_loaded=2, unload_after=60.0) as there:
 
                 async def version(wanted: str) -> str:
-                    return (await fetch(there, wanted))[1].version
+                    return (await there.once_loaded(wanted))[1].version
 
                 async def in_memory() -> set[str]:
                     listed = await there.listed()
@@ -382,43 +373,6 @@ class TestMemory:
             async with serving(model.parent, preload=Preload.ALL) as there:
                 assert await there.version("tiny@1") == "1"
                 assert await there.version("tiny@2") == "2"
-
-        run(test())
-
-    @pytest.mark.parametrize("role", ["content", "version", "label"])
-    def test_what_answers_is_not_thrown_out_for_what_proves_broken(
-        self, model: Path, three: tuple[Path, ...], tmp_path: Path, role: str
-    ) -> None:
-        broken, sound = tmp_path / "broken", three[2]
-        shutil.copytree(sound, broken)
-        weights = next(broken.glob("model-*.safetensors"))
-        weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-        if role == "label":
-            label(model, "stable = 2")
-        after = model / ("2" if role == "content" else "3")
-
-        def change(bundle: Path) -> None:
-            shutil.rmtree(after, ignore_errors=True)
-            put(bundle, after)
-            if role == "label":
-                label(model, "stable = 3")
-
-        async def test() -> None:
-            async with serving(model.parent, preload=Preload.NONE, max_loaded=1, unload_after=60.0) as there:
-                before = await fetch(there, "tiny")
-                change(broken)
-                await there.refresh()
-                assert there.inside.value("model_loads_total", outcome="failed") == 1
-                assert await there.energy() == before
-                change(sound)
-                await there.refresh()
-                assert (await there.energy())[1].version == after.name
-                assert (await there.energy())[1].digest != before[1].digest
-                # What was replaced goes as soon as there is need.
-                put(sound, model.parent / "other" / "1")
-                await there.refresh()
-                assert (await fetch(there, "other"))[1].name == "other"
-                assert there.inside.value("model_state", state="ready") == 1
 
         run(test())
 

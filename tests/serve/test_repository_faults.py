@@ -20,6 +20,7 @@ from tests.serve.repository_helpers import label, put, serving
 
 from equipot.serve.models import load_bundle
 from equipot.serve.repository import stock
+from equipot.serve.repository.settings import Preload
 from equipot.wire.v1 import admin_pb2
 from equipot.wire.v1 import potential_pb2 as pb
 
@@ -257,6 +258,43 @@ class TestLoading:
                 assert await there.version() == "2"
                 assert "sha256 differs" in (await there.listed())["tiny@1"].reason
                 assert tried == ["2", "1", "2"]
+
+        run(test())
+
+    @pytest.mark.parametrize("role", ["content", "version", "label"])
+    def test_what_answers_is_not_thrown_out_for_what_proves_broken(
+        self, model: Path, three: tuple[Path, ...], tmp_path: Path, role: str
+    ) -> None:
+        broken, sound = tmp_path / "broken", three[2]
+        shutil.copytree(sound, broken)
+        weights = next(broken.glob("model-*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+        if role == "label":
+            label(model, "stable = 2")
+        after = model / ("2" if role == "content" else "3")
+
+        def change(bundle: Path) -> None:
+            shutil.rmtree(after, ignore_errors=True)
+            put(bundle, after)
+            if role == "label":
+                label(model, "stable = 3")
+
+        async def test() -> None:
+            async with serving(model.parent, preload=Preload.NONE, max_loaded=1, unload_after=60.0) as there:
+                before = await there.once_loaded()
+                change(broken)
+                await there.refresh()
+                assert there.inside.value("model_loads_total", outcome="failed") == 1
+                assert await there.energy() == before
+                change(sound)
+                await there.refresh()
+                assert (await there.energy())[1].version == after.name
+                assert (await there.energy())[1].digest != before[1].digest
+                # What was replaced goes as soon as there is need.
+                put(sound, model.parent / "other" / "1")
+                await there.refresh()
+                assert (await there.once_loaded("other"))[1].name == "other"
+                assert there.inside.value("model_state", state="ready") == 1
 
         run(test())
 
