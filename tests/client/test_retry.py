@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Iterable
+import math
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from typing import Any
 
 import grpc
 import pytest
+from ase import Atoms
 
-from equipot.client import RetryPolicy, ServerUnavailable
+from equipot.cli.main import main
+from equipot.client import AsyncClient, Client, Health, RetryPolicy, ServerUnavailable
 from equipot.client.errands import AsyncWay, Way, run, run_async
 from equipot.wire.v1 import potential_pb2 as pb
 
@@ -76,3 +80,34 @@ def test_the_delay_is_bounded_at_any_number_of_attempts() -> None:
     delay = RetryPolicy(attempts=5000, max_delay=4.0).delay(ServerUnavailable("x"), 1025, 1e9)
     assert delay is not None
     assert 2.0 <= delay <= 4.0
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e300, 1e12])
+def test_longer_than_grpc_can_count_is_no_moment_that_is_past(
+    server: Any, cluster: Callable[..., Atoms], timeout: float
+) -> None:
+    atoms = cluster(3)
+    with Client(server.address, timeout=timeout) as client, client.session(atoms) as session:
+        assert client.health() is Health.SERVING
+        expected = client.predict(atoms).energy
+        assert client.predict(atoms, timeout=timeout).energy == expected
+        assert session.predict(atoms.positions).energy == expected
+
+    async def run() -> Any:
+        async with (
+            AsyncClient(server.address, timeout=timeout) as client,
+            client.session(atoms, timeout=timeout) as session,
+        ):
+            assert await client.health() is Health.SERVING
+            return (await client.predict(atoms)).energy, (await session.predict(atoms.positions)).energy
+
+    assert asyncio.run(run()) == (expected, expected)
+    assert main(["probe", server.address, "--service", "", "--timeout", str(timeout)]) == 0
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, math.nan])
+def test_a_timeout_that_is_none(server: Any, timeout: float) -> None:
+    with pytest.raises(ValueError, match="give a positive number"):
+        Client(server.address, timeout=timeout)
+    with Client(server.address) as client, pytest.raises(ValueError, match="give a positive number"):
+        client.health(timeout=timeout)

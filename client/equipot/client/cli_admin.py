@@ -25,6 +25,7 @@ from equipot.client.options import (
     shown,
 )
 from equipot.client.results import ModelInfo
+from equipot.client.retry import seconds_of
 from equipot.wire.v1 import admin_pb2 as pb
 from equipot.wire.v1.admin_pb2_grpc import AdminServiceStub
 
@@ -83,7 +84,7 @@ def connect(
     credentials.check_address(address)
     context.obj = _Door(
         address,
-        timeout,
+        seconds_of(timeout),
         open=lambda: credentials.open(address, channel_options(address, MESSAGE_BYTES)),
         headers=TokenSource(credentials).headers,
     )

@@ -21,6 +21,7 @@ from equipot.client.options import (
     UseTls,
     shown,
 )
+from equipot.client.retry import seconds_of
 
 if TYPE_CHECKING:
     from equipot.client.check import Checked
@@ -65,7 +66,7 @@ def probe(
     ).credentials()
     credentials.check_address(address)
     options = channel_options(check_address(address), MESSAGE_BYTES)
-    channel = credentials.open(address, options)
+    channel, timeout = credentials.open(address, options), seconds_of(timeout)
     with channel:
         try:
             health = decode_health(

@@ -62,16 +62,29 @@ class RetryPolicy:
         return delay if delay < remaining else None
 
 
+LONGEST_TIMEOUT = 10 * 365 * 86_400.0
+"""Seconds; gRPC counts time in nanoseconds of 64 bits, and takes what is beyond them for past."""
+
+
+def seconds_of(timeout: float) -> float:
+    """A timeout as gRPC can hold it: who gives infinity, or centuries, waits for ten years.
+
+    Raises:
+        ValueError: it is not above 0.
+    """
+    if not timeout > 0:
+        raise ValueError(f"timeout is {timeout} s; give a positive number of seconds")
+    return min(timeout, LONGEST_TIMEOUT)
+
+
 class Deadline:
     """A moment by which a call, all its attempts included, must be answered."""
 
     __slots__ = ("_at", "_timeout")
 
     def __init__(self, timeout: float) -> None:
-        if not timeout > 0:
-            raise ValueError(f"timeout is {timeout} s; give a positive number of seconds")
-        self._timeout = timeout
-        self._at = time.monotonic() + timeout
+        self._timeout = seconds_of(timeout)
+        self._at = time.monotonic() + self._timeout
 
     @property
     def remaining(self) -> float:

@@ -12,7 +12,7 @@ from equipot.client.channel import check_address
 from equipot.client.credentials import Credentials
 from equipot.client.diagnosis import explained
 from equipot.client.errors import ClientError
-from equipot.client.retry import RetryPolicy
+from equipot.client.retry import RetryPolicy, seconds_of
 
 DEFAULT_TIMEOUT = 60.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024**2
@@ -68,12 +68,15 @@ class Settings:
                 raise ValueError(f"{name} is {value}; give at least {least}")
         if self.priority not in get_args(Priority):
             raise ValueError(f"priority is {self.priority!r}; give one of {', '.join(get_args(Priority))}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout is {self.timeout} s; give a positive number of seconds")
+        seconds_of(self.timeout)
 
     def seconds(self, timeout: float | None) -> float:
-        """A call's own timeout if it has one, else the client's."""
-        return self.timeout if timeout is None else timeout
+        """A call's own timeout if it has one, else the client's.
+
+        Raises:
+            ValueError: it is not above 0.
+        """
+        return seconds_of(self.timeout if timeout is None else timeout)
 
     def explained(self, problem: ClientError) -> ClientError:
         """The same problem, or a lack of trust that is behind it; may take seconds to find out."""

@@ -67,7 +67,8 @@ class Client(Motions):
     Args:
         address: HOST:PORT.
         model: name, or "name@sha256:…" for one bundle exactly; empty: the server's default.
-        timeout: seconds for each request, all its attempts included. A large batch makes many requests.
+        timeout: seconds for each request, all its attempts included; `math.inf` waits for years. A large
+            batch makes many requests.
         retry: when to try again after the server was unavailable.
         max_message_bytes: no request is larger; the server's own limit holds too.
         atoms_per_request: a batch is cut into requests of about this many atoms.
