@@ -200,6 +200,32 @@ class TestRefusals:
         wrong.raw_input_contents[2] = wrong.raw_input_contents[2][:-1]
         assert "positions: has 143 bytes" in (refusal(oip_stub, wrong).details() or "")
 
+    @pytest.mark.parametrize(
+        ("shape", "words"),
+        [
+            ([1] * 65, "atomic_numbers: has 65 axes, expected [N]"),
+            (
+                [0, 2**62, 2**62],
+                f"atomic_numbers: has the shape [0, {2**62}, {2**62}]; give the real lengths",
+            ),
+            ([0, 7], "atomic_numbers: has the shape [0, 7], expected [N]"),
+        ],
+    )
+    @pytest.mark.parametrize("typed", [False, True])
+    def test_shapes_that_no_array_has(
+        self, oip_stub: GRPCInferenceServiceStub, shape: list[int], words: str, typed: bool
+    ) -> None:
+        numbers = [1] * (0 not in shape)
+        wrong = request({"atomic_numbers": np.array(numbers, dtype=np.int32), "positions": np.zeros((1, 3))})
+        wrong.inputs[0].shape[:] = shape
+        if typed:
+            del wrong.raw_input_contents[:]
+            wrong.inputs[0].contents.int_contents.extend(numbers)
+            wrong.inputs[1].contents.fp64_contents.extend([0.0] * 3)
+        call = refusal(oip_stub, wrong)
+        assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert words in (call.details() or "")
+
     def test_an_output_that_is_none(self, oip_stub: GRPCInferenceServiceStub) -> None:
         call = refusal(oip_stub, request(as_tensors([molecule(1)]), "dipole"))
         assert "'dipole' is no output; the outputs are energy, forces, stress, error," in (

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent import futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from tests.serve.conftest import Bundles, ask, molecule, running
@@ -70,14 +73,17 @@ def variables(port: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def address(
-    bundles: Bundles, collector: tuple[Collector, int], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("traced") / "log"
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traced") / "log"
+
+
+@pytest.fixture(scope="module")
+def address(bundles: Bundles, collector: tuple[Collector, int], log: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in variables(collector[1]).items():
             environment.setenv(name, value)
-        with running(bundles.tiny, "--threads", 1, "--log-format", "json", stderr=log) as process:
+        words = ("--threads", 1, "--log-format", "json", "--log-structures")
+        with running(bundles.tiny, *words, stderr=log) as process:
             yield process.address
     assert "Traceback" not in log.read_text()
 
@@ -130,6 +136,20 @@ def test_a_session_is_traced_from_its_opening_to_its_end(
     assert (known["equipot.steps"], known["equipot.outcome"]) == (1, "ok")
     assert known["equipot.compute_seconds"] > 0
     assert attributes(spans["compute"])["equipot.batch.structures"] == 1
+
+
+def test_structures_in_the_log_are_json_whatever_they_hold(address: str, log: Path) -> None:
+    systems = [replace(molecule(1), positions=np.full((6, 3), bad)) for bad in (np.nan, np.inf)]
+    with grpc.insecure_channel(address) as channel:
+        stub, metadata = PotentialServiceStub(channel), (("x-request-id", "not-finite"),)
+        assert len(stub.Predict(ask(systems), timeout=20, metadata=metadata).failures) == 2
+    deadline = time.monotonic() + 20
+    while not (lines := [line for line in log.read_text().splitlines() if "not-finite" in line]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    told = json.loads(lines[0], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert [one["positions"] for one in told["contents"]] == 2 * [[3 * [None]] * 6]
+    assert told["contents"][0]["n_atoms"] == 6
 
 
 def test_a_refused_call_is_traced_too(address: str, collector: tuple[Collector, int]) -> None:

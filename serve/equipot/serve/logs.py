@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -20,7 +21,7 @@ _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\u2027\u202f-\ud7ff\ue000-\ufffd\U00
 _PLAIN = re.compile(r"[\w.:/@+%-]+", re.ASCII)
 _TRACE_MARK = "  | "
 # Made once: `json.dumps` makes one each time when it is told what to do with other types.
-_to_json = json.JSONEncoder(default=str).encode
+_to_json = json.JSONEncoder(default=str, allow_nan=False).encode
 
 
 class TextFormatter(logging.Formatter):
@@ -43,7 +44,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """For machines: one object a line, in ASCII."""
+    """For machines: one object a line, in ASCII; null stands for a number that is not finite."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's line."""
@@ -57,7 +58,10 @@ class JsonFormatter(logging.Formatter):
         }
         if trace := _trace(self, record):
             entry["traceback"] = trace
-        return _to_json(entry)
+        try:
+            return _to_json(entry)
+        except ValueError:
+            return _to_json(_finite(entry))
 
 
 def configure(style: LogFormat, level: LogLevel = "info") -> None:
@@ -86,6 +90,18 @@ def write(logger: logging.Logger, message: str, fields: Mapping[str, object]) ->
 def _fields(record: logging.LogRecord) -> Mapping[str, object]:
     fields: Mapping[str, object] = getattr(record, FIELDS, {})
     return fields
+
+
+def _finite(value: object) -> object:
+    """The same with None for what JSON has no number for."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {name: _finite(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_finite(one) for one in value]
+    return value
 
 
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:

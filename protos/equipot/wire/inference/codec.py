@@ -34,6 +34,7 @@ are those of UncertaintyOptions; `model_version` may be a digest, "sha256:…".
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -44,7 +45,7 @@ import numpy.typing as npt
 
 from equipot.wire.inference import open_inference_pb2 as oip
 from equipot.wire.v1 import potential_pb2 as pb
-from equipot.wire.v1.codec import CodecError
+from equipot.wire.v1.codec import MAX_ATOMS, CodecError
 
 Array = npt.NDArray[Any]
 
@@ -95,6 +96,10 @@ _TYPES: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 _FLOATS = ("FP32", "FP64")
+_MOST_AXES = 3
+_MOST_NUMBERS = 9 * MAX_ATOMS
+"""Of one tensor: a cell for each of so many atoms."""
+
 _LEVEL, _COVERAGE, _REFUSE, _NOT_AVAILABLE = "level_of_theory", "coverage", "refuse_outside", "not_available"
 _CERTAINTY = ("energy_spread", "forces_spread", "energy_interval", "forces_interval", "domain_score")
 _OUTSIDE = "outside_domain"
@@ -204,7 +209,10 @@ def _numbers(tensor: oip.ModelInferRequest.InferInputTensor, raw: bytes | None) 
     if known is None or (tensor.datatype in _FLOATS) != (wanted in _FLOATS):
         fitting = "FP64 or FP32" if wanted in _FLOATS else f"{wanted} or another integer type"
         raise CodecError(name, f"has the datatype {tensor.datatype[:20]!r}", f"send it as {fitting}")
-    if any(length < 0 for length in shape):
+    if len(shape) > _MOST_AXES:
+        raise _wrong_shape(name, shape)
+    # Beside a 0 lengths are not held by any contents, and numpy multiplies them all the same.
+    if any(length < 0 for length in shape) or math.prod(length or 1 for length in shape) > _MOST_NUMBERS:
         raise CodecError(name, f"has the shape {list(shape)}", "give the real lengths")
     dtype, field = np.dtype(known[0]), known[1]
     expected = 1
@@ -262,9 +270,10 @@ def _as(array: Array, name: str, dtype: type[np.generic]) -> Array:
 def _wrong_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None = None) -> CodecError:
     axes = ", ".join(INPUTS[name][1])
     means = f" = {list(expected)}" if expected is not None else ""
+    found = f"the shape {list(shape)}" if len(shape) <= _MOST_AXES else f"{len(shape)} axes"
     return CodecError(
         name,
-        f"has the shape {list(shape)}, expected [{axes}]{means}",
+        f"has {found}, expected [{axes}]{means}",
         "S is the number of structures and N that of all their atoms, as n_atoms says",
     )
 
