@@ -77,6 +77,7 @@ class _Generation:
         self._exhausted = False
         self._patience = 0.0
         self._overdue = math.inf
+        self._asked = threading.Lock()
         self._kills_before = memory_kills()
         self._looked_into = threading.Event()
         here = len(configs) // (1 if hosts is None else hosts.count + 1)
@@ -138,15 +139,16 @@ class _Generation:
         The latter is seen by whoever waits for a death, who then ends all: any of them may hang, and one
         that does not listen holds up a large job as it is sent.
         """
-        self._patience, self._overdue = patience, time.monotonic() + patience
-        try:
-            # What the first has to say is worth hearing, even if it hears no more.
-            with contextlib.suppress(OSError):
-                for pipe in self.pipes:
-                    pipe.send(job)
-            answer = self.pipes[0].recv()
-        finally:
-            self._overdue = math.inf
+        with self._asked:
+            self._patience, self._overdue = patience, time.monotonic() + patience
+            try:
+                # What the first has to say is worth hearing, even if it hears no more.
+                with contextlib.suppress(OSError):
+                    for pipe in self.pipes:
+                        pipe.send(job)
+                answer = self.pipes[0].recv()
+            finally:
+                self._overdue = math.inf
         if isinstance(answer, rank.Exhausted):
             self._exhausted = True
             self.processes[0].kill()
@@ -187,14 +189,18 @@ class _Generation:
             process.kill()
         for process in self.processes:
             process.join()
-        for pipe in self.pipes:
-            pipe.close()
+        # Not under the hands of whoever asks, who hears that nobody is there any more.
+        with self._asked:
+            for pipe in self.pipes:
+                pipe.close()
 
     def leave(self) -> None:
         """Lets idle ranks end by themselves."""
-        for pipe in self.pipes:
-            pipe.close()
         deadline = time.monotonic() + LEAVE_SECONDS
+        if self._asked.acquire(timeout=LEAVE_SECONDS):
+            for pipe in self.pipes:
+                pipe.close()
+            self._asked.release()
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         self.end()
