@@ -1081,7 +1081,9 @@ class MotionFrame(google.protobuf.message.Message):
     temperature: builtins.float
     """K."""
     forces: builtins.bytes
-    """float64[n, 3] in eV/Å and float64[3, 3] in eV/Å³ of the potential alone, if asked for."""
+    """float64[n, 3] in eV/Å and float64[3, 3] in eV/Å³ of the potential alone, if asked for; the stress as in
+    PredictResponse.
+    """
     stress: builtins.bytes
     @property
     def uncertainty(self) -> global___Uncertainty:
