@@ -159,6 +159,7 @@ def _serve(potential: Potential, config: RankConfig, pipe: Connection, device: t
         except Exception as error:
             if is_out_of_memory(error):
                 pipe.send(Exhausted())
+                return
             raise
         if config.rank == 0:
             pipe.send(outcome)
