@@ -69,6 +69,10 @@ class Link:
         except OSError:
             writer.transport.abort()
             return
+        if self._broken:  # meanwhile
+            for end in (writer, onwards):
+                end.transport.abort()
+            return
         self._writers |= {writer, onwards}
         for source, sink in ((reader, onwards), (there, writer)):
             pump = asyncio.create_task(self._pump(source, sink, {writer, onwards}))
