@@ -48,11 +48,12 @@ async def run(plan: Plan, tell: Callable[[str], None]) -> dict[str, Any]:
     """The report, without what is said of the machine; `tell` is called before each measurement."""
     speed = EngineSpeed(plan.bundle, threads=plan.threads, batch_edges=plan.batch_edges)
     random = np.random.default_rng(0)
-    elements = speed.engine.card.elements
+    elements, level = speed.engine.card.elements, speed.engine.card.levels_of_theory[0]
     systems = [crystal(random, plan.atoms, elements) for _ in range(plan.structures * DIFFERENT)]
     edges = sum(graph.n_edges for graph in speed.graphs(systems)) / len(systems)
     requests = [
-        request(systems[start : start + plan.structures]) for start in range(0, len(systems), plan.structures)
+        request(systems[start : start + plan.structures], level_of_theory=level)
+        for start in range(0, len(systems), plan.structures)
     ]
     words = ["--max-batch-edges", str(speed.limit.edges)]
     words += ["--threads", str(plan.threads)] if plan.threads is not None else []
@@ -82,7 +83,7 @@ async def run(plan: Plan, tell: Callable[[str], None]) -> dict[str, Any]:
             report["mutated"] = await _mutated(plan, subject, requests)
         if plan.soak_seconds:
             tell(f"mixed load for {plan.soak_seconds:g} s")
-            seen = await soak(subject, elements, seconds=plan.soak_seconds)
+            seen = await soak(subject, elements, seconds=plan.soak_seconds, level_of_theory=level)
             report["soak"] = {
                 "seconds": plan.soak_seconds,
                 "statuses": dict(seen.statuses),

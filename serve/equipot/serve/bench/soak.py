@@ -49,7 +49,9 @@ class Soak:
         return float(np.median(settled)) if settled else 0.0
 
 
-async def soak(subject: Subject, elements: Sequence[int], *, seconds: float, seed: int = 0) -> Soak:
+async def soak(
+    subject: Subject, elements: Sequence[int], *, seconds: float, level_of_theory: str = "", seed: int = 0
+) -> Soak:
     """Loads the server for so long; callers leave in the middle, ask nonsense, and have no time."""
     seen, begun = Soak(), time.perf_counter()
     random = np.random.default_rng(seed)
@@ -63,7 +65,7 @@ async def soak(subject: Subject, elements: Sequence[int], *, seconds: float, see
         stub, raw = stub_of(channel), channel.unary_unary(PREDICT, None, None)
         while left() > 0:
             chosen = [systems[k] for k in random.integers(len(systems), size=random.integers(1, 9))]
-            asked = request(chosen, priority=int(random.integers(4)))
+            asked = request(chosen, priority=int(random.integers(4)), level_of_theory=level_of_theory)
             timeout = float(random.choice([0.005, 0.1, 5.0, 60.0, 60.0, 60.0]))
             try:
                 match random.integers(10):
