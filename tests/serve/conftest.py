@@ -260,6 +260,10 @@ class Process:
     def log(self) -> str:
         return self.stderr.read_text()
 
+    def tracebacks(self, begin: int = 0) -> list[str]:
+        """Those in the log from this character on, each with the line before it."""
+        return re.findall(r"(?:.*\n)?.*Traceback.*\n(?: .*\n)*.*", self.log()[begin:])
+
 
 def launch(*words: object, stderr: Path) -> subprocess.Popen[str]:
     with stderr.open("w") as log:

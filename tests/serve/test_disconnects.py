@@ -259,7 +259,7 @@ async def mixed(server: Process, bundle: Path, *, clients: int, cuts: int, round
             await asyncio.sleep(0.1)
         memory.append(resident(server))
     assert server.popen.poll() is None
-    assert "Traceback" not in server.log()
+    assert not server.tracebacks()
     return memory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable
 
@@ -55,6 +56,30 @@ def test_what_an_operation_returns_and_raises_is_told() -> None:
             await to_its_end(fails())
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("ticks", [1, 2, 3])
+def test_what_fails_when_its_caller_has_left_is_not_in_the_log(ticks: int) -> None:
+    """A client that leaves while it is refused: the status cannot be sent, and that is no fault."""
+    complaints: list[dict[str, object]] = []
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise KeyError("the call has gone")
+
+    async def check() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: complaints.append(told))
+        waiting = asyncio.ensure_future(to_its_end(fails()))
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.sleep(0.01)
+        gc.collect()
+
+    asyncio.run(check())
+    assert not complaints
 
 
 async def ended_by_grpc(handler: Callable[[Context], Awaitable[None]]) -> list[grpc.StatusCode]:

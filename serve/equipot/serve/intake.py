@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from equipot.serve.errors import CallError, InvalidRequest, QueueFull
+from equipot.serve.operation import unheard
 from equipot.serve.status import Context, bare, refuse
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -214,12 +215,6 @@ async def _received(taken: _Taken, context: Context) -> bytes:
 async def _within(seconds: float, context: Context) -> object:
     """What is read, or None; whoever leaves before lets the reading come to its end."""
     reading = asyncio.ensure_future(context.read())
-    reading.add_done_callback(_look)
+    reading.add_done_callback(unheard)
     await asyncio.wait({reading}, timeout=seconds)
     return reading.result() if reading.done() else None
-
-
-def _look(reading: asyncio.Future[Any]) -> None:
-    """Nobody waits for what comes after a refusal."""
-    if not reading.cancelled():
-        reading.exception()

@@ -1,4 +1,4 @@
-"""gRPC's operations are awaited to their end, whatever becomes of the call."""
+"""Operations that are awaited to their end, whatever becomes of the call that wanted them."""
 
 from __future__ import annotations
 
@@ -16,4 +16,16 @@ async def to_its_end(operation: Coroutine[Any, Any, T]) -> T:
     it was awaited to its end. gRPC cancels the handler of a call whose client has left or whose deadline has
     passed; cut short there, each such call would leave some hundred bytes for ever.
     """
-    return await asyncio.shield(operation)
+    task = asyncio.ensure_future(operation)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        # `shield` no longer listens, and what fails unheard is written to the log with a traceback.
+        task.add_done_callback(unheard)
+        raise
+
+
+def unheard(future: asyncio.Future[Any]) -> None:
+    """Takes note of how it ended, since nobody is left to be told."""
+    if not future.cancelled():
+        future.exception()

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from equipot.serve.jobs.records import JobRecord, Move, StoreError
 from equipot.serve.jobs.store import Store
+from equipot.serve.operation import to_its_end
 
 WRITE_SECONDS = 0.2
 """For which ends of structures are gathered to be written together: each time the disk is waited for."""
@@ -113,7 +114,7 @@ class Desk:
             StoreError: nothing was written, and everything is kept for the next time.
         """
         # What has begun is ended, whoever was waiting for it: else it would be written twice.
-        await asyncio.shield(asyncio.ensure_future(self._write(ways=ways)))
+        await to_its_end(self._write(ways=ways))
 
     async def _write(self, *, ways: bool) -> None:
         async with self._writing:
