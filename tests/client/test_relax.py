@@ -146,6 +146,7 @@ class TestVerb:
         assert whole.returncode == 0, whole.stderr
         text = (tmp_path / "out.xyz").read_text()
         assert "equipot_place" not in text
+        assert "equipot_asked" not in text
         (tmp_path / "out.xyz").unlink()
         # The server answers the last one first, and is lost after three of them.
         server.refuse_after = 3
@@ -155,6 +156,14 @@ class TestVerb:
         assert [frame.place for frame in whole_frames(partial)] == [5, 4, 3]
         with partial.open("a") as torn:
             torn.write("2\nLattice=")
+        kept = partial.read_bytes()
+        for others in (("--fmax", 0.01), ("--cell", "full"), ("--model", "another"), ("--uncertainty",)):
+            mixed = run_equipot(*words, *others, "--resume")
+            assert mixed.returncode == 2
+            assert "comes from --fmax 0.05 --steps 500" in mixed.stderr
+            assert others[0] in mixed.stderr
+            assert "leave --resume out to begin anew" in mixed.stderr
+            assert partial.read_bytes() == kept
         again = run_equipot(*words, "--resume")
         assert again.returncode == 0, again.stderr
         assert "going on after 3 frames" in again.stdout

@@ -107,7 +107,8 @@ def relax(
         with trust.client(address, model=model, timeout=timeout, retry=PATIENT) as client:
             _as_job(client, file, frames, target, level_of_theory, sure, how, resume=resume)
         return
-    with UnorderedWriter(target, resume=resume) as writer:
+    asked = _as_words(how, model, level_of_theory, sure)
+    with UnorderedWriter(target, resume=resume, asked=asked) as writer:
         if writer.kept and max(writer.kept) >= len(frames):
             raise ClientError(
                 f"{writer.partial} has frame {max(writer.kept)}, {file} has {len(frames)} frames"
@@ -147,6 +148,17 @@ def relax(
     outcome.print(console, len(frames), target)
     if not outcome.is_whole:
         raise typer.Exit(1)
+
+
+def _as_words(how: RelaxWords, model: str, level_of_theory: str, sure: bool | Uncertainty) -> str:
+    """What decides the results, as it is given on the command line."""
+    words = [f"--{name} {value}" for name, value in how.items()]
+    words += [f"--model {model}"] if model else []
+    words += [f"--level-of-theory {level_of_theory}"] if level_of_theory else []
+    if isinstance(sure, Uncertainty):
+        words.append(f"--uncertainty --coverage {sure.coverage:g}")
+        words += ["--refuse-outside"] if sure.refuse_outside else []
+    return " ".join(words)
 
 
 def _as_job(

@@ -23,7 +23,9 @@ from equipot.wire.v1.codec import FloatArray
 
 _PLACE = "equipot_place"
 _HAS_PLACE = re.compile(rb"\bequipot_place=(\d+)")
-_NO_PLACE = re.compile(rb" ?\bequipot_place=\d+")
+_ASKED = "equipot_asked"
+_HAS_ASKED = re.compile(r'\bequipot_asked="([^"]*)"')
+_NO_MARKS = re.compile(rb' ?\bequipot_(?:place=\d+|asked="[^"]*")')
 _RESULTS = ("energy", "free_energy", "forces", "stress")
 
 
@@ -153,23 +155,40 @@ class UnorderedWriter(FrameWriter):
     Args:
         path: the file.
         resume: whether the whole frames that a partial file has are kept.
+        asked: the words of the command line that frames come from; those that are kept must come from the
+            same. Empty: whoever writes them knows otherwise that they do.
+
+    Raises:
+        FileError: what is there comes from other words.
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, asked: str = "") -> None:
         super().__init__(path)
         self._resume = resume
+        # As it can stand between quotes, spaces and all.
+        self._asked = re.sub(r'["\\\n]', "'", asked)
         self.kept: dict[int, str] = {}
         """Comment lines of the frames that were there already, by their place."""
 
     def add(self, place: int, frame: Atoms) -> None:
         """Appends the frame of this place."""
         frame.info[_PLACE] = place
+        if self._asked:
+            frame.info[_ASKED] = self._asked
         self.write(frame)
 
     def _open(self) -> FileIO:
         if not (self._resume and self.partial.exists()):
             return super()._open()
         frames = list(whole_frames(self.partial))
+        for frame in frames if self._asked else ():
+            found = _HAS_ASKED.search(frame.comment)
+            if found is None or found[1] != self._asked:
+                theirs = found[1] if found else "other words"
+                raise FileError(
+                    f"{self.partial} comes from {theirs}, not from {self._asked}: give those to go on with it,"
+                    " or leave --resume out to begin anew"
+                )
         self.kept = {frame.place: frame.comment for frame in frames}
         self.n_written, self._complete = len(frames), frames[-1].end if frames else 0
         file = self.partial.open("r+b", buffering=0)
@@ -178,12 +197,12 @@ class UnorderedWriter(FrameWriter):
         return file
 
     def _name(self) -> None:
-        """Copies the frames in order, as they are but for their places, and then names them."""
+        """Copies the frames in order, as they are but for our marks, and then names them."""
         ordered = self.path.with_name(self.path.name + ".ordered")
         with self.partial.open("rb") as source, ordered.open("wb") as target:
             for frame in sorted(whole_frames(self.partial), key=lambda frame: frame.place):
                 source.seek(frame.start)
-                target.write(_NO_PLACE.sub(b"", source.read(frame.end - frame.start), count=1))
+                target.write(_NO_MARKS.sub(b"", source.read(frame.end - frame.start), count=2))
         ordered.replace(self.path)
         self.partial.unlink()
 
