@@ -174,6 +174,23 @@ class TestOnBadDays:
         (one,) = answers(moody, [system(Atoms("H"))])
         assert isinstance(one, Result)
 
+    def test_a_process_that_was_stopped_while_it_was_idle_holds_up_nobody_for_ever(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(foreign_process, "PIPE_SECONDS", 1.0)
+        there = engine(CalculatorSpec(calculator=f"{ODD}:Moody", time_limit=20.0))
+        before = there._process._process
+        assert before is not None
+        os.kill(before.pid, signal.SIGSTOP)
+        # More than a pipe takes in while nobody reads it.
+        many = system(Atoms("H20000", np.random.default_rng(1).uniform(0, 200, (20_000, 3))))
+        begun = time.monotonic()
+        for one in answers(there, [many, system(Atoms("H"))]):
+            assert isinstance(one, Result)
+        assert time.monotonic() - begun < 15
+        assert before.poll() is not None
+        there.close()
+
     def test_one_that_starts_for_too_long_is_not_taken_for_one_that_has_started(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

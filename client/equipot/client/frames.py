@@ -186,8 +186,8 @@ class UnorderedWriter(FrameWriter):
             if found is None or found[1] != self._asked:
                 theirs = found[1] if found else "other words"
                 raise FileError(
-                    f"{self.partial} comes from {theirs}, not from {self._asked}: give those to go on with it,"
-                    " or leave --resume out to begin anew"
+                    f"{self.partial} comes from {theirs}, not from {self._asked}: give those to go on with"
+                    " it, or leave --resume out to begin anew"
                 )
         self.kept = {frame.place: frame.comment for frame in frames}
         self.n_written, self._complete = len(frames), frames[-1].end if frames else 0

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,6 +31,9 @@ LEAVE_SECONDS = 5.0
 LOOK_SECONDS = 0.1
 """How often it is asked whether a process still lives whose pipe others may hold open."""
 
+PIPE_SECONDS = 60.0
+"""In which a process takes in, or gives out, a pipe's fill of a message: beyond that it is stuck."""
+
 CLOSE_SECONDS = 0.2
 """For what is computed to be done before its process is ended."""
 
@@ -44,6 +48,10 @@ logger = logging.getLogger(__name__)
 
 class _DeadError(Exception):
     """The process ended, or was ended because it took too long; the message says which."""
+
+
+class _UntoldError(_DeadError):
+    """So it did before it had read what it was to compute, which therefore is not to blame."""
 
 
 class CalculatorProcess:
@@ -97,7 +105,7 @@ class CalculatorProcess:
     ) -> list[Answered | Refused]:
         answers: dict[int, Answered | Refused] = {}
         parts = [list(range(len(structures)))]
-        guilty = 0
+        guilty, untold = 0, False
         while parts:
             part = parts.pop()
             if guilty >= MOST_DEATHS:
@@ -113,7 +121,10 @@ class CalculatorProcess:
                 left = [index for index in part if index not in answers]
                 self._end()
                 logger.error("calculator %s: its process %s", self._spec.shown_name, death)
-                if not self.facts.batched or len(left) == 1:
+                if isinstance(death, _UntoldError) and not untold:
+                    untold = True
+                    parts.append(left)
+                elif not self.facts.batched or len(left) == 1:
                     guilty += 1
                     first, *left = left
                     answers[first] = Refused("internal", f"the calculator {death} at this structure")
@@ -154,6 +165,9 @@ class CalculatorProcess:
         before = {} if self._has_computed else stamps(self._spec.arguments)
         try:
             pipe.send(([structures[index] for index in part], forces, stress))
+        except OSError as error:
+            raise _UntoldError(_stuck() if isinstance(error, BlockingIOError) else self._how()) from None
+        try:
             for place, index in enumerate(part):
                 # What is computed together comes together.
                 first = self.facts.batched and not place
@@ -161,8 +175,6 @@ class CalculatorProcess:
                 assert isinstance(answer, Answered | Refused)
                 answers[index] = answer
                 self._learn_outputs(before)
-        except OSError:
-            raise _DeadError(self._how()) from None
         finally:
             self._learn_outputs(before)
 
@@ -195,6 +207,8 @@ class CalculatorProcess:
             raise self._not_ready()
         begun = time.monotonic()
         ours, theirs = socket.socketpair()
+        for waits in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, waits, struct.pack("@ll", int(PIPE_SECONDS), 0))
         environment = dict(os.environ)
         if self._threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._threads)
@@ -258,6 +272,8 @@ class CalculatorProcess:
                 elif time.monotonic() >= deadline:
                     raise _DeadError(f"took longer than {seconds:g} s")
             return pipe.recv()
+        except BlockingIOError:
+            raise _DeadError(_stuck()) from None
         except (EOFError, OSError):
             raise _DeadError(self._how()) from None
 
@@ -284,6 +300,10 @@ class CalculatorProcess:
             f"the calculator of {self._spec.shown_name} has ended and is being started again",
             retry_after=self._load_seconds + 1.0,
         )
+
+
+def _stuck() -> str:
+    return f"stood still for {PIPE_SECONDS:g} s in the middle of a message"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
