@@ -12,9 +12,10 @@ from ase import Atoms
 from tests.serve.conftest import Bundles, ask, inside, molecule, run
 from tests.serve.test_disconnects import idle, unread_frames
 from tests.serve.test_intake import retry_delay
+from tests.serve.test_relax import asked as relaxing
 from tests.serve.test_simulate import asked as simulating
 
-from equipot.serve.config import ServeConfig
+from equipot.serve.config import ServeConfig, SessionLimits
 from equipot.serve.motion import servicer
 from equipot.serve.motion.dynamics import Dynamics, IntegratorName, Start, Watch
 from equipot.serve.motion.outbox import Outbox, Unread
@@ -50,6 +51,40 @@ def test_a_forged_token_has_no_more_steps_than_a_message_holds_and_the_stress_of
         resumed(GOOD, step=2**32)
     with pytest.raises(BadState, match="lacks stress"):
         resumed(GOOD, cell="full")
+
+
+def test_the_neighbour_lists_of_what_moves_are_bounded_and_change_no_number(bundles: Bundles) -> None:
+    systems = [molecule(seed, 9) for seed in range(400)]
+    request = relaxing(systems, fmax=1e-12, max_steps=4)
+
+    async def moved(most: int) -> tuple[list[float], list[float]]:
+        """Energies, and how much was kept meanwhile."""
+        kept: list[float] = []
+        config = ServeConfig(
+            bundles=(bundles.tiny,),
+            port=0,
+            metrics_port=None,
+            threads=1,
+            dtype="float64",
+            sessions=SessionLimits(memory_bytes=most),
+        )
+        async with inside(config) as at:
+            found: dict[int, float] = {}
+            async for reply in at.stub.Relax(request):
+                kept.append(at.value("session_bytes"))
+                if reply.HasField("result"):
+                    found[reply.result.index] = reply.result.energy
+            await at.until(lambda: at.value("session_bytes") == 0)
+        return [found[index] for index in range(len(systems))], kept
+
+    async def test() -> None:
+        amply, much = await moved(2**30)
+        tightly, little = await moved(2**20)
+        assert max(much) > 2**20
+        assert 2**18 < max(little) <= 0.75 * 2**20
+        np.testing.assert_allclose(tightly, amply, rtol=0, atol=1e-9)
+
+    run(test())
 
 
 @pytest.mark.parametrize("integrator", ["mtk_isotropic", "mtk"])

@@ -107,7 +107,12 @@ class SkinnedNeighbors:
         if self._claim(n_bytes - self._claimed):
             self._claimed = n_bytes
             return
-        self._claim(-self._claimed)
+        self.forget()
+
+    def forget(self) -> None:
+        """Keeps nothing; what comes next is built anew."""
+        if self._claim is not None:
+            self._claim(-self._claimed)
         self._reference, self._claimed = None, 0
 
 

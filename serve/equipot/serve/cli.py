@@ -270,7 +270,10 @@ def serve(
         float, typer.Option(help="Seconds without a step after which a session is ended.")
     ] = DEFAULT_SESSIONS.idle_seconds,
     max_session_mb: Annotated[
-        int, typer.Option(help="Most MiB of structures and neighbour lists that all sessions keep together.")
+        int,
+        typer.Option(
+            help="Most MiB of structures and neighbour lists that sessions and motions keep together."
+        ),
     ] = DEFAULT_SESSIONS.memory_bytes // 2**20,
     jobs: Annotated[
         Path | None,

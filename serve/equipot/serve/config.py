@@ -72,8 +72,9 @@ class SessionLimits:
     Attributes:
         most: sessions open at once.
         idle_seconds: without a step, after which one is ended; its caller may open it again.
-        memory_bytes: most that all of them keep together: structures, and neighbour lists up to three
-            quarters of it. Those without room for their lists go on without, those without any stay out.
+        memory_bytes: most that all of them keep together, with the neighbour lists of motions: structures,
+            and lists up to three quarters of it. Those without room for their lists go on without, those
+            without any stay out.
     """
 
     most: int = 1_000

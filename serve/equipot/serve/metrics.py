@@ -103,8 +103,8 @@ class Metrics:
         self._gauge("request_bytes", "Of requests that are read or not yet answered").set_function(held_bytes)
 
     def watch_sessions(self, held_bytes: Callable[[], int]) -> None:
-        """Reports what sessions keep; called whenever somebody asks."""
-        text = "That sessions keep: structures and neighbour lists"
+        """Reports what sessions and motions keep; called whenever somebody asks."""
+        text = "Structures of sessions, and neighbour lists of sessions and motions"
         self._gauge("session_bytes", text).set_function(held_bytes)
 
     def watch_gpu(self, held_bytes: Callable[[], int]) -> None:

@@ -1,4 +1,4 @@
-"""How much memory sessions keep together: what each of them claims, and whether there is room for it."""
+"""How much memory sessions and motions keep together: what each claims, and whether there is room for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LISTS_SHARE = 0.75
 
 
 class Room:
-    """The memory that all sessions of a server have; may be used by any thread.
+    """The memory that all of a server have; may be used by any thread.
 
     Attributes:
         most: bytes.
@@ -31,7 +31,7 @@ class Room:
 
 
 class Tenant:
-    """What one session keeps there.
+    """What one session, or one request that moves structures, keeps there.
 
     Attributes:
         lists_fit: whether there was room for every neighbour list so far.

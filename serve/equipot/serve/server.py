@@ -36,6 +36,7 @@ from equipot.serve.motion.servicer import MotionServicer
 from equipot.serve.opening import Opened, open_models
 from equipot.serve.registry import Registry
 from equipot.serve.reread import keep_current
+from equipot.serve.room import Room
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, Gate, PotentialServicer
 from equipot.serve.sessions import SessionServicer
 from equipot.serve.tracing import call_tracer
@@ -157,7 +158,9 @@ class GrpcServer:
             self._gate, self._dispatcher, metrics, config.limits, log_structures=config.log_structures
         )
         servicer.add_to(self._server)
-        self._sessions = SessionServicer(servicer, self._dispatcher, metrics, config.sessions)
+        room = Room(config.sessions.memory_bytes)
+        metrics.watch_sessions(lambda: room.held)
+        self._sessions = SessionServicer(servicer, self._dispatcher, metrics, config.sessions, room)
         self._sessions.add_to(self._server)
         self._motion = MotionServicer(
             servicer,
@@ -165,6 +168,7 @@ class GrpcServer:
             metrics,
             most_atoms=config.limits.request_atoms,
             patience=config.sessions.idle_seconds,
+            room=room,
             share_of=self._trust.quotas.share_of,
         )
         self._motion.add_to(self._server)

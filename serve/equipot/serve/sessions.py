@@ -61,13 +61,13 @@ class SessionServicer:
         dispatcher: Dispatcher,
         metrics: Metrics,
         limits: SessionLimits,
+        room: Room,
     ) -> None:
         self._potential = potential
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._limits = limits
-        self._room = Room(limits.memory_bytes)
-        metrics.watch_sessions(lambda: self._room.held)
+        self._room = room
         self._draining = False
         self._idle: set[asyncio.Task[object]] = set()
         self._count = 0
@@ -192,8 +192,8 @@ class SessionServicer:
                 f" {remedy}"
             )
         raise QueueFull(
-            f"sessions keep {_mib(self._room.held)} MiB and this one would add {_mib(n_bytes)}; the limit is"
-            f" {_mib(self._room.most)}: close some, {remedy}",
+            f"sessions and motions keep {_mib(self._room.held)} MiB and this one would add {_mib(n_bytes)};"
+            f" the limit is {_mib(self._room.most)}: close some, {remedy}",
             retry_after=self._limits.idle_seconds,
         )
 

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from equipot.model.batch import Graph
-from equipot.model.skin import SkinnedNeighbors
+from equipot.model.skin import Claim, SkinnedNeighbors
 from equipot.serve.call import Call, current_call
 from equipot.serve.dispatcher import Dispatcher, Ready
 from equipot.serve.errors import Fault, OverLimit, OverQuota, QueueFull
@@ -139,6 +139,7 @@ class Party:
         movement: how they move.
         mover: has the thread in which they do.
         dispatcher: answers.
+        claim: asked for the memory of neighbour lists.
         tell: is told of each member that came a step further or is done; waits for the caller.
     """
 
@@ -148,12 +149,14 @@ class Party:
         *,
         mover: Mover,
         dispatcher: Dispatcher,
+        claim: Claim,
         tell: Callable[[Member], Awaitable[None]],
     ) -> None:
         self._movement = movement
         self._work = work = movement.work
         self._mover = mover
         self._dispatcher = dispatcher
+        self._claim = claim
         self._tell = tell
         self._waiting = deque(range(len(work.structures)))
         self._edges_of_crew = work.key.model.capacity.limit.edges
@@ -196,6 +199,8 @@ class Party:
                     await self._tell(member)
                 if not member.goes_on:
                     self._members.discard(member)
+                    if member.neighbors is not None:
+                        member.neighbors.forget()
             crew = [member for member in crew if member.goes_on]
             for question in asked:
                 for part in question.parts():
@@ -208,7 +213,7 @@ class Party:
         for index in joining:
             member = self._movement.begin(index)
             if cutoff := self._work.key.model.card.cutoff:
-                member.neighbors = SkinnedNeighbors(cutoff)
+                member.neighbors = SkinnedNeighbors(cutoff, claim=self._claim)
             crew.append(member)
             self._members.add(member)
             yield

@@ -20,6 +20,7 @@ from equipot.serve.motion.mover import Mover
 from equipot.serve.motion.outbox import Outbox, Unread
 from equipot.serve.motion.relax_errand import RelaxErrand
 from equipot.serve.motion.simulate_errand import SimulateErrand
+from equipot.serve.room import Room, Tenant
 from equipot.serve.servicer import RETRY_DRAINING, SERVICE, PotentialServicer
 from equipot.serve.shares import Share
 from equipot.serve.status import Context, guarded_reply_stream
@@ -42,6 +43,7 @@ class MotionServicer:
         *,
         most_atoms: int,
         patience: float,
+        room: Room,
         share_of: Callable[[str], Share],
     ) -> None:
         """Registers nothing yet.
@@ -52,11 +54,13 @@ class MotionServicer:
             metrics: that are told what happens.
             most_atoms: of all requests together, unless one request alone has more.
             patience: seconds that structures wait for a caller who does not read.
+            room: for the neighbour lists of what moves; those that find none are built at each step.
             share_of: what a client identity may have.
         """
         self._potential = potential
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._room = room
         self._mover = Mover(share_of)
         self._parties: set[asyncio.Future[None]] = set()
         self._draining = False
@@ -158,10 +162,14 @@ class MotionServicer:
                 counts.moved(errand.method, OK if member.fault is None else str(member.fault.reason))
 
         def left(marched: object) -> None:
+            tenant.leave()
             self._atoms -= n_atoms
             self._metrics.moving.dec(unfinished)
 
-        party = Party(errand, mover=self._mover, dispatcher=self._dispatcher, tell=tell)
+        tenant = Tenant(self._room)
+        party = Party(
+            errand, mover=self._mover, dispatcher=self._dispatcher, claim=tenant.claim_list, tell=tell
+        )
         marching = asyncio.ensure_future(_march(party, outbox))
         self._parties.add(marching)
         self._atoms += n_atoms
