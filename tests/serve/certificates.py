@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 HERE = ("localhost", "127.0.0.1")
+
+PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ class Authority:
         names: Sequence[str] = HERE,
         days: tuple[float, float] = (-1, 1),
         password: bytes | None = None,
+        key: PrivateKey | None = None,
     ) -> Files:
         """A certificate for these host names, addresses or URIs, valid within so many days from now."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         builder = _builder(name, self._name, key, days)
         if names:
             alternatives = x509.SubjectAlternativeName([_general_name(text) for text in names])
@@ -77,9 +80,7 @@ class Authority:
         return files
 
 
-def _builder(
-    name: str, issuer: str, key: ec.EllipticCurvePrivateKey, days: tuple[float, float]
-) -> x509.CertificateBuilder:
+def _builder(name: str, issuer: str, key: PrivateKey, days: tuple[float, float]) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return x509.CertificateBuilder(
         issuer_name=_named(issuer),

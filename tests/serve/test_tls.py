@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 import grpc
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tests.serve.certificates import HERE, Authority, Files
+from tests.serve.certificates import HERE, Authority, Files, PrivateKey
 from tests.serve.conftest import Bundles, Process, launch, molecule, running
 from tests.serve.conftest import ask as request_of
 
@@ -333,6 +334,15 @@ def broken(workshop: Workshop, how: str) -> TlsFiles:
             return TlsFiles(good.cert, good.cert)
         case "order":
             return TlsFiles(chain, good.key)
+        case "cut":
+            chain.write_bytes(good.cert.read_bytes() + workshop.ours.file.read_bytes()[:-40])
+            return TlsFiles(chain, good.key)
+        case "mark":
+            chain.write_bytes(b"\xef\xbb\xbf" + good.cert.read_bytes())
+            return TlsFiles(chain, good.key)
+        case "cut-authority":
+            chain.write_bytes(workshop.ours.file.read_bytes() + workshop.theirs.file.read_bytes()[:200])
+            return TlsFiles(good.cert, good.key, chain)
         case _:
             return TlsFiles(good.cert, good.key, good.key)
 
@@ -347,6 +357,9 @@ BROKEN = {
     "no-certificate": "--tls-cert .* holds no certificate in PEM form",
     "no-key": "--tls-key .* holds no private key in PEM form",
     "order": "has the server's own certificate at place 2: put it first",
+    "cut": "--tls-cert .* holds a certificate that is cut off",
+    "mark": "--tls-cert .* whose BEGIN does not begin its line",
+    "cut-authority": "--tls-client-ca .* holds a certificate that is cut off",
     "no-authority": "--tls-client-ca .* holds no certificate in PEM form",
 }
 
@@ -355,6 +368,55 @@ BROKEN = {
 def test_files_that_cannot_be_used_are_named(workshop: Workshop, how: str) -> None:
     with pytest.raises(ServeError, match=BROKEN[how]):
         Certificates(broken(workshop, how))
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        (ed25519.Ed25519PrivateKey.generate(), "Ed25519"),
+        (ec.generate_private_key(ec.SECP521R1()), "secp521r1"),
+        (ec.generate_private_key(ec.SECP256K1()), "secp256k1"),
+    ],
+)
+def test_a_key_with_which_no_connection_is_made_is_refused(
+    workshop: Workshop, key: PrivateKey, kind: str
+) -> None:
+    files = workshop.ours.issue(f"kind-{kind}", key=key)
+    with pytest.raises(ServeError, match=rf"--tls-cert .* of the kind {kind}, .* RSA or of the curve P-256"):
+        Certificates(TlsFiles(files.cert, files.key))
+
+
+@pytest.mark.parametrize(
+    "key", [rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP384R1())]
+)
+def test_keys_of_these_kinds_make_connections(workshop: Workshop, key: PrivateKey) -> None:
+    files = workshop.ours.issue(f"kind-{type(key).__name__}", key=key)
+    certificates = Certificates(TlsFiles(files.cert, files.key))
+    certificates.web_context()
+
+    async def status() -> grpc.StatusCode:
+        server = grpc.aio.server()
+        port = server.add_secure_port("127.0.0.1:0", certificates.credentials())
+        await server.start()
+        trusted = grpc.ssl_channel_credentials(workshop.ours.file.read_bytes())
+        try:
+            async with grpc.aio.secure_channel(f"127.0.0.1:{port}", trusted) as channel:
+                await channel.unary_unary("/none/none")(b"", timeout=10)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        finally:
+            await server.stop(None)
+        raise AssertionError("answered")
+
+    assert asyncio.run(status()) is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_https_says_why_it_cannot_use_a_certificate(workshop: Workshop) -> None:
+    # Cryptography of today makes none that is weaker; OpenSSL takes none below 2,048 bits.
+    files = workshop.ours.issue("weak", key=rsa.generate_private_key(65537, 1024))
+    certificates = Certificates(TlsFiles(files.cert, files.key))
+    with pytest.raises(ServeError, match=r"HTTPS cannot use .*: EE_KEY_TOO_SMALL"):
+        certificates.web_context()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from equipot.serve.reread import Reread, read_bytes
 
 if TYPE_CHECKING:
     from cryptography import x509
+
+_BEGIN = re.compile(rb"^-----BEGIN (?:X509 )?CERTIFICATE-----", re.MULTILINE)
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +84,19 @@ class Certificates:
         if changed:
             self._fresh = _configuration(self._material.value)
             if self._web is not None:
-                self._web = _web_context(self._files) or self._web
+                try:
+                    self._web = _web_context(self._files)
+                except ServeError as error:
+                    logger.error("the page's certificate stays as it is: %s", error)
         return changed
 
     def web_context(self) -> ssl.SSLContext:
         """For an HTTPS server, which asks callers for no certificate.
 
         Raises:
-            ServeError: the files have changed since they were read, and do not fit.
+            ServeError: HTTPS cannot use them: they have changed since they were read, or are too weak.
         """
         front = self._web = _web_context(self._files)
-        if front is None:
-            raise ServeError(f"{self._files.certificate} and {self._files.key} changed while they were read")
 
         def latest(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
             connection.context = self._web or front
@@ -137,16 +141,21 @@ def read_material(files: TlsFiles) -> Material:
     return Material(chain, key, client_ca, certificates[0].not_valid_after_utc)
 
 
-def _web_context(files: TlsFiles) -> ssl.SSLContext | None:
-    """A context of what is in the files now; None, with a line in the log, if it cannot be used."""
+def _web_context(files: TlsFiles) -> ssl.SSLContext:
+    """A context of what is in the files now.
+
+    Raises:
+        ServeError: it cannot be used.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(files.certificate, files.key, password="")
     except (OSError, ValueError) as error:
-        logger.error("the page's certificate stays as it is: %s", error)
-        return None
+        raise ServeError(
+            f"HTTPS cannot use {files.certificate} with {files.key}: {getattr(error, 'reason', None) or error}"
+        ) from error
     return context
 
 
@@ -160,9 +169,16 @@ def _certificates(pem: bytes, path: Path, flag: str) -> list[x509.Certificate]:
     from cryptography import x509
 
     try:
-        return x509.load_pem_x509_certificates(pem)
+        found = x509.load_pem_x509_certificates(pem)
     except ValueError as error:
         raise ServeError(f"{flag} {path} holds no certificate in PEM form ({error})") from error
+    # What is only half there is passed over in reading: callers would miss what leads to their CA.
+    if len(_BEGIN.findall(pem)) != len(found):
+        raise ServeError(
+            f"{flag} {path} holds a certificate that is cut off, or whose BEGIN does not begin its line:"
+            " write the file again"
+        )
+    return found
 
 
 def _check_pair(chain: list[x509.Certificate], pem: bytes, files: TlsFiles) -> None:
@@ -194,6 +210,25 @@ def _check_pair(chain: list[x509.Certificate], pem: bytes, files: TlsFiles) -> N
             f"--tls-cert {files.certificate} has the server's own certificate at place"
             f" {owners.index(True) + 1}: put it first, and those of its CAs after it"
         )
+    _check_kind(public, files.certificate)
+
+
+def _check_kind(public: object, path: Path) -> None:
+    """With other keys gRPC listens, or says that it cannot, and each handshake fails without a word here."""
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+    if isinstance(public, rsa.RSAPublicKey):
+        return
+    if isinstance(public, ec.EllipticCurvePublicKey):
+        if isinstance(public.curve, ec.SECP256R1 | ec.SECP384R1):
+            return
+        kind = public.curve.name
+    else:
+        kind = type(public).__name__.removeprefix("_").removesuffix("PublicKey")
+    raise ServeError(
+        f"--tls-cert {path} has a key of the kind {kind}, with which gRPC's callers make no connection: make one"
+        " with a key of RSA or of the curve P-256 or P-384"
+    )
 
 
 def _check_dates(certificate: x509.Certificate, path: Path, flag: str) -> None:
