@@ -196,6 +196,7 @@ def test_what_is_no_bundle(tmp_path: Path, bundle: Path) -> None:
         load_potential(bundle / "model.json")
     for text, words in (
         ("{", "not JSON"),
+        ('{"a": ' + 100_000 * "[", "not JSON"),
         ("[]", "not an equipot bundle"),
         ('{"format": "x"}', "not an equipot"),
     ):

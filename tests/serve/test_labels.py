@@ -38,6 +38,7 @@ def test_labels_are_read_in_both_forms() -> None:
     ("text", "message"),
     [
         ("stable", "no TOML"),
+        ("a = " + 5_000 * "[", "no TOML"),
         ("stable = 1.10", "version is 1.1"),
         ('stable = "newest"', "is no version"),
         ('[canary]\nversion = "4"\nweight = 1.5', "weight is 1.5, allowed are 0 to 1"),

@@ -151,6 +151,25 @@ class TestUnread:
 
 
 class TestLabels:
+    def test_a_file_of_one_model_that_nobody_can_follow_stops_no_other(
+        self, model: Path, three: tuple[Path, ...]
+    ) -> None:
+        other = model.parent / "other"
+        put(three[0], other / "1")
+
+        async def test() -> None:
+            async with serving(model.parent) as there:
+                label(other, "a = " + 5_000 * "[")
+                (other / "2").mkdir()
+                (other / "2" / "model.json").write_text('{"a": ' + 100_000 * "[")
+                put(three[0], model / "3")
+                assert "other/labels.toml is not followed" in "".join((await there.refresh()).problems)
+                assert await there.version() == "3"
+                assert await there.version("other") == "1"
+                assert "not JSON" in (await there.listed())["other@2"].reason
+
+        run(test())
+
     def test_a_file_that_cannot_be_read_changes_nothing_and_is_read_again(
         self, model: Path, faults: Faults
     ) -> None:

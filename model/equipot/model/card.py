@@ -135,7 +135,7 @@ def read_card(path: str | Path) -> BundleCard:
     text = _read_text(path)
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / CARD_FILE}: not JSON ({error}); export the model again") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BundleError(f"{path}: not an equipot bundle; give a folder written by `equipot export`")

@@ -27,7 +27,7 @@ def parse(text: str) -> dict[str, Label]:
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise LabelError(f"{FILE} is no TOML: {error}") from None
     return {name: _label(name, value) for name, value in data.items()}
 

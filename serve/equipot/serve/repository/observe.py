@@ -110,7 +110,8 @@ class Observer:
             return known
         raw = self._source.labels_bytes(name)
         try:
-            return stamp, parse(raw.decode("utf-8")) if raw.strip() else None
+            text = raw.decode("utf-8-sig")
+            return stamp, parse(text) if text.strip() else None
         except LabelError as error:
             return stamp, error
         except UnicodeDecodeError as error:
