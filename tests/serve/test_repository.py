@@ -21,6 +21,7 @@ from tests.serve.repository_helpers import put, serving
 
 from equipot.serve.errors import ServeError
 from equipot.serve.repository.settings import Preload, RepositorySettings
+from equipot.serve.repository.source import without_secrets
 from equipot.serve.repository.versions import is_version, order
 from equipot.wire.inference import open_inference_pb2 as oip
 from equipot.wire.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -433,6 +434,39 @@ class TestRemote:
                 assert await there.energy() == (energy, reference)
 
         run(test())
+
+    def test_no_password_is_told_of_a_version_that_cannot_be_loaded(
+        self,
+        over_http: tuple[Path, str],
+        three: tuple[Path, ...],
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        folder, url = over_http
+        put(three[0], folder / "tiny" / "1")
+        put(three[1], folder / "tiny" / "2")
+        (shard,) = (folder / "tiny" / "2").glob("*.safetensors")
+        shard.write_bytes(bytes(shard.stat().st_size))
+
+        async def test() -> None:
+            async with serving(url.replace("//", "//user:secret@"), cache=tmp_path / "cache") as there:
+                assert await there.version() == "1"
+
+        run(test())
+        assert f"tiny@2 is not served from {url}tiny/2" in caplog.text
+        assert "secret" not in caplog.text
+
+    @pytest.mark.parametrize(
+        ("url", "shown"),
+        [
+            ("simplecache::https://user:secret@host/models?sig=secret", "simplecache::https://host/models"),
+            ("zip://models::s3://key:secret@host/all.zip", "zip://models::s3://host/all.zip"),
+            ("memory://models", "memory://models"),
+            ("/models", "/models"),
+        ],
+    )
+    def test_a_chain_of_urls_is_told_without_secrets(self, url: str, shown: str) -> None:
+        assert without_secrets(url) == shown
 
     def test_a_damaged_remote_bundle_is_refused_and_becomes_whole(
         self, three: tuple[Path, ...], tmp_path: Path

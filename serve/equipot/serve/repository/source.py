@@ -34,6 +34,9 @@ STALE_SECONDS = 86_400.0
 Key = tuple[str, str]
 """A model's name and version."""
 
+_USER = re.compile(r"//[^/\s]*@")
+"""Who asks, and by which password, within a URL."""
+
 _VOLATILE = ("name", "islink", "nlink", "atime", "mode", "uid", "gid")
 
 logger = logging.getLogger(__name__)
@@ -105,7 +108,7 @@ class Source:
     """
 
     def __init__(self, url: str, cache: Path) -> None:
-        self.shown = _without_secrets(url)
+        self.shown = without_secrets(url)
         self._cache = cache
         try:
             self._fs, self._root = fsspec.url_to_fs(url)
@@ -166,6 +169,10 @@ class Source:
             SourceError: it cannot be read.
         """
         return self._bytes(f"{place.path}/{CARD_FILE}")
+
+    def where(self, place: Place) -> str:
+        """A version's path without what may be secret."""
+        return without_secrets(place.path)
 
     def fetch(self, place: Place) -> Path:
         """A local folder with the bundle, whose shards have the size and sum that its card states.
@@ -317,7 +324,7 @@ class Source:
         if _is_gone(error):
             return GoneError(f"{where} does not exist")
         shown = error.__cause__ if isinstance(error, FileNotFoundError) else error
-        what = " ".join(f"{type(shown).__name__}: {shown}".split())[:300]
+        what = _USER.sub("//", " ".join(f"{type(shown).__name__}: {shown}".split()))[:300]
         return SourceError(f"{where} cannot be read ({what})")
 
 
@@ -339,7 +346,12 @@ def _astray(name: str, entry: Mapping[str, Any]) -> list[str]:
     return [f"{name} is a link that leads nowhere, so it is left out"] if entry.get("islink") else []
 
 
-def _without_secrets(url: str) -> str:
+def without_secrets(url: str) -> str:
+    """Of each part of a chain of URLs, as in simplecache::https://…"""
+    return "::".join(_part(part) for part in url.split("::"))
+
+
+def _part(url: str) -> str:
     parts = urlsplit(url)
     if not parts.scheme or not parts.netloc:
         return url

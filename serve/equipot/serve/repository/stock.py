@@ -116,7 +116,7 @@ class Stock:
             if _by_its_files(error):
                 self._failed[key] = place.stamp
             self._metrics.load_failed(slot.name)
-            logger.error("%s@%s is not served from %s: %s", *key, place.path, slot.reason)
+            logger.error("%s@%s is not served from %s: %s", *key, self._source.where(place), slot.reason)
             return
         finally:
             slot.loading = False
