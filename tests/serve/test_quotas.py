@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from google.rpc import error_details_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
 from equipot.serve.errors import OverLimit, OverQuota, ServeError
 from equipot.serve.quota_file import read_allowances
 from equipot.serve.quotas import Account, Allowance, Allowances, Bucket, Quotas
+from equipot.serve.status import to_status
 
 RATES = st.floats(0.01, 1e6)
 STEPS = st.lists(st.tuples(st.floats(0, 100), st.integers(1, 10_000)), min_size=1, max_size=60)
@@ -186,6 +188,7 @@ WRONG = [
     ("[identities]\nann = 3", r"\[identities.ann\] is 3, and should be a table"),
     ("[people.ann]", "'people' is not known; known are default, identities"),
     ("[default", "is not TOML"),
+    ("a = " + 5_000 * "[", "is not TOML: maximum recursion depth"),
 ]
 
 
@@ -195,6 +198,16 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, says: str) -> None
     path.write_text(text)
     with pytest.raises(ServeError, match=says):
         read_allowances(path)
+
+
+def test_a_rate_next_to_nothing_is_refused_as_any_other() -> None:
+    account = Account("ann", Allowance(requests_per_second=1e-320), now=0.0)
+    account.begin(now=0.0)
+    with pytest.raises(OverQuota) as caught:
+        account.begin(now=1.0)
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in to_status(caught.value).details)
+    assert retry.retry_delay.seconds > 10**8
 
 
 def test_a_right_file(tmp_path: Path) -> None:

@@ -63,6 +63,20 @@ def test_the_looking_goes_on_after_what_nobody_expected(monkeypatch: pytest.Monk
     asyncio.run(test())
 
 
+def test_a_file_that_is_none_of_ours_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reread, "MOST_BYTES", 100)
+    file = tmp_path / "file"
+    file.write_bytes(bytes(100))
+    assert len(reread.read_bytes(file, "--tokens")) == 100
+    file.write_bytes(bytes(101))
+    with pytest.raises(ServeError, match=r"--tokens .* has more than 100 bytes: name the right file"):
+        reread.read_bytes(file, "--tokens")
+    with pytest.raises(ServeError, match="has more than 100 bytes"):
+        reread.read_bytes(Path("/dev/zero"), "--tokens")
+
+
 def test_a_number_beyond_all_numbers_is_a_mistake_like_others(tmp_path: Path) -> None:
     file = tmp_path / "limits.toml"
     file.write_text(f"[default]\nrequests_per_second = {10**400}\n")

@@ -31,7 +31,7 @@ from equipot.client import (
 from equipot.serve.config import ServeConfig
 from equipot.serve.errors import ServeError
 from equipot.serve.ray_app.local import _names
-from equipot.serve.tokens import Tokens
+from equipot.serve.tokens import Tokens, digest_of
 from equipot.wire.v1 import potential_pb2 as pb
 from equipot.wire.v1.potential_pb2_grpc import PotentialServiceStub
 
@@ -289,6 +289,7 @@ def test_tokens_are_read_again(
         (f"\n# x\nann bob: {ANN}", "line 3: what stands before the colon is no identity"),
         ("ann: short", "the token of ann has 5 characters, and needs 16"),
         ("ann: sha256:abc", "not 64 hexadecimal digits"),
+        ("ann: SHA256:abcdef0123456789", "not 64 hexadecimal digits"),
         (f"ann: {ANN} x", "has a space"),
         (f"ann: {ANN}\nbob: {ANN}", "line 2: bob has the same token as ann"),
     ],
@@ -299,6 +300,15 @@ def test_a_wrong_tokens_file_is_explained(tmp_path: Path, text: str, says: str) 
     with pytest.raises(ServeError, match=says) as error:
         Tokens.read(path)
     assert ANN not in str(error.value)
+
+
+def test_a_digest_is_one_in_any_letters_and_a_mark_before_the_text_is_none_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    digest = digest_of(ANN)
+    path.write_bytes(b"\xef\xbb\xbfann: SHA256:" + digest.hex().upper().encode())
+    tokens = Tokens.read(path)
+    assert tokens.owner_of(digest) == "ann"
+    assert tokens.owner_of(digest_of(f"SHA256:{digest.hex().upper()}")) is None
 
 
 def test_requests_a_second_of_each_identity(

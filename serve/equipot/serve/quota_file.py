@@ -32,8 +32,8 @@ def read_allowances(path: Path) -> Allowances:
     """
     where = f"--identity-limits {path}"
     try:
-        document = tomllib.loads(read_bytes(path, "--identity-limits").decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        document = tomllib.loads(read_bytes(path, "--identity-limits").decode("utf-8-sig"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ServeError(f"{where} is not TOML: {error}") from error
     _known(document, ("default", "identities"), where)
     identities = _table(document.get("identities", {}), f"{where}, [identities]")

@@ -13,6 +13,9 @@ from equipot.serve.errors import ServeError
 POLL_SECONDS = 1.0
 """How often files are looked at; a look is one `stat`, which also sees Kubernetes swap its symlinks."""
 
+MOST_BYTES = 8 * 2**20
+"""Of a file of certificates, tokens or limits; a larger one is none of these, and reading it holds up all."""
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -94,12 +97,16 @@ def read_bytes(path: Path, flag: str) -> bytes:
     """A file's bytes.
 
     Raises:
-        ServeError: it cannot be read; names the flag that named the file.
+        ServeError: it cannot be read, or is too large; names the flag that named the file.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ServeError(f"{flag} {path} cannot be read: {error.strerror or error}") from error
+    if len(raw) > MOST_BYTES:
+        raise ServeError(f"{flag} {path} has more than {MOST_BYTES} bytes: name the right file")
+    return raw
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:

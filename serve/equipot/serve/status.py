@@ -45,6 +45,9 @@ DOMAIN = "equipot"
 GOES_BY_ITSELF = 0.1
 """Seconds in which gRPC has ended a call whose deadline has passed."""
 
+LONGEST_RETRY = 10 * 365 * 86_400.0
+"""Seconds; the message holds no more than some millennia, and a rate may be next to nothing."""
+
 LONGEST_MESSAGE = 2_000
 """Characters of a status message that travel: it goes in a header, and headers are limited to 8 kB."""
 
@@ -90,7 +93,7 @@ def to_status(error: CallError, request_id: str = "") -> status_pb2.Status:
         _attach(status, error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after is not None:
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(error.retry_after * 1000))
+        retry.retry_delay.FromMilliseconds(round(min(error.retry_after, LONGEST_RETRY) * 1000))
         _attach(status, retry)
     return status
 

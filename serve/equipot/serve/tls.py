@@ -153,9 +153,8 @@ def _web_context(files: TlsFiles) -> ssl.SSLContext:
     try:
         context.load_cert_chain(files.certificate, files.key, password="")
     except (OSError, ValueError) as error:
-        raise ServeError(
-            f"HTTPS cannot use {files.certificate} with {files.key}: {getattr(error, 'reason', None) or error}"
-        ) from error
+        why = getattr(error, "reason", None) or error
+        raise ServeError(f"HTTPS cannot use {files.certificate} with {files.key}: {why}") from error
     return context
 
 
@@ -226,8 +225,8 @@ def _check_kind(public: object, path: Path) -> None:
     else:
         kind = type(public).__name__.removeprefix("_").removesuffix("PublicKey")
     raise ServeError(
-        f"--tls-cert {path} has a key of the kind {kind}, with which gRPC's callers make no connection: make one"
-        " with a key of RSA or of the curve P-256 or P-384"
+        f"--tls-cert {path} has a key of the kind {kind}, with which gRPC's callers make no connection: make"
+        " one with a key of RSA or of the curve P-256 or P-384"
     )
 
 

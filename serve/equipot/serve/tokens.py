@@ -20,7 +20,7 @@ SHORTEST_TOKEN = 16
 """Characters; what is shorter can be guessed."""
 
 _IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@/+-]{0,127}")
-_DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_DIGEST = re.compile(r"(?i:sha256):([0-9a-fA-F]{64})")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
@@ -49,7 +49,7 @@ class Tokens:
             ServeError: it cannot be read or a line is wrong, with its number, never with what may be a token.
         """
         try:
-            text = read_bytes(path, "--tokens").decode("utf-8")
+            text = read_bytes(path, "--tokens").decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ServeError(f"--tokens {path} is not text: {error.reason} at byte {error.start}") from error
         owners: dict[bytes, str] = {}
@@ -89,7 +89,8 @@ def _entry(line: str, place: str) -> tuple[str, bytes]:
             f"{place}: what stands before the colon is no identity: allowed are letters, digits and ._@/+-,"
             " the first one a letter or digit, 128 at most"
         )
-    if secret.startswith("sha256:"):
+    # In any case of letters: as a token of its own it would be one that the file tells.
+    if secret.lower().startswith("sha256:"):
         found = _DIGEST.fullmatch(secret)
         if not found:
             raise ServeError(f"{place}: what follows sha256: is not 64 hexadecimal digits")
