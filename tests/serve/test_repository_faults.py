@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import http.server
+import io
 import shutil
 import threading
 from collections.abc import Iterator
@@ -247,6 +249,49 @@ class TestLoading:
                 await there.refresh()
                 assert await there.version() == "2"
                 assert not (await there.listed())["tiny@2"].reason
+
+        try:
+            run(test())
+        finally:
+            memory.rm(root, recursive=True)
+
+    @pytest.mark.parametrize("file", ["model.json", ".safetensors"])
+    def test_a_disk_of_this_machine_that_is_full_is_named_and_not_the_repository(
+        self,
+        three: tuple[Path, ...],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        file: str,
+    ) -> None:
+        memory, root, cache = MemoryFileSystem(), f"/{tmp_path.name}", tmp_path / "cache"
+        memory.put(str(three[1]), f"{root}/tiny/1", recursive=True)
+        full, whole = [], Path.open
+
+        class Full(io.BytesIO):
+            def write(self, data: object) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        def opened(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            if full and mode == "wb" and cache in path.parents and path.name.endswith(file):
+                return Full()
+            return whole(path, mode, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", opened)
+
+        async def test() -> None:
+            async with serving(f"memory:/{root}", cache=cache) as there:
+                memory.put(str(three[2]), f"{root}/tiny/2", recursive=True)
+                full.append(True)
+                await there.refresh()
+                reason = (await there.listed())["tiny@2"].reason
+                assert reason == f"cannot keep bundles in {cache}: No space left on device"
+                assert await there.version() == "1"
+                assert "Traceback" not in caplog.text
+                full.clear()
+                await there.refresh()
+                assert await there.version() == "2"
+                assert not list(cache.glob(".*"))
 
         try:
             run(test())

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from equipot.model.card import CARD_FILE, Shard, read_card
 from equipot.model.errors import BundleError
-from equipot.model.shard_files import AGAIN, copy_shard
+from equipot.model.shard_files import AGAIN, Readable, copy_shard
 from equipot.serve.errors import ServeError
 from equipot.serve.repository import labels
 from equipot.serve.repository.versions import NAME, is_version, order
@@ -95,6 +95,19 @@ class Contents:
     labels: Mapping[str, str]
     unread: Unread
     problems: tuple[str, ...]
+
+
+class _Remote:
+    """A file of a storage, whose errors in reading are told from those in writing what is read."""
+
+    def __init__(self, file: Readable, fault: Callable[[Exception], Exception]) -> None:
+        self._file, self._fault = file, fault
+
+    def read(self, amount: int, /) -> bytes:
+        try:
+            return self._file.read(amount)
+        except Exception as error:
+            raise self._fault(error) from error
 
 
 class Source:
@@ -186,11 +199,15 @@ class Source:
         if self._local:
             return Path(place.path)
         try:
-            self._cache.mkdir(parents=True, exist_ok=True)
-            self._drop_stale()
-            aside = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self._cache))
-        except OSError as error:
+            return self._kept(place)
+        except OSError as error:  # what befalls the storage is no longer one
             raise SourceError(f"cannot keep bundles in {self._cache}: {error.strerror or error}") from error
+
+    def _kept(self, place: Place) -> Path:
+        """As `fetch`, of a remote bundle; an OSError is of this machine's disk."""
+        self._cache.mkdir(parents=True, exist_ok=True)
+        self._drop_stale()
+        aside = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self._cache))
         try:
             (aside / CARD_FILE).write_bytes(self.card_bytes(place))
             card = read_card(aside)
@@ -293,15 +310,17 @@ class Source:
         return raw
 
     def _fetch_shard(self, folder: str, shard: Shard, into: Path) -> None:
-        try:
-            with self._fs.open(f"{folder}/{shard.file}", "rb") as remote:
-                copy_shard(remote, shard, into)
-        except BundleError:
-            raise
-        except Exception as error:
+        def fault(error: Exception) -> Exception:
             if _is_gone(error):
-                raise BundleError(f"{shard.file}: shard is missing; {AGAIN}") from error
-            raise self._fault(f"{folder}/{shard.file}", error) from error
+                return BundleError(f"{shard.file}: shard is missing; {AGAIN}")
+            return self._fault(f"{folder}/{shard.file}", error)
+
+        try:
+            remote = self._fs.open(f"{folder}/{shard.file}", "rb")
+        except Exception as error:
+            raise fault(error) from error
+        with remote:
+            copy_shard(_Remote(remote, fault), shard, into)
 
     def _name(self, aside: Path, target: Path) -> None:
         try:
