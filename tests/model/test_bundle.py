@@ -1,6 +1,7 @@
 """A bundle gives back what went in, is whole or absent, and says what is wrong with a damaged one."""
 
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from equipot.model import bundle as bundle_module
 from equipot.model.batch import Graph, collate
 from equipot.model.bundle import load_potential, read_card, write_bundle
 from equipot.model.card import BundleCard, digest_of
@@ -208,6 +210,31 @@ def test_what_is_no_bundle(tmp_path: Path, bundle: Path) -> None:
 def test_missing_shard(bundle: Path) -> None:
     (bundle / read_card(bundle).shards[1].file).unlink()
     with pytest.raises(BundleError, match=r"model-00002-of-\d+\.safetensors: shard is missing"):
+        load_potential(bundle)
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["open", "next"])
+@pytest.mark.parametrize("how", ["cut short", "written over", "gone"])
+def test_a_shard_that_changes_while_it_is_read(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, how: str, place: int
+) -> None:
+    """As under a service whose repository is copied into without a rename: mapped, it would be killed."""
+    file = bundle / read_card(bundle).shards[place].file
+    checked: list[str] = []
+
+    def check(key: str, *arguments: Any, **options: Any) -> None:
+        if not checked:
+            match how:
+                case "cut short":
+                    os.truncate(file, 10)
+                case "written over":
+                    os.utime(file, ns=(0, 0))
+                case _:
+                    file.unlink()
+        checked.append(key)
+
+    monkeypatch.setattr(bundle_module, "_check_tensor", check)
+    with pytest.raises(BundleError, match=r"copy (or export the|a) bundle|not a safetensors file"):
         load_potential(bundle)
 
 

@@ -266,7 +266,8 @@ class TestLoading:
     ) -> None:
         memory, root, cache = MemoryFileSystem(), f"/{tmp_path.name}", tmp_path / "cache"
         memory.put(str(three[1]), f"{root}/tiny/1", recursive=True)
-        full, whole = [], Path.open
+        full: list[bool] = []
+        whole = Path.open
 
         class Full(io.BytesIO):
             def write(self, data: object) -> int:

@@ -401,7 +401,7 @@ def test_keys_of_these_kinds_make_connections(workshop: Workshop, key: PrivateKe
         trusted = grpc.ssl_channel_credentials(workshop.ours.file.read_bytes())
         try:
             async with grpc.aio.secure_channel(f"127.0.0.1:{port}", trusted) as channel:
-                await channel.unary_unary("/none/none")(b"", timeout=10)
+                await channel.unary_unary("/none/none", None, None)(b"", timeout=10)
         except grpc.aio.AioRpcError as error:
             return error.code()
         finally:

@@ -34,7 +34,7 @@ from equipot.model.domain import DOMAIN_FILE, Domain
 from equipot.model.errors import BundleError
 from equipot.model.potential import Potential, count_parameters
 from equipot.model.references import References
-from equipot.model.shard_files import check_shard
+from equipot.model.shard_files import AGAIN, check_shard
 from equipot.model.sharding import Cut, Group, cut_of, parallel_config, spread
 from equipot.model.shards import ShardWriter, sha256_of, sync, write_text
 from equipot.model.uncertainty import Uncertainty
@@ -155,12 +155,14 @@ def load_potential(
         member: which one of an ensemble.
 
     Raises:
-        BundleError: a shard is missing, truncated or altered, or the card is not one this release reads.
+        BundleError: a shard is missing, truncated or altered, now or while it is read, or the card is not one
+            this release reads.
         ModelError: the potential cannot be spread over so many ranks.
     """
     path = Path(path)
     card = read_card(path)
     rank, size = (0, 1) if group is None else (group.rank, group.size)
+    before = _stamps(path, card)
     for k, shard in enumerate(card.shards):
         check_shard(path, shard, verify=verify and k % size == rank)
     target = dtype or _DTYPES.get(card.dtype)
@@ -174,14 +176,18 @@ def load_potential(
     others = tuple(member_prefix(k) for k in range(1, card.members) if k != member)
     state: dict[str, Tensor] = {}
     for file in _weight_files(path, card):
-        for name, shape, read in _shard_tensors(file):
+        for name, shape, read in _shard_tensors(file, whole=group is None):
             if name.startswith(others) or (prefix and not name.startswith(prefix)):
                 continue
             key = name.removeprefix(prefix)
             _check_tensor(key, shape, expected, seen=state, where=str(file))
             cut = cut_of(key, shape, rank, size)
             # The copy lets go of the file's pages: a file cut short under a running service would kill it.
-            state[key] = read(cut).to(device=device, dtype=target, copy=True)
+            state[key] = read(cut).to(device=device, dtype=target, copy=group is not None)
+    if before != _stamps(path, card):
+        raise BundleError(
+            f"{path}: its shards changed while they were read; copy a bundle aside, then rename it"
+        )
     if missing := sorted(set(expected) - set(state)):
         raise BundleError(f"{path}: tensor {missing[0]!r} is in no shard; export the model again")
     potential.load_state_dict(state, assign=True)
@@ -258,6 +264,19 @@ def _written_aside(path: Path) -> Iterator[Path]:
         raise
 
 
+def _stamps(path: Path, card: BundleCard) -> list[tuple[int, ...] | None]:
+    """How the shards look: the sums that were checked are those of what is read if that stays so."""
+    stamps: list[tuple[int, ...] | None] = []
+    for file in _weight_files(path, card):
+        try:
+            state = file.stat()
+        except OSError:
+            stamps.append(None)
+        else:
+            stamps.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+    return stamps
+
+
 def _weight_files(path: Path, card: BundleCard) -> Iterator[Path]:
     return (path / shard.file for shard in card.shards if shard.file != DOMAIN_FILE)
 
@@ -298,21 +317,42 @@ def _check_tensor(
         )
 
 
+class _Tensors(Protocol):
+    """The tensors of a file."""
+
+    def get_tensor(self, name: str, /) -> Tensor: ...
+
+
 class _TensorView(Protocol):
     """A tensor in a file, of which a part is read by indexing."""
 
     def __getitem__(self, place: tuple[slice, ...]) -> Tensor: ...
 
 
-def _shard_tensors(file: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[Cut], Tensor]]]:
-    """Yields name, shape, and how to read a part of each tensor of a shard."""
+def _shard_tensors(
+    file: Path, *, whole: bool = True
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[Cut], Tensor]]]:
+    """Yields name, shape, and how to read each tensor of a shard, or a part of it if not `whole`.
+
+    Whole tensors are read, not mapped: who maps a file that is cut short meanwhile is killed by the system,
+    and a service with it. Ranks map it, as they must not hold more than their parts.
+    """
     try:
-        with safe_open(file, framework="pt", device="cpu") as shard:
+        with safe_open(file, framework="pt", device="cpu", backend="pread" if whole else "mmap") as shard:
             for key in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 view = shard.get_slice(key)
-                yield key, tuple(view.get_shape()), partial(_read_part, view)
-    except SafetensorError as error:
+                read = partial(_read_whole, file, shard, key) if whole else partial(_read_part, view)
+                yield key, tuple(view.get_shape()), read
+    except (SafetensorError, OSError) as error:
         raise BundleError(f"{file}: not a safetensors file ({error}); export the bundle again") from error
+
+
+def _read_whole(file: Path, shard: _Tensors, key: str, cut: Cut) -> Tensor:
+    assert not cut.zero, "a process of its own holds all"
+    try:
+        return shard.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{file}: tensor {key!r} cannot be read ({error}); {AGAIN}") from error
 
 
 def _read_part(view: _TensorView, cut: Cut) -> Tensor:
