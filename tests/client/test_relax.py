@@ -164,10 +164,18 @@ class TestVerb:
             assert others[0] in mixed.stderr
             assert "leave --resume out to begin anew" in mixed.stderr
             assert partial.read_bytes() == kept
+        write(tmp_path / "in.extxyz", [cluster(2, seed=seed) for seed in (0, 1, 2, 3, 5, 4)])
+        mixed = run_equipot(*words, "--resume")
+        assert mixed.returncode == 2
+        assert "for structures sha256:" in mixed.stderr
+        assert partial.read_bytes() == kept
+        write(tmp_path / "in.extxyz", [cluster(2, seed=seed) for seed in range(6)])
         again = run_equipot(*words, "--resume")
         assert again.returncode == 0, again.stderr
         assert "going on after 3 frames" in again.stdout
         assert len(server.relaxed[-1].structures.n_atoms) == 3
+        # Not what goes by that name now.
+        assert server.relaxed[-1].model == f"lennard-jones@{server.digest}"
         assert (tmp_path / "out.xyz").read_text() == text
         assert not partial.exists()
 

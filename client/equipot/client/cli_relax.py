@@ -83,7 +83,7 @@ def relax(
     the exit code is then 1. A run that is stopped leaves its finished frames in OUT.partial for --resume.
     With --job a server that was started with --jobs keeps the work and its results: Ctrl-C only detaches.
     """
-    from equipot.client.frames import FrameReader, UnorderedWriter, with_relaxed
+    from equipot.client.frames import FrameReader, UnorderedWriter, sum_of, with_relaxed
 
     trust = shown(
         tls=tls,
@@ -107,7 +107,7 @@ def relax(
         with trust.client(address, model=model, timeout=timeout, retry=PATIENT) as client:
             _as_job(client, file, frames, target, level_of_theory, sure, how, resume=resume)
         return
-    asked = _as_words(how, model, level_of_theory, sure)
+    asked = f"{_as_words(how, model, level_of_theory, sure)} for structures {sum_of(frames)}"
     with UnorderedWriter(target, resume=resume, asked=asked) as writer:
         if writer.kept and max(writer.kept) >= len(frames):
             raise ClientError(
@@ -120,7 +120,8 @@ def relax(
         outcome = Outcome()
         for comment in writer.kept.values():
             outcome.recall(comment)
-        with trust.client(address, model=model, timeout=timeout) as client:
+        # As within a run: all come from one bundle, whatever its name stands for by now.
+        with trust.client(address, model=writer.model or model, timeout=timeout) as client:
             relaxing = client.relax_iter(
                 [frames[place] for place in todo], level_of_theory=level_of_theory, uncertainty=sure, **how
             )

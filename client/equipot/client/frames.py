@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO, StringIO
 from pathlib import Path
@@ -25,6 +26,7 @@ _PLACE = "equipot_place"
 _HAS_PLACE = re.compile(rb"\bequipot_place=(\d+)")
 _ASKED = "equipot_asked"
 _HAS_ASKED = re.compile(r'\bequipot_asked="([^"]*)"')
+_HAS_MODEL = re.compile(r'\bequipot_model=(?:"([^"]*)"|(\S+))')
 _NO_MARKS = re.compile(rb' ?\bequipot_(?:place=\d+|asked="[^"]*")')
 _RESULTS = ("energy", "free_energy", "forces", "stress")
 
@@ -170,6 +172,12 @@ class UnorderedWriter(FrameWriter):
         self.kept: dict[int, str] = {}
         """Comment lines of the frames that were there already, by their place."""
 
+    @property
+    def model(self) -> str:
+        """The bundle that those came from, as it is asked for; empty if none of them says."""
+        found = (_HAS_MODEL.search(comment) for comment in self.kept.values())
+        return next((one[1] or one[2] for one in found if one is not None), "")
+
     def add(self, place: int, frame: Atoms) -> None:
         """Appends the frame of this place."""
         frame.info[_PLACE] = place
@@ -231,6 +239,18 @@ def whole_frames(path: Path, mark: re.Pattern[bytes] = _HAS_PLACE) -> Iterator[W
                 return
             yield WrittenFrame(int(place[1]), start, file.tell(), lines[0].decode())
             start = file.tell()
+
+
+def sum_of(frames: Iterable[Atoms]) -> str:
+    """Of all that a server is told of structures: the same for two files if nothing of it differs."""
+    total = hashlib.sha256()
+    for frame in frames:
+        told = [frame.info.get(name) for name in ("charge", "spin_multiplicity", "spin")]
+        held = [np.asarray(getattr(one, "index", ())).tolist() for one in frame.constraints]
+        total.update(f"{len(frame)} {told} {held}".encode(errors="backslashreplace"))
+        for array in (frame.numbers, frame.positions, frame.cell[:], frame.pbc):
+            total.update(np.ascontiguousarray(array).tobytes())
+    return f"sha256:{total.hexdigest()[:16]}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
