@@ -14,8 +14,17 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.qchem import QChem
 
 
+class Speechless(Exception):
+    """Cannot be put into words."""
+
+    def __str__(self) -> str:
+        raise ValueError("not even this")
+
+
 class Moody(Calculator):  # type: ignore[misc]  # ASE has no types
     """Energy and forces by distance from the origin; helium hangs, neon crashes, argon is no number.
+
+    Xenon's forces stand askew, radon has none, and what iron says cannot be sent or even be said.
 
     It writes to the files that it is given, but for its model.
     """
@@ -47,7 +56,14 @@ class Moody(Calculator):  # type: ignore[misc]  # ASE has no types
             raise RuntimeError("krypton does not converge")
         spring, places = self.parameters["spring"], self.atoms.positions
         energy = np.nan if 18 in numbers else spring * (places**2).sum()
-        self.results = {"energy": energy, "forces": -2.0 * spring * places}
+        forces: Any = -2.0 * spring * places
+        if 54 in numbers:
+            forces = forces.T
+        if 86 in numbers:
+            forces = None
+        if 26 in numbers:
+            raise RuntimeError("\udcff") if 1 in numbers else Speechless
+        self.results = {"energy": energy, "forces": forces}
 
 
 class Charged(Calculator):  # type: ignore[misc]

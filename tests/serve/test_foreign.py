@@ -151,6 +151,9 @@ class TestOnBadDays:
             ("He", "internal", "took longer than 2 s at this structure"),
             ("Ar", "not_finite", "energy is not a finite number"),
             ("Kr", "internal", "RuntimeError: krypton does not converge"),
+            ("Xe", "internal", "ValueError: its forces have shape (3, 2) for 2 atoms"),
+            ("Rn", "internal", "ValueError: its forces have shape () for 2 atoms"),
+            ("Fe", "internal", "RuntimeError: \\udcff"),
         ],
     )
     def test_the_others_of_its_batch_are_answered(
@@ -165,6 +168,14 @@ class TestOnBadDays:
             assert isinstance(one, Result)
             assert one.energy == 2.0 * 5.0
             np.testing.assert_array_equal(one.forces, -4.0 * np.array(places))
+
+    def test_one_that_cannot_say_what_is_wrong_lives_on(self, moody: ForeignEngine) -> None:
+        answers(moody, [system(Atoms("H"))])
+        before = moody._process._process
+        (fault,) = answers(moody, [system(Atoms("Fe"))])
+        assert isinstance(fault, Fault)
+        assert fault.message == "Speechless: it does not say why"
+        assert moody._process._process is before
 
     def test_a_process_that_was_killed_while_it_was_idle_is_nobodys_fault(self, moody: ForeignEngine) -> None:
         process = moody._process._process

@@ -52,8 +52,13 @@ def main(descriptor: int) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_MESSAGE]
+    """An exception in one line, which can be sent: not all that Python calls a string has an encoding."""
+    try:
+        said = " ".join(str(error).split())
+    except Exception:
+        said = "it does not say why"
+    text = f"{type(error).__name__}: {said}"[:LONGEST_MESSAGE]
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _answers(backend: Backend, structures: list[Structure], forces: bool, stress: bool) -> list[Any]:
