@@ -135,6 +135,8 @@ class TestReading:
             ("a.pdf", "%PDF-1.4 anything", ["a.pdf is of no format", ".cif", "POSCAR"]),
             ("", "hello", ["the text is of no format"]),
             ("a.xyz", "  \n", ["a.xyz is empty"]),
+            ("a.xyz", "", ["a.xyz is empty"]),
+            ("a.xyz", "1\ncharge=0.9999\nC 0 0 0\n", ["no whole number: '0.9999'"]),
             ("a.traj", b"- of Ulm\xff\xfe", ["a.traj is no text"]),
             ("a.xyz", b"1\n\0\nC 0 0 0\n", ["bytes that no text has"]),
             ("a.xyz", "201\n\n" + "C 0 0 0\n" * 201, ["201 atoms", "200"]),
@@ -204,6 +206,7 @@ class TestPredicting:
             ({"positions": [[0, 0]]}, "positions"),
             ({"positions": "far"}, "positions is no array"),
             ({"charge": "much"}, "charge"),
+            ({"charge": -0.5}, "no whole number"),
         ],
     )
     def test_bad_questions(self, server: Process, change: dict[str, Any], words: str) -> None:
@@ -215,8 +218,13 @@ class TestPredicting:
         assert words in reply.error
 
     def test_no_json(self, server: Process) -> None:
-        for body in (b"{", b"[]", b"[" * 100_000):
-            assert ask(f"{server.page}api/predict", body).status == 400
+        for body in (b"", b"{", b"[]", b"[" * 100_000):
+            reply = ask(f"{server.page}api/predict", body)
+            assert reply.status == 400
+            assert "no JSON" in reply.error
+        packed = ask(f"{server.page}api/predict", b"{}", {**MARK, "Content-Encoding": "gzip"})
+        assert packed.status == 400
+        assert "packed" in packed.error
 
 
 class TestRelaxing:

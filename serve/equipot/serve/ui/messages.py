@@ -199,6 +199,10 @@ def _array(frame: Mapping[str, Any], name: str, dtype: type[np.generic], ndim: i
 
 def _whole(value: Any) -> int:  # noqa: ANN401  # whatever a file or a page has there
     try:
-        return int(value)
+        whole = int(value)
+        # A charge that only comes near a whole one is another charge, as clients find, too.
+        if isinstance(value, str) or whole == value:
+            return whole
     except (ValueError, TypeError, OverflowError):
-        raise InvalidRequest(f"charge or spin is no whole number: {str(value)[:60]!r}") from None
+        pass
+    raise InvalidRequest(f"charge or spin is no whole number: {str(value)[:60]!r}")

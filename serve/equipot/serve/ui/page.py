@@ -321,11 +321,15 @@ async def _body(request: web.Request, most: int) -> bytes:
 
     Raises:
         OverLimit: it is too large; none of it is read.
-        InvalidRequest: it does not come.
+        InvalidRequest: it does not come, or does not come as it is.
     """
     size = _announced(request)
     if size > most:
         raise OverLimit(f"what was sent has {size} bytes, and the page takes {most}")
+    if not size:
+        return b""
+    if "Content-Encoding" in request.headers:
+        raise InvalidRequest("what was sent is packed: send it as it is (without Content-Encoding)")
     try:
         async with asyncio.timeout(ARRIVES_SECONDS):
             return await request.content.readexactly(size)
