@@ -71,13 +71,18 @@ def configure(style: LogFormat, level: LogLevel = "info") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_lost_caller)
+    for name in ("grpc._cython.cygrpc", "aiohttp.server"):
+        logging.getLogger(name).addFilter(_is_no_callers_doing)
 
 
-def _is_no_lost_caller(record: logging.LogRecord) -> bool:
-    """False for gRPC's traceback of an answer whose caller had left: that is no fault, and has its line."""
+def _is_no_callers_doing(record: logging.LogRecord) -> bool:
+    """False for tracebacks of what callers do, which is no fault of ours.
+
+    One has left when gRPC answers it, which has its line, or does not speak HTTP, which aiohttp tells it.
+    """
     kind = record.exc_info[0] if record.exc_info else None
-    return kind is None or kind.__name__ != "ExecuteBatchError"
+    names = {base.__name__ for base in kind.__mro__} if kind is not None else set()
+    return not names & {"ExecuteBatchError", "HttpProcessingError", "RequestPayloadError"}
 
 
 def write(logger: logging.Logger, message: str, fields: Mapping[str, object]) -> None:
