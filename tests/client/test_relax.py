@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,23 @@ class TestVerb:
         assert server.relaxed[-1].model == f"lennard-jones@{server.digest}"
         assert (tmp_path / "out.xyz").read_text() == text
         assert not partial.exists()
+
+    @pytest.mark.parametrize(
+        ("verb", "said"), [(("relax",), "--fmax 0.05"), (("md", "--steps", 9), "--steps 9")]
+    )
+    def test_a_job_is_not_gone_on_with_by_other_words(
+        self, server: Any, cluster: Any, tmp_path: Path, run_equipot: Run, verb: tuple[Any, ...], said: str
+    ) -> None:
+        write(tmp_path / "in.extxyz", cluster(2))
+        out = tmp_path / "out.xyz"
+        asked = "--fmax 0.2 --steps 500 for structures sha256:0"
+        kept = json.dumps({"job": "relax-1", "address": server.address, "asked": asked})
+        (tmp_path / "out.xyz.job").write_text(kept)
+        words = (*verb, tmp_path / "in.extxyz", "--address", server.address, "--out", out, "--job")
+        mixed = run_equipot(*words, "--resume")
+        assert mixed.returncode == 2
+        assert f"job relax-1 was asked for by {asked}, not by {said} " in mixed.stderr
+        assert (tmp_path / "out.xyz.job").read_text() == kept
 
     def test_failures_are_named_and_the_rest_is_written(
         self, server: Any, cluster: Any, tmp_path: Path, run_equipot: Run

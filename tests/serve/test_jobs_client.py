@@ -211,6 +211,9 @@ class TestEnds:
                 refused = equipot(*words, folder=tmp_path)
                 assert refused.returncode == 2
                 assert "--resume goes on with it" in refused.stderr
+                others = equipot(*words, "--cell", "full", "--resume", folder=tmp_path)
+                assert others.returncode == 2
+                assert "was asked for by --fmax 0.05 --steps 400" in others.stderr
         done = equipot(*words, "--resume", folder=tmp_path)
         assert done.returncode in (0, 1), done.stderr
         found = read(tmp_path / "in-relaxed.extxyz", ":")

@@ -29,6 +29,7 @@ from equipot.client.options import (
     TlsName,
     TokenFile,
     UseTls,
+    as_words,
     certainty_wanted,
     shown,
 )
@@ -139,7 +140,7 @@ def md(
     if job:
         how["seed"] = seed
         with trust.client(address, model=model, timeout=timeout, retry=PATIENT) as client:
-            _as_job(client, file, frames, target, steps, level_of_theory, sure, how, resume=resume)
+            _as_job(client, file, frames, target, steps, model, level_of_theory, sure, how, resume=resume)
         return
     if (slip := Slip.read(target)) is not None:
         raise ClientError(
@@ -214,6 +215,7 @@ def _as_job(
     frames: list[Atoms],
     target: Path,
     steps: int,
+    model: str,
     level_of_theory: str,
     sure: bool | Uncertainty,
     how: SimulateWords,
@@ -221,11 +223,14 @@ def _as_job(
     resume: bool,
 ) -> None:
     """Submits the frames unless that was done before, and fetches what there is until all is there."""
+    from equipot.client.frames import sum_of
     from equipot.client.job_files import Slip
     from equipot.client.job_submission import slip_for, submit
     from equipot.client.job_trajectories import fetch_trajectories, say_trajectories, trajectory_paths
 
-    slip, known = slip_for(client, target, "md", resume=resume)
+    asked = as_words({"steps": steps, **how}, model, level_of_theory, sure)
+    asked = f"{asked} for structures {sum_of(frames)}"
+    slip, known = slip_for(client, target, "md", resume=resume, asked=asked)
     for path in trajectory_paths(target, len(frames)):
         if not known and (path.with_name(path.name + ".token").exists() or (resume and path.exists())):
             raise ClientError(f"{path} was begun without a job: leave --job out to go on with it")

@@ -26,6 +26,7 @@ from equipot.client.options import (
     TlsName,
     TokenFile,
     UseTls,
+    as_words,
     certainty_wanted,
     shown,
 )
@@ -103,11 +104,11 @@ def relax(
     console = Console()
     how = RelaxWords(fmax=fmax, steps=steps, optimizer=optimizer, cell=cell, pressure=pressure)
     sure = certainty_wanted(uncertainty=uncertainty, coverage=coverage, refuse_outside=refuse_outside)
+    asked = f"{as_words(how, model, level_of_theory, sure)} for structures {sum_of(frames)}"
     if job:
         with trust.client(address, model=model, timeout=timeout, retry=PATIENT) as client:
-            _as_job(client, file, frames, target, level_of_theory, sure, how, resume=resume)
+            _as_job(client, file, frames, target, level_of_theory, sure, how, resume=resume, asked=asked)
         return
-    asked = f"{_as_words(how, model, level_of_theory, sure)} for structures {sum_of(frames)}"
     with UnorderedWriter(target, resume=resume, asked=asked) as writer:
         if writer.kept and max(writer.kept) >= len(frames):
             raise ClientError(
@@ -151,17 +152,6 @@ def relax(
         raise typer.Exit(1)
 
 
-def _as_words(how: RelaxWords, model: str, level_of_theory: str, sure: bool | Uncertainty) -> str:
-    """What decides the results, as it is given on the command line."""
-    words = [f"--{name} {value}" for name, value in how.items()]
-    words += [f"--model {model}"] if model else []
-    words += [f"--level-of-theory {level_of_theory}"] if level_of_theory else []
-    if isinstance(sure, Uncertainty):
-        words.append(f"--uncertainty --coverage {sure.coverage:g}")
-        words += ["--refuse-outside"] if sure.refuse_outside else []
-    return " ".join(words)
-
-
 def _as_job(
     client: Client,
     file: Path,
@@ -172,13 +162,14 @@ def _as_job(
     how: RelaxWords,
     *,
     resume: bool,
+    asked: str,
 ) -> None:
     """Submits the frames unless that was done before, and fetches what there is until all is there."""
     from equipot.client.frames import UnorderedWriter
     from equipot.client.job_files import Slip, fetch, say_end
     from equipot.client.job_submission import slip_for, submit
 
-    slip, known = slip_for(client, target, "relax", resume=resume)
+    slip, known = slip_for(client, target, "relax", resume=resume, asked=asked)
 
     def send(sent: Callable[[int], None]) -> JobInfo:
         return client.jobs.relax(

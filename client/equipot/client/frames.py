@@ -248,7 +248,8 @@ def sum_of(frames: Iterable[Atoms]) -> str:
         told = [frame.info.get(name) for name in ("charge", "spin_multiplicity", "spin")]
         held = [np.asarray(getattr(one, "index", ())).tolist() for one in frame.constraints]
         total.update(f"{len(frame)} {told} {held}".encode(errors="backslashreplace"))
-        for array in (frame.numbers, frame.positions, frame.cell[:], frame.pbc):
+        moving = [frame.arrays[name] for name in ("momenta", "masses") if name in frame.arrays]
+        for array in (frame.numbers, frame.positions, frame.cell[:], frame.pbc, *moving):
             total.update(np.ascontiguousarray(array).tobytes())
     return f"sha256:{total.hexdigest()[:16]}"
 

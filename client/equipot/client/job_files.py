@@ -31,6 +31,7 @@ class Slip:
         steps: of the last frame there, by the structure's index.
         rows: steps of the last observation there, by the structure's index.
         failures: why structures went no further, by index.
+        asked: the words of the command line that submitted it; empty if that is not known.
     """
 
     job: str
@@ -39,6 +40,7 @@ class Slip:
     steps: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    asked: str = ""
 
     @staticmethod
     def path(target: Path) -> Path:

@@ -19,15 +19,16 @@ Send = Callable[[Callable[[int], None]], JobInfo]
 """Submits all; what it is given is told how many structures the server has."""
 
 
-def slip_for(client: Client, target: Path, kind: str, *, resume: bool) -> tuple[Slip, bool]:
+def slip_for(client: Client, target: Path, kind: str, *, resume: bool, asked: str = "") -> tuple[Slip, bool]:
     """The job that fills a file, and whether there was one.
 
     Raises:
-        ClientError: there is one that is not to be gone on with, or it is at another server.
+        ClientError: there is one that is not to be gone on with, it is at another server, or it was asked for
+            by other words, which would go for nothing.
     """
     slip = Slip.read(target)
     if slip is None:
-        return Slip(f"{kind}-{uuid4().hex[:12]}", client.address), False
+        return Slip(f"{kind}-{uuid4().hex[:12]}", client.address, asked=asked), False
     if not resume:
         raise ClientError(
             f"job {slip.job} fills {target} already, says {Slip.path(target)}: --resume goes on with it; to"
@@ -35,6 +36,11 @@ def slip_for(client: Client, target: Path, kind: str, *, resume: bool) -> tuple[
         )
     if slip.address != client.address:
         raise ClientError(f"job {slip.job} is at {slip.address}, not at {client.address}: give --address")
+    if asked and slip.asked and asked != slip.asked:
+        raise ClientError(
+            f"job {slip.job} was asked for by {slip.asked}, not by {asked}: give those to go on with it; to"
+            f" begin anew take {Slip.path(target)} away"
+        )
     return slip, True
 
 

@@ -117,6 +117,7 @@ class _Keeper:
             slip.steps | recording.reached(),
             slip.rows | recording.rows(),
             {str(place): why for place, why in recording.failed.items()},
+            slip.asked,
         ).write(self._target)
 
 

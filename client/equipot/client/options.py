@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -95,6 +96,17 @@ def certainty_wanted(*, uncertainty: bool, coverage: float, refuse_outside: bool
     if not (uncertainty or refuse_outside):
         return False
     return Uncertainty(coverage=coverage, refuse_outside=refuse_outside)
+
+
+def as_words(how: Mapping[str, object], model: str, level_of_theory: str, sure: bool | Uncertainty) -> str:
+    """What decides the results, as it is given on the command line."""
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in how.items() if value is not None]
+    words += [f"--model {model}"] if model else []
+    words += [f"--level-of-theory {level_of_theory}"] if level_of_theory else []
+    if isinstance(sure, Uncertainty):
+        words.append(f"--uncertainty --coverage {sure.coverage:g}")
+        words += ["--refuse-outside"] if sure.refuse_outside else []
+    return " ".join(words)
 
 
 def shown(

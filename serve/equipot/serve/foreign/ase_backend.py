@@ -45,7 +45,7 @@ class AseBackend:
             self._calculator.reset()
         atoms.calc = self._calculator
         energy = atoms.get_potential_energy()
-        all_forces = atoms.get_forces() if forces else None
+        all_forces: Any = atoms.get_forces() if forces else None
         if forces and np.shape(all_forces) != (len(atoms), 3):
             # As bytes, (3, n) would be as good as (n, 3).
             raise ValueError(f"its forces have shape {np.shape(all_forces)} for {len(atoms)} atoms")
