@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -56,6 +60,9 @@ class TestSettings:
             ({"ray": {"replicas": 0}}, "replicas is 0, allowed are 1 to 1000"),
             ({"ray": {"replicas": 3, "max_replicas": 2}}, "max-replicas is 2, allowed are 3"),
             ({"ray": 3}, "ray is 3; it takes a table"),
+            ({"ray": {"name": ""}}, "ray.name is ''; it takes letters"),
+            ({"ray": {"name": 'a"b'}}, "ray.name is 'a\"b'; it takes letters"),
+            ({"ray": {"name": "ü"}}, "ray.name is 'ü'; it takes letters"),
             ({"tls_cert": "c", "tls_key": "k"}, "Ray's proxy listens without TLS"),
             ({"jobs": {"folder": "j"}}, "--jobs needs one server"),
             ({"ui": True}, "--ui is a page of one server"),
@@ -96,6 +103,55 @@ class Reports:
 )
 def test_as_many_replicas_as_open_edges_ask_for(running: int, edges: list[float], wanted: int) -> None:
     assert ByOpenEdges(open_edges=100)(Reports(running, *edges))[0] == wanted
+
+
+def test_a_ray_that_cannot_be_joined_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ConnectionError("nobody is there")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("ray.init", refuse)
+    config = ServeConfig(bundles=(Path("none"),))
+    with (
+        pytest.raises(
+            ServeError, match=r"cannot join the Ray of RAY_ADDRESS=127\.0\.0\.1:1: nobody is there"
+        ),
+        local.ray_cluster(config, RaySettings(), print),
+    ):
+        pass
+
+
+def test_hosts_that_rays_proxy_does_not_answer_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ServeError, match=r"host is ::1, and Ray's proxy answers on IPv4 alone"):
+        local.run({"bundles": ["none"], "host": "::1"}, base=Path(), announce=print)
+
+
+def test_every_file_of_haproxy_lies_in_the_folder(tmp_path: Path) -> None:
+    # Read, not imported: Ray Serve looks at its environment then, which the cluster below sets first.
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    text = (Path(spec.origin).parent / "serve" / "_private" / "constants.py").read_text()
+    names = re.findall(r'"(RAY_SERVE_HAPROXY_\w+)",\s*"/tmp/', text)
+    assert len(names) >= 5
+    said = local.environment(tmp_path, ServeConfig(bundles=(Path("none"),)))
+    assert [name for name in names if not said.get(name, "").startswith(str(tmp_path))] == []
+
+
+def test_a_second_signal_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "ray" / "session").mkdir(parents=True)
+    code = (
+        "import os, signal, sys, threading, pathlib\n"
+        "from equipot.serve.ray_app.local import on_signals\n"
+        "on_signals(threading.Event(), pathlib.Path(sys.argv[1]))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "assert os.path.exists(sys.argv[1])\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path / "ray"], timeout=120, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "ray").exists()
 
 
 # ---- a real Ray from here on
@@ -496,3 +552,28 @@ class TestCommandLine:
                 assert model.name == "direct"
                 second.popen.send_signal(signal.SIGTERM)
                 assert second.popen.wait(timeout=90) == 0
+
+    def test_who_was_replaced_leaves_the_application_to_the_other(
+        self, cluster: Cluster, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import ray
+        from ray import serve
+
+        serve.shutdown()
+        monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        (tmp_path / "both").write_text("[ray]\ncpus = 0.1\n")
+        words, port = ["--ray", "--config", tmp_path / "both"], free_port()
+        with (
+            running(bundles.tiny, *words, stderr=tmp_path / "1", port=port) as first,
+            running(bundles.direct, *words, stderr=tmp_path / "2", port=port) as second,
+        ):
+            assert any("replacing the application equipot" in line for line in second.lines)
+            assert "serving direct" in second.lines[-1]
+            first.popen.send_signal(signal.SIGTERM)
+            assert first.popen.wait(timeout=90) == 0
+            with stub(second.address) as service:
+                (model,) = service.ListModels(pb.ListModelsRequest(), timeout=10).models
+            assert model.name == "direct"
+            second.popen.send_signal(signal.SIGTERM)
+            assert second.popen.wait(timeout=90) == 0
+            assert "equipot" not in serve.status().applications

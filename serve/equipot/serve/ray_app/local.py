@@ -16,10 +16,10 @@ import socket
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import grpc
 
@@ -40,6 +40,9 @@ LOOK_SECONDS = 0.5
 DEREGISTER_SECONDS = "5"
 """How long a replica that leaves still answers, so that proxies of this machine hear of it."""
 
+OWNERS = "equipot-owners"
+"""Where Ray keeps, by name, which command an application belongs to."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,34 +61,47 @@ def run(mapping: Mapping[str, object], *, base: Path, announce: Callable[[str], 
     if importlib.util.find_spec("ray") is None or importlib.util.find_spec("fastapi") is None:
         raise ServeError("--ray needs Ray Serve: pip install 'equipot[serve]'")
     config, settings = split(mapping, base=base)
+    if ":" in config.host:
+        raise ServeError(
+            f"host is {config.host}, and Ray's proxy answers on IPv4 alone: give an address of that,"
+            " or serve without --ray"
+        )
     if not os.environ.get("RAY_ADDRESS"):
         check_free(config.host, config.port)
         # Else replicas would be tried many times, each time in vain.
         for bundle in config.bundles:
             read_card(bundle)
     stop = threading.Event()
-    with ray_cluster(config, settings, announce):
-        on_signals(stop)
+    with ray_cluster(config, settings, announce) as folder:
+        on_signals(stop, folder)
         from ray import serve
 
         from equipot.serve.ray_app.application import application
 
         port = running_port(config.port)
         starts = port is None
+        me = uuid.uuid4().bytes
+        claim(settings.name, me)
         try:
             if port is None:
                 port = config.port or free_port()
                 check_free(config.host, port)
                 start_serve(config.host, port)
+            if _status(settings.name) is not None:
+                announce(f"replacing the application {settings.name} that runs there")
             if _deploy(application(mapping, base=base), settings, stop, announce):
                 announce(f"serving {_names(config.host, port, settings.name, stop)} on {config.host}:{port}")
                 stop.wait()
         finally:
-            announce("draining")
-            with contextlib.suppress(Exception):
-                _delete(settings.name, config.drain_seconds + STOP_MARGIN)
+            mine = {settings.name} if owns(settings.name, me) else set()
+            if mine:
+                announce("draining")
+                with contextlib.suppress(Exception):
+                    _delete(settings.name, config.drain_seconds + STOP_MARGIN)
+            else:
+                announce(f"another command has replaced the application {settings.name}, which goes on")
             # Who has come since then is served by it, too.
-            if starts and not set(serve.status().applications) - {settings.name}:
+            if starts and not set(serve.status().applications) - mine:
                 serve.shutdown()
     announce("stopped")
 
@@ -93,15 +109,22 @@ def run(mapping: Mapping[str, object], *, base: Path, announce: Callable[[str], 
 @contextlib.contextmanager
 def ray_cluster(
     config: ServeConfig, settings: RaySettings, announce: Callable[[str], None]
-) -> Iterator[None]:
-    """A Ray for the length of the block: that of RAY_ADDRESS, or one of this machine alone."""
-    if os.environ.get("RAY_ADDRESS"):
+) -> Iterator[Path | None]:
+    """A Ray for the length of the block: that of RAY_ADDRESS, or one of this machine alone, with its folder.
+
+    Raises:
+        ServeError: there is no Ray at RAY_ADDRESS, or it does not let us in.
+    """
+    if where := os.environ.get("RAY_ADDRESS"):
         import ray
 
-        announce(f"joining Ray at {os.environ['RAY_ADDRESS']}")
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        announce(f"joining Ray at {where}")
         try:
-            yield
+            ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ServeError(f"cannot join the Ray of RAY_ADDRESS={where}: {error}") from error
+        try:
+            yield None
         finally:
             ray.shutdown()
         return
@@ -126,7 +149,7 @@ def ray_cluster(
             log_to_driver=False,
             _temp_dir=str(folder),
         )
-        yield
+        yield folder
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
@@ -188,6 +211,7 @@ def environment(folder: Path, config: ServeConfig) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "h" / "a.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder / "h"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "h" / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "h" / "m.sock"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
@@ -219,7 +243,7 @@ def _deploy(
     def deploy() -> None:
         try:
             # A route is what Ray wants of each for HTTP, of which nobody makes use.
-            serve.run(target, name=settings.name, route_prefix="/" + quote(settings.name, safe=""))
+            serve.run(target, name=settings.name, route_prefix="/" + settings.name)
         except BaseException as error:  # told to the operator below
             failure.append(error)
 
@@ -238,6 +262,20 @@ def _deploy(
         why = _reason(settings.name) or str(failure[0])
         raise ServeError(f"no replica could start: {why}") from failure[0]
     return True
+
+
+def claim(name: str, owner: bytes) -> None:
+    """Notes in Ray that the application of this name is the owner's from now on, whoever had it before."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(name, owner, overwrite=True, namespace=OWNERS)
+
+
+def owns(name: str, owner: bytes) -> bool:
+    """Whether nobody else has claimed the application since: else it is not the owner's to end."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _internal_kv_get(name, namespace=OWNERS) in (owner, None)
 
 
 def _delete(name: str, seconds: float) -> None:
@@ -292,11 +330,13 @@ def _names(host: str, port: int, application: str, stop: threading.Event) -> str
     return ""
 
 
-def on_signals(stop: threading.Event) -> None:
-    """The first SIGTERM or SIGINT sets the event, the second one ends the process."""
+def on_signals(stop: threading.Event, folder: Path | None = None) -> None:
+    """The first SIGTERM or SIGINT sets the event, the second one ends the process and removes the folder."""
 
     def received(number: int, frame: object) -> None:
         if stop.is_set():
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
             os._exit(128 + number)
         stop.set()
 

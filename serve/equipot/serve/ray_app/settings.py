@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,9 @@ class RaySettings:
     gpus: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ServeError("ray.name is empty: give the application a name")
+        # HAProxy's configuration is written with it, and callers say it in a header.
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
+            raise ServeError(f"ray.name is {self.name!r}; it takes letters from A to Z, digits, and . _ -")
         if not 1 <= self.replicas <= MOST_REPLICAS:
             raise ServeError(f"replicas is {self.replicas}, allowed are 1 to {MOST_REPLICAS}")
         if self.max_replicas is not None and not self.replicas <= self.max_replicas <= MOST_REPLICAS:
