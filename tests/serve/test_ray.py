@@ -139,8 +139,10 @@ def test_every_file_of_haproxy_lies_in_the_folder(tmp_path: Path) -> None:
     assert [name for name in names if not said.get(name, "").startswith(str(tmp_path))] == []
 
 
-def test_a_second_signal_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_second_signal_leaves_no_folder_and_no_proxy(tmp_path: Path) -> None:
     (tmp_path / "ray" / "session").mkdir(parents=True)
+    stands_in = ["/opt/bin/haproxy", "-c", "import time; time.sleep(100)", f"{tmp_path}/ray/haproxy.cfg"]
+    proxy = subprocess.Popen(stands_in, executable=sys.executable)
     code = (
         "import os, signal, sys, threading, pathlib\n"
         "from equipot.serve.ray_app.local import on_signals\n"
@@ -152,6 +154,7 @@ def test_a_second_signal_leaves_no_folder(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", code, tmp_path / "ray"], timeout=120, check=False)
     assert ended.returncode == 128 + signal.SIGTERM
     assert not (tmp_path / "ray").exists()
+    assert proxy.wait(timeout=20) == -signal.SIGKILL
 
 
 # ---- a real Ray from here on

@@ -336,12 +336,22 @@ def on_signals(stop: threading.Event, folder: Path | None = None) -> None:
     def received(number: int, frame: object) -> None:
         if stop.is_set():
             if folder is not None:
+                _end_proxies(folder)
                 shutil.rmtree(folder, ignore_errors=True)
             os._exit(128 + number)
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, received)
+
+
+def _end_proxies(folder: Path) -> None:
+    """Ends the HAProxy of this folder, which would outlive Ray and keep the port."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            program, *words = (entry / "cmdline").read_bytes().split(b"\0")
+            if program.endswith(b"haproxy") and any(word.startswith(bytes(folder) + b"/") for word in words):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def check_free(host: str, port: int) -> None:
