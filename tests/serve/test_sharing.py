@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -63,6 +64,26 @@ def slowly(compute: Compute) -> Compute:
 def code_of(error: BaseException | None) -> grpc.StatusCode:
     assert isinstance(error, grpc.aio.AioRpcError)
     return error.code()
+
+
+def test_a_busy_loop_gives_way_to_the_engine_at_once(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread asks for the interpreter after each operation: by Python's own 5 ms it starves."""
+    compute, seen = LocalEngine.compute, []
+
+    def watched(*args: Any, **words: Any) -> list[Result | Fault]:
+        seen.append(sys.getswitchinterval())
+        return compute(*args, **words)
+
+    monkeypatch.setattr(LocalEngine, "compute", watched)
+
+    async def test() -> None:
+        async with inside(config(bundles.tiny, ROOMY)) as at:
+            await at.stub.Predict(ask([molecule(1)]))
+
+    run(test())
+    assert max(seen) <= 0.0005
 
 
 def test_callers_share_batches_and_each_gets_its_own_answer(

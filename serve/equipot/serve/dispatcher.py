@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -37,6 +38,10 @@ ROUND_TRIP = 0.0003
 AT_ONCE_SECONDS = 0.05
 """A batch of an only caller that takes no longer is computed in the event loop: handing it over to a thread
 and back costs two wake-ups, and nobody else waits for the loop but a probe of health."""
+
+HAND_OVER_SECONDS = 0.0005
+"""After which one of Python's threads gives way to another that waits. The engine's thread asks for the
+interpreter after each operation; by Python's own 0.005 it may wait so long for a loop that is busy."""
 
 PREPARERS = 2
 """Threads that prepare: a second one, so that one slow structure does not hold up everybody's."""
@@ -71,6 +76,8 @@ class Dispatcher:
             in_compute_thread: called once in the thread that computes.
             share_of: what a client identity may have of the engine.
         """
+        # Of the whole process, whose other threads do not mind.
+        sys.setswitchinterval(HAND_OVER_SECONDS)
         self._loop = asyncio.get_running_loop()
         self._batcher = Batcher(budget, share_of=share_of, pace=1.0)  # prices are in seconds
         self._metrics = metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from equipot.serve.bench.mutate import send_mutated
 from equipot.serve.bench.requests import crystal, request
 from equipot.serve.bench.soak import soak
 from equipot.serve.bench.subject import Subject, served
+from equipot.serve.dispatcher import HAND_OVER_SECONDS
 from equipot.wire.v1 import potential_pb2 as pb
 
 ROUNDS = 4
@@ -46,6 +48,8 @@ class Plan:
 
 async def run(plan: Plan, tell: Callable[[str], None]) -> dict[str, Any]:
     """The report, without what is said of the machine; `tell` is called before each measurement."""
+    # Of the caller's threads, too: the server is to be measured, and not how late its answers are looked at.
+    sys.setswitchinterval(HAND_OVER_SECONDS)
     speed = EngineSpeed(plan.bundle, threads=plan.threads, batch_edges=plan.batch_edges)
     random = np.random.default_rng(0)
     elements, level = speed.engine.card.elements, speed.engine.card.levels_of_theory[0]
